@@ -1,0 +1,83 @@
+"""The one progress line: what runs, how far, how fast, how long still. A terminal sees it redrawn, a log seldom."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+class Progress:
+    """A progress line over `total` units of work; a context manager.
+
+    >>> import io
+    >>> with Progress("train", total=2, stream=io.StringIO()) as progress:
+    ...     progress.update(1, loss=2.5)
+    ...     progress.update(1)
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        *,
+        unit: str = "step",
+        done: int = 0,
+        stream: TextIO | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.title, self.total, self.unit, self.done, self.quiet = title, total, unit, done, quiet
+        self.stream = stream or sys.stderr
+        self.redraws = self.stream.isatty()
+        self.first, self.started, self.drawn, self.shown = done, time.monotonic(), 0.0, ""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.draw(final=True)
+
+    def update(self, amount: int = 1, **facts: float | int | str) -> None:
+        """Count `amount` more units as done and show `facts` (`loss=…`) beside them."""
+        self.done += amount
+        self.shown = (
+            "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()) or self.shown
+        )
+        if time.monotonic() - self.drawn > (0.1 if self.redraws else 15.0):
+            self.draw()
+
+    def line(self) -> str:
+        """The text of the line now."""
+        seconds = time.monotonic() - self.started
+        rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
+        left = (
+            f"{clock((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else clock(seconds)
+        )
+        speed = f"{rate:.3g} {self.unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.3g} s/{self.unit}"
+        parts = [f"{self.title}  {self.done}/{self.total}", self.shown, speed, left]
+        return "  ".join(p for p in parts if p)
+
+    def draw(self, final: bool = False) -> None:
+        """Write the line to the stream."""
+        if self.quiet:
+            return
+        self.drawn = time.monotonic()
+        if self.redraws:
+            self.stream.write("\r\x1b[2K" + self.line() + ("\n" if final else ""))
+        else:
+            self.stream.write(self.line() + "\n")
+        self.stream.flush()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them.
+
+    >>> clock(42), clock(185), clock(7300)
+    ('42s', '3m05s', '2h01m')
+    """
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

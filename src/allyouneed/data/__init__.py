@@ -1,0 +1,1 @@
+"""Text and what comes of it: materials, corpora, tokenizers, rows of tokens, iterators. No models."""

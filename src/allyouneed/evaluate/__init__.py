@@ -1,0 +1,1 @@
+"""Measures, and how sure one may be of them."""

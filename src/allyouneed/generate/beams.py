@@ -1,0 +1,92 @@
+"""Beam search with a length penalty (Wu et al. 2016, sec. 7, eq. 14; Vaswani et al. 2017, sec. 6.1).
+
+Shapes: K beams, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allyouneed.generate.engine import Engine
+
+Penalty = Callable[[int], float]  # length in tokens -> what the summed log-probability is divided by
+
+
+def power(alpha: float = 1.0) -> Penalty:
+    """length^α, as `transformers` has it."""
+    return lambda length: length**alpha
+
+
+def gnmt(alpha: float = 0.6) -> Penalty:
+    """((5 + length)/6)^α, the paper's."""
+    return lambda length: ((5 + length) / 6) ** alpha
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished or running candidate: its new tokens, their summed log-probability and that over the penalty."""
+
+    tokens: tuple[int, ...]
+    logprob: float
+    score: float
+
+
+@torch.inference_mode()
+def beam_search(
+    engine: Engine, prompt: Sequence[int], *, beams: int = 4, max_new_tokens: int = 128, penalty: Penalty | None = None
+) -> list[Hypothesis]:
+    """The best `beams` continuations of one prompt, best first.
+
+    The search ends when no running beam can still beat the worst finished one at its present length, or at
+    `max_new_tokens`.
+    """
+    penalty = penalty or gnmt()
+    cache = engine.module.new_cache(1, len(prompt) + max_new_tokens)
+    logits = engine.prefill([prompt], cache)
+    running: list[tuple[int, ...]] = [()]
+    totals = torch.zeros(1)
+    finished: list[Hypothesis] = []
+    for length in range(1, max_new_tokens + 1):
+        parents, tokens, totals, ended = _extend(logits, totals, engine.eos_ids, beams)
+        finished += [_hypothesis((*running[parent], token), total, penalty) for parent, token, total in ended]
+        finished = sorted(finished, key=lambda h: -h.score)[:beams]
+        running = [(*running[parent], token) for parent, token in zip(parents, tokens, strict=True)]
+        if len(finished) == beams and finished[-1].score >= float(totals.max()) / penalty(length):
+            return finished
+        if length < max_new_tokens:
+            cache.select(torch.tensor(parents))
+            logits = engine.decode(torch.tensor(tokens), cache)
+    finished += [_hypothesis(tokens, float(total), penalty) for tokens, total in zip(running, totals, strict=True)]
+    return sorted(finished, key=lambda h: -h.score)[:beams]
+
+
+def _extend(
+    logits: Tensor, totals: Tensor, eos_ids: frozenset[int], beams: int
+) -> tuple[list[int], list[int], Tensor, list[tuple[int, int, float]]]:
+    """The best continuations of the running beams, and those among the best that ended."""
+    vocab_size = logits.shape[1]
+    candidates = (totals[:, None] + logits.log_softmax(-1)).flatten()
+    wanted = min(beams * (1 + max(1, len(eos_ids))), len(candidates))  # enough that `beams` of them go on
+    best, places = candidates.topk(wanted)
+    parents: list[int] = []
+    tokens: list[int] = []
+    kept: list[float] = []
+    ended: list[tuple[int, int, float]] = []
+    for rank, (total, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
+        parent, token = divmod(place, vocab_size)
+        if token in eos_ids:
+            if rank < beams:
+                ended.append((parent, token, total))
+        elif len(parents) < beams:
+            parents.append(parent)
+            tokens.append(token)
+            kept.append(total)
+    return parents, tokens, torch.tensor(kept), ended
+
+
+def _hypothesis(tokens: tuple[int, ...], total: float, penalty: Penalty) -> Hypothesis:
+    return Hypothesis(tokens, total, total / penalty(len(tokens)))

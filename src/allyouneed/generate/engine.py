@@ -1,0 +1,117 @@
+"""The engine: token ids in, token ids out. It knows nothing of text.
+
+Prompts of unequal length share a batch, each row at its own position in the cache; a finished row leaves the batch at
+once. Shapes: R rows still running, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allyouneed.core.errors import InputError
+from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.sampling import Sampler
+from allyouneed.models.decoder import Decoder
+from allyouneed.nn.caches import Cache
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of one request."""
+
+    request: int
+    token: int
+    logprob: float  # natural, under the model's own distribution, before any filter
+    finish_reason: str | None  # "stop" or "length" with a request's last token
+
+
+Stop = Callable[[int, int], bool]  # (request, token just produced) -> whether the request ends here
+
+
+class Engine:
+    """Generates with one module; holds no state between calls, so that any number of calls may follow one another."""
+
+    def __init__(self, module: Decoder, eos_ids: Sequence[int] = ()) -> None:
+        self.module, self.eos_ids = module, frozenset(eos_ids)
+
+    @torch.inference_mode()
+    def steps(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], stop: Stop = lambda request, token: False
+    ) -> Iterator[Step]:
+        """Tokens as they come, all requests in one batch.
+
+        Args:
+            prompts: at least one token id each.
+            samplings: one for each prompt.
+            stop: asked after every token but an end token, once.
+
+        Raises:
+            InputError: a prompt is empty, or too long for the context together with `max_new_tokens`.
+        """
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            self._check(prompt, sampling)
+        requests = [i for i, sampling in enumerate(samplings) if sampling.max_new_tokens > 0]
+        if not requests:
+            return
+        running = [prompts[i] for i in requests]
+        capacity = max(len(prompts[i]) + samplings[i].max_new_tokens for i in requests)
+        cache = self.module.new_cache(len(requests), capacity)
+        sampler = Sampler([samplings[i] for i in requests], running, self.module.config.vocab_size)
+        left = [samplings[i].max_new_tokens for i in requests]
+        logits = self.prefill(running, cache)
+        while requests:
+            tokens = sampler.choose(logits)
+            logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+            kept = []
+            for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+                left[row] -= 1
+                reason = self._finished(requests[row], token, left[row], sampler.samplings[row], stop)
+                if reason is None:
+                    kept.append(row)
+                yield Step(requests[row], token, logprob, reason)
+            if not kept:
+                return
+            if len(kept) < len(requests):
+                requests, left = [requests[row] for row in kept], [left[row] for row in kept]
+                tokens = tokens[kept]
+                sampler.select(kept)
+                cache.select(torch.tensor(kept))
+            logits = self.decode(tokens, cache)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+        """Read the prompts, right-padded; the logits after each one's last token, (R, V)."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.as_tensor(prompt)
+        hidden = self.module.hidden(ids, cache=cache)
+        cache.advance(lengths)
+        return self.module.head(hidden[torch.arange(len(prompts)), lengths - 1]).float()
+
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """One more token a row: (R,) -> (R, V)."""
+        logits = self.module(tokens[:, None], cache=cache).logits[:, 0].float()
+        cache.advance(1)
+        return logits
+
+    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        context = self.module.config.context
+        if not len(prompt):
+            raise InputError("prompt is empty; give at least one token")
+        excess = len(prompt) + sampling.max_new_tokens - context
+        if excess > 0:
+            raise InputError(
+                f"prompt of {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the context of "
+                f"{context} by {excess}; shorten the prompt or lower max_new_tokens"
+            )
+
+    def _finished(self, request: int, token: int, left: int, sampling: Sampling, stop: Stop) -> str | None:
+        if token in self.eos_ids and not sampling.ignore_eos:
+            return "stop"
+        if stop(request, token):
+            return "stop"
+        return "length" if left == 0 else None

@@ -1,0 +1,100 @@
+"""The one way to ask a language model. Whoever asks knows only this protocol; local and remote models satisfy it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
+
+from allyouneed.core.config import Config
+from allyouneed.core.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Message(TypedDict):
+    """One turn of a conversation: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Config):
+    """How the next token is chosen and when to stop. The filters apply in the order in which they stand here."""
+
+    max_new_tokens: int = 128
+    repetition_penalty: float = 1.0  # > 1 makes tokens already seen less likely (Keskar et al. 2019, sec. 4.1)
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # keep the k likeliest; 0: all
+    top_p: float = 1.0  # keep the likeliest that together reach p (Holtzman et al. 2020)
+    min_p: float = 0.0  # keep those at least min_p times as likely as the likeliest
+    seed: int | None = None  # None: a new one each time
+    stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        for name, valid, right in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+        ):
+            if not valid:
+                raise InputError(f"sampling: {name}={getattr(self, name)!r}; it must be {right}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came back for one prompt."""
+
+    text: str
+    finish_reason: str  # "stop" (end token or stop string) or "length"
+    prompt_tokens: int
+    completion_tokens: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()  # natural log-probability of each token under the unfiltered distribution
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What every model can be asked, wherever it runs."""
+
+    name: str
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in order."""
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Pieces of the completion's text as they come; joined they equal `complete`'s text."""
+
+    def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+        """Pieces of the assistant's answer as they come."""
+
+    def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
+        """The completions' texts; keywords are fields of `Sampling`."""
+
+    def chat(self, messages: Sequence[Message], **sampling: object) -> str:
+        """The assistant's answer, through the checkpoint's own chat template."""
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """Summed natural log-probability of each continuation given its prompt."""
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, dim) float32 vectors of unit length."""
+
+
+def sampling_from(keywords: dict[str, object]) -> Sampling:
+    """`Sampling` from the keywords of `generate` and `chat`; `stop` may be one string or a list."""
+
+    names = [f.name for f in fields(Sampling)]
+    for name in keywords:
+        if name not in names:
+            raise unknown("sampling option", name, names)
+    stop = keywords.get("stop", ())
+    keywords = keywords | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}  # type: ignore[arg-type]
+    return Sampling(**keywords)  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""What ties a kind of checkpoint to our models: its configuration's fields and its tensors' names, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from allyouneed.core.errors import InputError
+from allyouneed.models.checkpoints.fields import Fields
+from allyouneed.models.checkpoints.names import Rule
+from allyouneed.models.decoder import Decoder
+
+# What training chooses; it does not change what a trained model computes, and not every layout can say it.
+TRAINING_ONLY = ("dropout", "initialise", "context")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of the Hugging Face layout, or one `general.architecture` of GGUF."""
+
+    model_type: str
+    architecture: str  # class name in config.json's `architectures`
+    read: Callable[[Fields], Decoder.Config]
+    write: Callable[[Decoder.Config], dict[str, Any]]
+    rules: Callable[[Decoder.Config], Sequence[Rule]]
+
+    def fits(self, config: Decoder.Config) -> bool:
+        """Whether this layout can say all of `config`: what it writes, it reads back."""
+        try:
+            again = self.read(Fields(self.write(config), self.model_type))
+        except (ValueError, AttributeError):  # a part that this family has no field for
+            return False
+        return _computation(again.to_json()) == _computation(config.to_json())
+
+
+def _computation(value: Any) -> Any:
+    """A config's JSON without what only training looks at; defaults that mean the same are made the same."""
+    if isinstance(value, dict):
+        return {k: _computation(v) for k, v in value.items() if k not in TRAINING_ONLY}
+    return [_computation(v) for v in value] if isinstance(value, list) else value
+
+
+def one_kind_of_block(config: Decoder.Config) -> Any:
+    """The block of a model that has but one kind."""
+    if len(config.blocks) != 1:
+        raise InputError("this layout has one kind of block for all layers")
+    return config.blocks[0]
+
+
+# transformers' names of activations, and ours
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation_name(ours: str) -> str:
+    """transformers' name of one of our activations."""
+    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)

@@ -1,0 +1,146 @@
+"""The Hugging Face layout: config.json and safetensors, one file or sharded, in and out.
+
+A model that no `transformers` class can compute is saved in the same layout under `model_type` "allyouneed", its
+configuration and tensor names being our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allyouneed.core import files
+from allyouneed.core.config import Config
+from allyouneed.core.errors import InputError, unknown
+from allyouneed.models import bloom, gpt2, gpt_neo, llama
+from allyouneed.models.checkpoints import weights
+from allyouneed.models.checkpoints.family import Family
+from allyouneed.models.checkpoints.fields import LARGEST, Fields
+from allyouneed.models.checkpoints.names import Rule, to_ours, to_theirs
+from allyouneed.models.decoder import Decoder
+
+FAMILIES = {
+    family.model_type: family
+    for family in (gpt2.HUGGING_FACE, llama.HUGGING_FACE, bloom.HUGGING_FACE, gpt_neo.HUGGING_FACE)
+}
+OURS = "allyouneed"
+
+
+def load(folder: Path) -> Decoder:
+    """The model in a folder of the Hugging Face layout, in float32 and evaluation mode.
+
+    Raises:
+        InputError: a file or field is missing or wrong, or config.json and the weights do not belong together.
+    """
+    source = folder / "config.json"
+    fields = Fields(files.read_json(source, limit=16 << 20), source)
+    tensors = weights.read_sharded(folder)
+    model_type = fields.choice("model_type", [*FAMILIES, OURS])
+    if model_type == OURS:
+        return assemble(_own_config(fields), tensors, source)
+    family = FAMILIES[model_type]
+    config = family.read(fields)
+    rules = family.rules(config)
+    check_layers(rules, config.num_layers, tensors, source)
+    if not any(name in tensors for name in (rules[0].theirs,)):
+        tensors = _with_prefix(rules, tensors)
+    return assemble(config, to_ours(rules, config.num_layers, tensors, folder), source)
+
+
+def save(module: Decoder, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write config.json and weights; `transformers` loads them with the same outputs where it has such a model."""
+    state = _state(module)
+    for family in FAMILIES.values():
+        if family.fits(module.config):
+            described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(
+                module.config
+            )
+            state = to_theirs(family.rules(module.config), module.config.num_layers, state)
+            break
+    else:
+        described = {"model_type": OURS, "config": module.config.to_json()}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    weights.write_sharded(folder, state, max_shard_bytes=max_shard_bytes)
+    files.write_json(folder / "config.json", described | {"dtype": dtype})
+
+
+def assemble(config: Decoder.Config, state: Mapping[str, Tensor], source: object) -> Decoder:
+    """The model of `config` with the tensors of `state`; nothing is allocated before every shape agrees."""
+    try:
+        with torch.device("meta"):
+            model = config.build()
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{source}: no such model can be built: {str(error).splitlines()[0]}") from None
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, shape in expected.items():
+        if name not in state:
+            raise InputError(f"{source}: the weights have no tensor for {name}")
+        if tuple(state[name].shape) != shape:
+            raise InputError(
+                f"{source}: {name} has shape {list(state[name].shape)}, the configuration asks for {list(shape)}"
+            )
+    model.load_state_dict({name: state[name].to(torch.float32) for name in expected}, strict=False, assign=True)
+    retie(model)
+    return model.eval()
+
+
+def retie(model: Decoder) -> None:
+    """Make the head share the embedding's tensor again after either was replaced."""
+    if model.config.tied:
+        model.head.weight = model.embedding.weight
+
+
+def check_layers(rules: Iterable[Rule], num_layers: int, names: Iterable[str], source: object) -> None:
+    """Refuse a number of layers other than that of the weights, before anything is built by it."""
+    pattern = next(rule.theirs for rule in rules if "{i}" in rule.theirs)
+    before, _, after = pattern.partition("{i}")
+    suffix_of = before.split(".", 1)[-1]  # checkpoints of the bare model leave out the first part of the name
+    held = sum(name.endswith(after) and suffix_of in name for name in names)
+    if held != num_layers:
+        raise InputError(f"{source}: {num_layers} layers, but the weights hold {held}")
+
+
+def _with_prefix(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as in the full model for a checkpoint of the bare one (`wte.weight`, not `transformer.wte.weight`)."""
+    prefix = next(iter(rules)).theirs.split(".", 1)[0] + "."
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _own_config(fields: Fields) -> Decoder.Config:
+    described = fields.values.get("config")
+    if not isinstance(described, dict):
+        raise fields.wrong("config", described, "the object that `save` writes")
+    _check_numbers(described, fields)
+    try:
+        config = Config.from_json(described)
+    except TypeError as error:
+        raise InputError(f"{fields.source}: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, Decoder.Config):
+        raise fields.wrong("config", described.get("type"), "a decoder's configuration")
+    return config
+
+
+def _check_numbers(value: Any, fields: Fields, depth: int = 0) -> None:
+    if depth > 16:
+        raise InputError(f"{fields.source}: config nested too deeply")
+    for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(child, dict | list):
+            _check_numbers(child, fields, depth + 1)
+        elif isinstance(child, int) and not -1 <= child <= LARGEST:
+            raise fields.wrong(str(name), child, f"a number up to {LARGEST}")
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters by name, a shared one once."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def family_named(model_type: str, families: Mapping[str, Family], source: object) -> Family:
+    """One of `families`, or the error that names the nearest."""
+    if model_type not in families:
+        raise InputError(f"{source}: {unknown('architecture', model_type, families)}")
+    return families[model_type]

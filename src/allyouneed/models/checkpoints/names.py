@@ -1,0 +1,134 @@
+"""Rules between the names and layouts of our tensors and those of other people's checkpoints, read in both directions.
+
+A rule ties one tensor of theirs to one or more of ours; `{i}` stands for the number of the layer. The layouts differ in
+three ways: transposed (GPT-2 stores matrices input × output), fused (queries, keys and values in one), and permuted
+(GGUF stores the rotary pairs of LLaMA's queries and keys next to each other). Fusing and permuting only ever move
+whole rows, so that rules without a transposition serve blocks of quantised bytes as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allyouneed.core.errors import InputError
+
+Split = Callable[[Tensor], Sequence[Tensor]]
+Join = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`split` makes ours of theirs, `join` theirs of ours."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    split: Split = lambda tensor: (tensor,)
+    join: Join = lambda parts: parts[0]
+    optional: bool = False  # left out of many checkpoints (a tied head)
+
+    def at(self, layer: int) -> Rule:
+        """The rule for one layer."""
+        ours = tuple(name.replace("{i}", str(layer)) for name in self.ours)
+        return Rule(ours, self.theirs.replace("{i}", str(layer)), self.split, self.join, self.optional)
+
+
+def same(ours: str, theirs: str, *, optional: bool = False) -> Rule:
+    """Another name, nothing else."""
+    return Rule((ours,), theirs, optional=optional)
+
+
+def both(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    """Weight and bias of one layer under another name."""
+    return same(f"{ours}.weight", f"{theirs}.weight"), same(f"{ours}.bias", f"{theirs}.bias")
+
+
+def transposed(ours: str, theirs: str) -> Rule:
+    """A matrix stored input × output."""
+    return Rule((ours,), theirs, lambda t: (t.t().contiguous(),), lambda parts: parts[0].t().contiguous())
+
+
+def thirds(ours: Iterable[str], theirs: str) -> Rule:
+    """Queries, keys and values as the first, second and last third of the rows."""
+    return Rule(tuple(ours), theirs, lambda t: t.chunk(3), lambda parts: torch.cat(tuple(parts)))
+
+
+def transposed_thirds(ours: Iterable[str], theirs: str) -> Rule:
+    """The same in a matrix stored input × output."""
+    return Rule(
+        tuple(ours),
+        theirs,
+        lambda t: [part.contiguous() for part in t.t().chunk(3)],
+        lambda parts: torch.cat(tuple(parts)).t().contiguous(),
+    )
+
+
+def by_head(ours: Iterable[str], theirs: str, num_heads: int) -> Rule:
+    """Queries, keys and values interleaved: for each head its query rows, key rows, value rows."""
+
+    def split(tensor: Tensor) -> list[Tensor]:
+        heads = tensor.unflatten(0, (num_heads, 3, -1))
+        return [heads[:, n].flatten(0, 1).contiguous() for n in range(3)]
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([part.unflatten(0, (num_heads, -1)) for part in parts], 1).flatten(0, 2).contiguous()
+
+    return Rule(tuple(ours), theirs, split, join)
+
+
+def paired(ours: str, theirs: str, num_heads: int) -> Rule:
+    """Rows whose rotary partners stand next to each other (0, 1), not half a head apart (0, D/2)."""
+
+    def split(tensor: Tensor) -> tuple[Tensor]:
+        return (tensor.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous(),)
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+    return Rule((ours,), theirs, split, join)
+
+
+def expand(rules: Iterable[Rule], num_layers: int) -> Iterator[Rule]:
+    """The rules with `{i}` replaced by each layer's number."""
+    for rule in rules:
+        if "{i}" in rule.theirs:
+            yield from (rule.at(layer) for layer in range(num_layers))
+        else:
+            yield rule
+
+
+def to_ours(rules: Iterable[Rule], num_layers: int, theirs: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Our tensors from their checkpoint.
+
+    Raises:
+        InputError: a tensor is missing, or cannot be divided as the rule asks.
+    """
+    found: dict[str, Tensor] = {}
+    for rule in expand(rules, num_layers):
+        if rule.theirs not in theirs:
+            if rule.optional:
+                continue
+            raise InputError(f"{source}: tensor {rule.theirs!r} is missing")
+        tensor = theirs[rule.theirs]
+        try:
+            parts = rule.split(tensor)
+        except RuntimeError:
+            parts = ()
+        if len(parts) != len(rule.ours):
+            raise InputError(
+                f"{source}: tensor {rule.theirs!r} of shape {list(tensor.shape)} cannot be divided as needed"
+            )
+        found.update(zip(rule.ours, parts, strict=True))
+    return found
+
+
+def to_theirs(rules: Iterable[Rule], num_layers: int, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their checkpoint from our tensors."""
+    return {
+        rule.theirs: rule.join([ours[name] for name in rule.ours])
+        for rule in expand(rules, num_layers)
+        if not rule.optional or all(name in ours for name in rule.ours)
+    }

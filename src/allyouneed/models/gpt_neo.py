@@ -1,0 +1,80 @@
+"""GPT-Neo, and with it GPT-3 (Brown et al. 2020, sec. 2.1): GPT-2 with dense and locally banded attention in turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allyouneed.models import gpt2
+from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name
+from allyouneed.models.checkpoints.fields import Fields
+from allyouneed.models.checkpoints.names import Rule, both, same
+from allyouneed.models.decoder import Decoder
+
+
+def architecture(*, window: int = 256, scale: float | None = None, **sizes: Any) -> Decoder.Config:
+    """GPT-2's `sizes`, every second layer seeing only the last `window` tokens."""
+    config = gpt2.architecture(**sizes)
+    block = config.blocks[0]
+    dense = block.replace(mixer=block.mixer.replace(scale=scale))
+    banded = dense.replace(mixer=dense.mixer.replace(window=window))
+    return config.replace(blocks=(dense, banded))
+
+
+def _read(fields: Fields) -> Decoder.Config:
+    dim, num_layers = fields.integer("hidden_size"), fields.integer("num_layers")
+    config = architecture(
+        window=fields.integer("window_size", 256),
+        scale=1.0,  # the authors left out the division by √head_dim; the weights absorb it
+        vocab_size=fields.integer("vocab_size"),
+        context=fields.integer("max_position_embeddings", 2048),
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=fields.integer("num_heads"),
+        hidden_dim=fields.integer("intermediate_size", 4 * dim),
+        activation=ACTIVATIONS[fields.choice("activation_function", ACTIVATIONS, "gelu_new")],
+        eps=fields.number("layer_norm_epsilon", 1e-5),
+        tied=fields.boolean("tie_word_embeddings", True),
+        dropout=fields.number("resid_dropout", 0.0, most=1.0),
+    )
+    dense, banded = (block.replace(mixer=block.mixer.replace(bias=False)) for block in config.blocks)
+    fields.expect("attention_types", [[["global", "local"], num_layers // 2]])
+    return config.replace(blocks=(dense, banded))
+
+
+def _write(config: Decoder.Config) -> dict[str, Any]:
+    dense, banded = config.blocks
+    return {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "hidden_size": config.dim,
+        "num_layers": config.num_layers,
+        "attention_types": [[["global", "local"], config.num_layers // 2]],
+        "num_heads": dense.mixer.num_heads,
+        "window_size": banded.mixer.window,
+        "intermediate_size": dense.channel.hidden_dim,
+        "activation_function": activation_name(dense.channel.activation),
+        "layer_norm_epsilon": dense.norm.eps,  # type: ignore[union-attr]
+        "tie_word_embeddings": config.tied,
+        "resid_dropout": dense.dropout,
+        "attention_dropout": dense.mixer.dropout,
+        "embed_dropout": config.dropout,
+    }
+
+
+def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
+    theirs = "transformer.h.{i}"
+    return (
+        same("embedding.weight", "transformer.wte.weight"),
+        same("positions.embedding.weight", "transformer.wpe.weight"),
+        *both("blocks.{i}.mixer_norm", f"{theirs}.ln_1"),
+        *(same(f"blocks.{{i}}.mixer.{name}.weight", f"{theirs}.attn.attention.{name}_proj.weight") for name in "qkv"),
+        *both("blocks.{i}.mixer.out", f"{theirs}.attn.attention.out_proj"),
+        *both("blocks.{i}.channel_norm", f"{theirs}.ln_2"),
+        *both("blocks.{i}.channel.up", f"{theirs}.mlp.c_fc"),
+        *both("blocks.{i}.channel.out", f"{theirs}.mlp.c_proj"),
+        *both("norm", "transformer.ln_f"),
+        same("head.weight", "lm_head.weight", optional=config.tied),
+    )
+
+
+HUGGING_FACE = Family("gpt_neo", "GPTNeoForCausalLM", _read, _write, _rules)

@@ -1,0 +1,87 @@
+"""Self-attention. Positions and masks come from `Sight`, remembered tokens from a cache; neither is chosen here.
+
+Shapes: B rows, T queries, S keys, H heads, D = head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allyouneed import core
+from allyouneed.nn.caches import LayerCache
+from allyouneed.nn.sight import Sight
+
+
+class Attention(core.Configured, nn.Module):
+    """Multi-head softmax(QKᵀ·scale + bias)V (Vaswani et al. 2017, sec. 3.2).
+
+    Heads share fewer keys and values where `num_kv_heads` says so (Ainslie et al. 2023); sight is banded where `window`
+    does (Child et al. 2019; Brown et al. 2020).
+
+    >>> import torch
+    >>> from allyouneed.nn.positions import Positions
+    >>> from allyouneed.nn.sight import whole_rows
+    >>> positions = Positions.Config().build(dim=8, num_heads=2, head_dim=4, context=16)
+    >>> x = torch.randn(1, 3, 8)
+    >>> Attention.Config(num_heads=2).build(8)(x, whole_rows(positions, x)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """`head_dim` None: dim / num_heads. `scale` None: 1/√head_dim."""
+
+        num_heads: int
+        num_kv_heads: int | None = None  # None: as many as heads
+        head_dim: int | None = None
+        bias: bool = False  # of queries, keys and values
+        out_bias: bool = False
+        window: int | None = None  # a token sees itself and window - 1 before it; None: all before it
+        scale: float | None = None
+        dropout: float = 0.0  # of the attention weights
+
+        def head_dim_of(self, dim: int) -> int:
+            """The size of a head in a model `dim` wide."""
+            if self.head_dim is None and dim % self.num_heads:
+                raise core.InputError(
+                    f"num_heads={self.num_heads} does not divide dim={dim}; set head_dim or change one"
+                )
+            return self.head_dim or dim // self.num_heads
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        if self.num_heads % self.num_kv_heads:
+            raise core.InputError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
+        self.head_dim = config.head_dim_of(dim)
+        self.window, self.scale, self.dropout = config.window, config.scale, config.dropout
+        self.q = nn.Linear(dim, self.num_heads * self.head_dim, bias=config.bias)
+        self.k = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=config.bias)
+        self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=config.bias)
+        self.out = nn.Linear(self.num_heads * self.head_dim, dim, bias=config.out_bias)
+
+    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
+        q, k = sight.turn(q), sight.turn(k)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        mask = sight.mask(self.window)
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask.to(q.dtype),
+            is_causal=mask is None and q.shape[2] > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=self.num_kv_heads < self.num_heads,
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads·D) -> (B, heads, T, D)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,62 @@
+"""The block: a token mixer and a channel mixer, each on a residual branch with its norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allyouneed import core
+from allyouneed.nn.attention import Attention
+from allyouneed.nn.caches import LayerCache
+from allyouneed.nn.ffn import MLP, GatedMLP
+from allyouneed.nn.norms import LayerNorm, Norm
+from allyouneed.nn.sight import Sight
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreNorm(core.Config):
+    """x + f(norm(x)): the stream itself is never normalised (Xiong et al. 2020, fig. 1b)."""
+
+    def __call__(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        return x + branch(norm(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostNorm(core.Config):
+    """norm(x + f(x)), as in 2017 (Xiong et al. 2020, fig. 1a)."""
+
+    def __call__(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        return norm(x + branch(x))
+
+
+class Block(core.Configured, nn.Module):
+    """Two residual branches: `mixer` over tokens, then `channel` over each token's dimensions."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """The parts; `dropout` is applied to each branch's output."""
+
+        mixer: Attention.Config
+        channel: MLP.Config | GatedMLP.Config
+        norm: Norm = field(default_factory=LayerNorm.Config)
+        placement: PreNorm | PostNorm = field(default_factory=PreNorm)
+        dropout: float = 0.0
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.placement, self.dropout = config.placement, config.dropout
+        self.mixer_norm, self.mixer = config.norm.build(dim), config.mixer.build(dim)
+        self.channel_norm, self.channel = config.norm.build(dim), config.channel.build(dim)
+
+    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
+        return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)

@@ -1,0 +1,81 @@
+"""Channel mixers: what each position does by itself between attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allyouneed import core
+from allyouneed.core.errors import unknown
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,  # Vaswani et al. 2017
+    "gelu": F.gelu,  # Hendrycks & Gimpel 2016
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # its approximation, in GPT and GPT-2
+    "silu": F.silu,
+}
+
+
+class MLP(core.Configured, nn.Module):
+    """W₂ f(W₁x + b₁) + b₂ (Vaswani et al. 2017, eq. 2).
+
+    >>> import torch
+    >>> MLP.Config(hidden_dim=32).build(8)(torch.randn(2, 3, 8)).shape
+    torch.Size([2, 3, 8])
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """`activation` is one of `ACTIVATIONS`."""
+
+        hidden_dim: int
+        activation: str = "gelu_tanh"
+        bias: bool = True
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.activation = _activation(config.activation)
+        self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
+        self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        return self.out(self.activation(self.up(x)))
+
+
+class GatedMLP(core.Configured, nn.Module):
+    """W₂ (f(Wx) ⊙ Vx): SwiGLU with the default activation (Shazeer 2020, eq. 6).
+
+    >>> import torch
+    >>> GatedMLP.Config(hidden_dim=32).build(8)(torch.randn(2, 3, 8)).shape
+    torch.Size([2, 3, 8])
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """`activation` is one of `ACTIVATIONS`."""
+
+        hidden_dim: int
+        activation: str = "silu"
+        bias: bool = False
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.activation = _activation(config.activation)
+        self.gate = nn.Linear(dim, config.hidden_dim, bias=config.bias)
+        self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
+        self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        return self.out(self.activation(self.gate(x)) * self.up(x))
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]

@@ -1,0 +1,30 @@
+"""How weights begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from allyouneed import core
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normal(core.Config):
+    """N(0, std²) for matrices and embeddings, zero for biases; with `scale_residual`, the last matrix of each of the
+    2·layers residual branches is scaled by 1/√(2·layers), so that the stream's variance does not grow with depth
+    (Radford et al. 2019, sec. 2.3).
+    """
+
+    std: float = 0.02
+    scale_residual: bool = True
+
+    def apply(self, model: nn.Module, num_layers: int) -> None:
+        """Initialise every linear layer and embedding of `model` in place, from torch's global generator."""
+        shrink = (2 * num_layers) ** -0.5 if self.scale_residual else 1.0
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                ends_branch = name.endswith(".out")
+                nn.init.normal_(module.weight, std=self.std * (shrink if ends_branch else 1.0))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)

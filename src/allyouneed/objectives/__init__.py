@@ -1,0 +1,1 @@
+"""What training minimises: pure functions of a module and a batch."""
