@@ -9,7 +9,15 @@ EVEN = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 
 
 
 def gpt2(**changes: object) -> transformers.PreTrainedModel:
-    sizes = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    sizes = {
+        "n_embd": 48,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0,
+        "embd_pdrop": 0,
+        "attn_pdrop": 0,
+    }
     return _random(transformers.GPT2LMHeadModel, transformers.GPT2Config(**(EVEN | sizes | changes)))
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allyouneed.generate.load import load as load
-    from allyouneed.models.checkpoints import load_module as load_module
-    from allyouneed.models.checkpoints import save as save
+    from allyouneed.models.checkpoints.loading import load_module as load_module
+    from allyouneed.models.checkpoints.loading import save as save
     from allyouneed.papers import papers as papers
 
 _ROOMS = {
     "load": "allyouneed.generate.load",
-    "load_module": "allyouneed.models.checkpoints",
-    "save": "allyouneed.models.checkpoints",
+    "load_module": "allyouneed.models.checkpoints.loading",
+    "save": "allyouneed.models.checkpoints.loading",
     "papers": "allyouneed.papers",
 }
 

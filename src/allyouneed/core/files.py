@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+        for file in [*temporary.rglob("*"), temporary]:  # a folder's names need it as much as its files' bytes
             _fsync(file)
         if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that holds something
             shutil.rmtree(path)
@@ -59,6 +59,8 @@ def read_json(path: Path, *, limit: int = 64 << 20) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{path}: {str(error).split(';')[0]}") from None
     except RecursionError:
         raise InputError(f"{path}: JSON nested too deeply") from None
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from allyouneed.core.files import write_text
+
 
 class MetricsLog:
     """Appends metrics to a `.jsonl` file.
@@ -19,7 +21,7 @@ class MetricsLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read(self.path) if resume_at is not None and r.get("step", 0) <= resume_at]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self.file = self.path.open("a")
 
     def write(self, **values: Any) -> None:

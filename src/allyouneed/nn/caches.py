@@ -7,6 +7,8 @@ Shapes: B rows, H key/value heads, C capacity, T new tokens, D head_dim.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,19 @@ class Cache:
             self.longest = max(lengths)
             self.uniform = self.longest if min(lengths) == self.longest else None
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens of every row; rows must be at least that long."""
+        assert self.uniform is not None and length <= self.uniform, "rows of unequal length"
+        self.lengths.fill_(length)
+        self.uniform = self.longest = length
+
+    def fork(self, rows: int) -> Cache:
+        """A cache of `rows` rows, each holding what the only row of this one holds; this one stays as it is."""
+        fork = copy.copy(self)
+        fork.lengths = self.lengths.expand(rows).clone()
+        fork.layers = [LayerCache(fork, *layer.repeated(rows)) for layer in self.layers]
+        return fork
+
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (n,), in that order, possibly repeated: finished rows leave, beams fork."""
         self.lengths = self.lengths[rows]
@@ -81,6 +96,10 @@ class LayerCache:
 
     def __init__(self, cache: Cache, keys: Tensor, values: Tensor) -> None:
         self.cache, self.keys, self.values = cache, keys, values
+
+    def repeated(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Copies of the only row's keys and values, `rows` times."""
+        return self.keys.repeat(rows, 1, 1, 1), self.values.repeat(rows, 1, 1, 1)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values (B, H, T, D) after each row's last; everything up to the longest row's end."""

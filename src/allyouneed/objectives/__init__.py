@@ -1,1 +1,1 @@
-"""What training minimises: pure functions of a module and a batch."""
+"""What is to be learned: pure functions `objective(module, batch) -> Loss`. Knows no optimiser, no loop, no files."""

@@ -1,1 +1,1 @@
-"""The one training loop, its optimisers, schedules and checkpoints."""
+"""The one training loop and what it stands on: optimisers, schedules, checkpoints, ranks. Knows no model, no data."""

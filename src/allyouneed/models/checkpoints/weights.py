@@ -1,18 +1,21 @@
 """Safetensors files, one or sharded, in and out.
 
 A file's header is checked against its real size before the library or an allocation sees it; the data is then mapped,
-not read. Nothing is ever unpickled.
+not read. A tensor under several names is stored once, the other names in the file's metadata as the library's own
+`save_model` puts them there. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,11 +23,12 @@ from allyouneed.core import files
 from allyouneed.core.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FORMAT = {"format": "pt"}  # `transformers` asks for it
 BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+    "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
-MOST_HEADER = 100 << 20  # the format's own limit
+MOST_HEADER = 4 << 20  # some 30,000 tensors; hostile JSON takes up to 25 times its text in memory, and seconds
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -36,13 +40,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     check(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            aliases = {a: name for a, name in (file.metadata() or {}).items() if name in tensors and a not in tensors}
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not readable as safetensors: {str(error).splitlines()[0]}") from None
+    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
 
 
 def read_sharded(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder in the Hugging Face layout: `model.safetensors`, or the shards its index names."""
+    """The tensors of a folder in the Hugging Face layout: `model.safetensors`, or the shards its index names.
+
+    Raises:
+        InputError: a file is missing or broken, or a shard does not hold what the index says.
+    """
     folder = Path(folder)
     index = folder / INDEX
     if not index.exists():
@@ -50,42 +60,40 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
             raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}")
         return read_safetensors(folder / SINGLE)
     places = _weight_map(index)
-    shards: dict[str, dict[str, Tensor]] = {}
-    tensors = {}
+    shards = {shard: read_safetensors(folder / shard) for shard in sorted(set(places.values()))}
     for name, shard in places.items():
-        if shard not in shards:
-            shards[shard] = read_safetensors(folder / shard)
         if name not in shards[shard]:
-            raise InputError(f"{index}: weight_map puts {name!r} into {shard}, which does not hold it")
-        tensors[name] = shards[shard][name]
-    return tensors
+            raise InputError(f"{index}: weight_map puts {name[:60]!r} into {shard}, which does not hold it")
+    everything = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    return everything | {name: shards[shard][name] for name, shard in places.items()}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file, whole or not at all."""
-    with files.replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = FORMAT) -> None:
+    """Write one file, whole or not at all; what shares its memory under several names is written once."""
+    kept, aliases = _stored_once(tensors)
+    _write(path, kept, {**aliases, **metadata})
 
 
 def write_sharded(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write `model.safetensors`, or several shards and their index where that would exceed `max_shard_bytes`."""
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and _size(shards[-1]) + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
+    """Write `model.safetensors`, or several shards and their index where that would exceed `max_shard_bytes`.
+
+    Each file appears whole or not at all, the index after its shards; what stood in the folder goes last.
+    """
     folder = Path(folder)
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        stale.unlink(missing_ok=True)
-    if len(shards) == 1:
-        write_safetensors(folder / SINGLE, shards[0])
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    files.write_json(folder / INDEX, {"metadata": {"total_size": _size(tensors)}, "weight_map": weight_map})
+    kept, aliases = _stored_once(tensors)
+    shards = _shards(kept, max_shard_bytes)
+    numbered = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    written = dict(zip(numbered if len(shards) > 1 else [SINGLE], shards, strict=True))
+    for file, shard in written.items():
+        _write(folder / file, shard, {a: name for a, name in aliases.items() if name in shard} | FORMAT)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in written.items() for name in shard}
+        files.write_json(folder / INDEX, {"metadata": {"total_size": _size(kept)}, "weight_map": weight_map})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for stale in folder.glob("model*.safetensors"):
+        if stale.name not in written:
+            stale.unlink()
 
 
 def check(path: Path) -> None:
@@ -121,7 +129,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     shown = repr(name[:60])
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{path}: tensor {shown} must have dtype, shape and data_offsets")
-    if entry["dtype"] not in BITS:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in BITS:
         raise InputError(f"{path}: tensor {shown}: dtype {str(entry['dtype'])[:20]!r}; accepted: {', '.join(BITS)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 16:
@@ -139,7 +147,7 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    described = files.read_json(index)
+    described = files.read_json(index, limit=MOST_HEADER)
     places = described.get("weight_map") if isinstance(described, dict) else None
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: field 'weight_map' must map tensor names to file names")
@@ -160,6 +168,42 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("the same name twice")
     return found
+
+
+def _stored_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor under the first of its names, in memory of its own; and the other names with that first one."""
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and first.setdefault(view, name) != name:
+            aliases[name] = first[view]
+        else:
+            kept[name] = tensor.detach()
+    memory = [tensor.untyped_storage().data_ptr() for tensor in kept.values()]
+    users = Counter(memory)
+    return {
+        name: tensor.contiguous() if users[pointer] == 1 else tensor.clone(memory_format=torch.contiguous_format)
+        for (name, tensor), pointer in zip(kept.items(), memory, strict=True)
+    }, aliases
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and _size(shards[-1]) + tensor.nbytes > most:
+            shards.append({})
+        shards[-1][name] = tensor
+    return shards
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    try:
+        with files.replacing(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:

@@ -1,0 +1,1 @@
+"""The commands of `allyouneed`, one module per group, each with `register(app)`; heavy imports inside functions."""

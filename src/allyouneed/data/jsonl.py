@@ -1,0 +1,217 @@
+"""Data files: JSON lines of the field's four kinds, and plain text. Read as they stream, or by line number.
+
+    {"text": "…"}                                        Text
+    {"messages": [{"role": "user", "content": "…"}, …]}  Chat
+    {"prompt": "…", "completion": "…"}                   Completion
+    {"prompt": "…", "chosen": "…", "rejected": "…"}      Preference
+
+Prompts and answers may be strings or lists of messages; further keys are passed over. Nothing is tokenised here.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from allyouneed.core.errors import InputError
+
+Message = dict[str, str]  # role and content
+Turns = str | list[Message]
+ROLES = ("system", "user", "assistant", "tool")
+LONGEST = 8 << 20  # bytes of a line: no record is longer, and JSON in memory is many times its text
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation."""
+
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and its answer."""
+
+    prompt: Turns
+    completion: Turns
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt, the better answer and the worse one."""
+
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+
+
+Record = Text | Chat | Completion | Preference
+Kind = type[Text] | type[Chat] | type[Completion] | type[Preference]
+KINDS: tuple[Kind, ...] = (Text, Chat, Completion, Preference)
+
+
+def read(path: Path | str, kinds: Sequence[Kind] = KINDS) -> Iterator[Record]:
+    """The records of a file, one at a time; blank lines are passed over.
+
+    Raises:
+        InputError: names the file, the line, what was found there and what is accepted.
+    """
+    path = Path(path)
+    for number, _, line in _lines(path):
+        yield parse(line, kinds, f"{path}: line {number}")
+
+
+class Lines(Sequence[Record]):
+    """The records of a file by number. One pass finds where lines begin; a record is read when it is asked for."""
+
+    def __init__(self, path: Path | str, kinds: Sequence[Kind] = KINDS) -> None:
+        self.path, self.kinds = Path(path), kinds
+        self.offsets, self.numbers = array("q"), array("q")
+        for number, offset, _ in _lines(self.path):
+            self.numbers.append(number)
+            self.offsets.append(offset)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with _opened(self.path) as file:
+            file.seek(self.offsets[index])
+            return parse(file.readline(), self.kinds, f"{self.path}: line {self.numbers[index]}")
+
+
+def parse(line: bytes, kinds: Sequence[Kind], where: str) -> Record:
+    """The record in one line; `where` opens the message of an error.
+
+    >>> parse(b'{"prompt": "2+2=", "completion": "4", "id": 7}', KINDS, "here")
+    Completion(prompt='2+2=', completion='4')
+    >>> parse(b'{"promt": "2+2="}', [Completion], "data.jsonl: line 1")
+    Traceback (most recent call last):
+    allyouneed.core.errors.InputError: data.jsonl: line 1: keys 'promt'; accepted: prompt + completion
+    """
+    found = _object(line, where)
+    for kind in sorted(kinds, key=lambda kind: -len(fields(kind))):  # prompt + chosen + rejected before prompt + …
+        names = [field.name for field in fields(kind)]
+        if all(name in found for name in names):
+            for name in names:
+                _check(name, found[name], where)
+            return kind(**{name: found[name] for name in names})
+    accepted = ", or ".join(" + ".join(field.name for field in fields(kind)) for kind in kinds)
+    raise InputError(f"{where}: keys {_shown(found)}; accepted: {accepted}")
+
+
+def texts(path: Path | str, *, whole: bool = False) -> Iterator[str]:
+    """The documents of a plain text file: what stands between blank lines, or the `whole` file as one.
+
+    Raises:
+        InputError: missing, or a line that is not UTF-8.
+    """
+    path = Path(path)
+    gathered: list[str] = []
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            text = _decoded(line, f"{path}: line {number}").replace("\r\n", "\n")
+            if text.strip() or whole:
+                gathered.append(text)
+            elif gathered:
+                yield "".join(gathered)
+                gathered = []
+    if gathered:
+        yield "".join(gathered)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, offset in bytes and text of each line that is not blank."""
+    number = offset = 0
+    with _opened(path) as file:
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            if len(line) > LONGEST:
+                raise InputError(f"{path}: line {number}: longer than {LONGEST} bytes")
+            if line.strip():
+                yield number, offset, line
+            offset += len(line)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig")  # a byte order mark opens files from Windows
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte {error.start + 1} is not UTF-8 text") from None
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    text = _decoded(line, where)
+    try:
+        found = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error.msg} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON that can be read: {str(error)[:100]}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: of type {type(found).__name__}; accepted: an object")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"key {name[:40]!r} twice")
+        found[name] = value
+    return found
+
+
+def _shown(found: dict[str, Any]) -> str:
+    return ", ".join(repr(key[:40]) for key in list(found)[:8]) or "none"
+
+
+def _check(name: str, value: Any, where: str) -> None:
+    """Refuse a field that is neither text nor, where that may be, a conversation."""
+    if isinstance(value, str) and name != "messages":
+        _check_text(name, value, where)
+        return
+    if name == "text" or not isinstance(value, list) or not value:
+        accepted = {"text": "a string", "messages": "a list of messages"}.get(name, "a string or a list of messages")
+        shown = "an empty list" if value == [] else f"of type {type(value).__name__}"
+        raise InputError(f"{where}: field {name!r} is {shown}; accepted: {accepted}")
+    for number, message in enumerate(value):
+        _check_message(f"{name}[{number}]", message, where)
+
+
+def _check_message(name: str, message: Any, where: str) -> None:
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        found = _shown(message) if isinstance(message, dict) else f"type {type(message).__name__}"
+        raise InputError(f"{where}: {name} has {found}; accepted: an object of role and content")
+    if message["role"] not in ROLES:
+        raise InputError(f"{where}: {name}.role is {str(message['role'])[:40]!r}; accepted: {', '.join(ROLES)}")
+    if not isinstance(message["content"], str):
+        raise InputError(f"{where}: {name}.content is of type {type(message['content']).__name__}; accepted: a string")
+    _check_text(f"{name}.content", message["content"], where)
+
+
+def _check_text(name: str, text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: field {name!r}: half a surrogate pair at character {error.start + 1}") from None

@@ -1,0 +1,333 @@
+"""Text to ids and back: one class over the `tokenizers` library, however the vocabulary comes.
+
+Holds encoding, decoding (also piece by piece, as a model writes), special ids, and the Hugging Face layout both ways.
+What a vocabulary looks like in GGUF or tiktoken files is `data.vocabularies`' business, what may be wrong with a
+`tokenizer.json` is `data.tokenizer_json`'s, and how a conversation becomes text is `data.chat`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from allyouneed.core.errors import InputError
+from allyouneed.core.files import read_json, read_text, write_json, write_text
+from allyouneed.data import vocabularies
+from allyouneed.data.tokenizer_json import build, guarded
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A vocabulary with its rules.
+
+    `vocab_size` is one more than the largest id. `bos_id`, `eos_ids` (any of which ends a text) and `pad_id` are what
+    the vocabulary says of them; `chat_template` is the Jinja template of its conversations.
+
+    >>> tokenizer = byte_tokenizer()
+    >>> tokenizer.encode("Hi"), tokenizer.decode([72, 105, 256]), tokenizer.vocab_size
+    ([72, 105], 'Hi', 257)
+    """
+
+    def __init__(
+        self,
+        spec: Any,
+        *,
+        name: str = "tokenizer",
+        bos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        """`spec` is the JSON value of a `tokenizer.json`; `name` stands in messages.
+
+        Raises:
+            InputError: the specification is wrong, or an id is not in the vocabulary.
+        """
+        self.name, self.chat_template = name, chat_template
+        self._backend = build(spec, name)
+        self._special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        vocab = self._backend.get_vocab()
+        self._bytes = {vocab[token] for token in (f"<0x{byte:02X}>" for byte in range(256)) if token in vocab}
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.bos_id, self.eos_ids, self.pad_id = bos_id, tuple(dict.fromkeys(eos_ids)), pad_id
+        self._check(i for i in (bos_id, *self.eos_ids, pad_id) if i is not None)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name}, vocab_size={self.vocab_size})"
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """The ids of `text`. Special tokens written out in it become their ids.
+
+        `add_special_tokens` puts around it what the vocabulary's rules say (often a beginning-of-text token, or none).
+
+        Raises:
+            InputError: `text` holds half a surrogate pair, which no encoding has.
+        """
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        """The ids of each text."""
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"text: character {error.start} is half a surrogate pair") from None
+        with guarded(self.name):
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        self._check(ids)
+        with guarded(self.name):
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def stream(self, *, skip_special_tokens: bool = True) -> Stream:
+        """A decoder that takes ids one by one."""
+        return Stream(self, skip_special_tokens=skip_special_tokens)
+
+    def token(self, i: int) -> str:
+        """How the vocabulary spells token `i`."""
+        self._check([i])
+        return self._backend.id_to_token(i) or ""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of what the vocabulary spells `token`, None where it has no such token."""
+        return self._backend.token_to_id(token)
+
+    @property
+    def bos_token(self) -> str | None:
+        """How the beginning-of-text token is spelled."""
+        return None if self.bos_id is None else self.token(self.bos_id)
+
+    @property
+    def eos_token(self) -> str | None:
+        """How the first of the end tokens is spelled."""
+        return self.token(self.eos_ids[0]) if self.eos_ids else None
+
+    @property
+    def pad_token(self) -> str | None:
+        """How the padding token is spelled."""
+        return None if self.pad_id is None else self.token(self.pad_id)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a checkpoint in the Hugging Face layout.
+
+        Reads tokenizer.json; special tokens from tokenizer_config.json, special_tokens_map.json and
+        generation_config.json, the template from chat_template.jinja or tokenizer_config.json, where they exist.
+
+        Raises:
+            InputError: a file missing or wrong; names it and the field.
+        """
+        return _from_folder(Path(path))
+
+    @classmethod
+    def from_gguf(cls, file: vocabularies.Metadata) -> Tokenizer:
+        """The tokenizer in the metadata of an opened GGUF file: byte-level BPE or SentencePiece's BPE.
+
+        Raises:
+            InputError: names the file and the key.
+        """
+        size = len(file.need("tokenizer.ggml.tokens", list))
+        bos, pad, *ends = (vocabularies.gguf_id(file, role, size) for role in ("bos", "padding", "eos", "eot", "eom"))
+        return cls(
+            vocabularies.from_gguf(file),
+            name=str(file.path),
+            bos_id=bos,
+            pad_id=pad,
+            eos_ids=[i for i in ends if i is not None],
+            chat_template=file.find("tokenizer.chat_template", str, None),
+        )
+
+    @classmethod
+    def from_tiktoken_ranks(
+        cls, source: str | Path | bytes, *, split: str = "gpt2", special_tokens: Sequence[str] = (END_OF_TEXT,)
+    ) -> Tokenizer:
+        """Byte-level BPE from a `.tiktoken` file or its bytes.
+
+        `split` is how text is cut into words (`vocabularies.SPLITS`); `special_tokens` get the ids after the last
+        rank, and the first of them begins, ends and pads.
+
+        Raises:
+            InputError: names the file and the line.
+        """
+        name = "ranks" if isinstance(source, bytes) else str(source)
+        try:
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        except OSError as error:
+            raise InputError(f"{name}: {error.strerror}") from None
+        return _with_end(vocabularies.from_ranks(data, name, split, special_tokens), special_tokens, name)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files that `from_folder` and transformers' AutoTokenizer read.
+
+        The ids of special tokens are also put into generation_config.json, beside whatever it says already.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
+        named = {key: token for key, token in named.items() if token is not None}
+        rules = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        write_text(folder / "tokenizer.json", self._backend.to_str())
+        write_json(folder / "tokenizer_config.json", rules | named)
+        write_json(folder / "special_tokens_map.json", named)
+        if self.chat_template is not None:
+            write_text(folder / "chat_template.jinja", self.chat_template)
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
+        found = {key: value for key, value in ids.items() if value not in (None, [])}
+        write_json(folder / "generation_config.json", _read_object(folder / "generation_config.json") | found)
+
+    def _check(self, ids: Iterable[int]) -> None:
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise InputError(f"{self.name}: token id {i} is not in the vocabulary of {self.vocab_size}")
+
+
+class Stream:
+    """Decodes ids as they come: `push` gives the text that no later id can change, `finish` the rest.
+
+    The pieces joined equal `decode` of all ids.
+
+    >>> stream = byte_tokenizer().stream()
+    >>> [stream.push(byte) for byte in "né".encode()], stream.finish()
+    (['n', '', 'é'], '')
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._ids: list[int] = []  # the last ids whose text was given whole, and those after them
+        self._given = 0  # characters of the text of `_ids` that were given
+        self._since = 0  # how many of `_ids` came after those whose text was given whole
+
+    def push(self, token: int) -> str:
+        """The text that is sure once `token` is there, maybe none."""
+        self._tokenizer._check([token])
+        if self._skip and token in self._tokenizer._special:
+            return ""
+        self._ids.append(token)
+        self._since += 1
+        if token in self._tokenizer._bytes:  # a run of byte tokens is decoded as one, and it goes on
+            return ""
+        text = self._text()
+        if text.endswith("\ufffd"):  # perhaps the beginning of a character; what stands before it is sure
+            return self._give(text[:-1])
+        piece = self._give(text)
+        self._ids, self._since = self._ids[-self._since :], 0
+        self._given = len(self._text())
+        return piece
+
+    def finish(self) -> str:
+        """The text held back until now; the stream is as new afterwards."""
+        piece = self._text()[self._given :]
+        self._ids, self._given, self._since = [], 0, 0
+        return piece
+
+    def _give(self, sure: str) -> str:
+        piece, self._given = sure[self._given :], max(self._given, len(sure))
+        return piece
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+
+
+def byte_tokenizer(special_tokens: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
+    """Bytes as ids, and `special_tokens` from 256 on, the first of which begins, ends and pads."""
+    return _with_end(vocabularies.of_bytes(special_tokens), special_tokens, "bytes")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
+    """A byte-level BPE learned from `texts`, words cut as GPT-2 cuts them (Sennrich et al. 2016; Radford et al. 2019).
+
+    The first of `special_tokens`, whose ids come first, begins, ends and pads. The same texts give the same ids.
+
+    Raises:
+        InputError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
+    """
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise InputError(f"vocab_size is {vocab_size}; at least {least} are needed: 256 bytes and the special tokens")
+    spec = vocabularies.byte_level({}, [], split="gpt2")
+    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(vocabularies.byte_characters()),
+        show_progress=False,
+    )
+    with guarded("train_bpe"):
+        backend.train_from_iterator(texts, trainer)
+    return _with_end(json.loads(backend.to_str()), special_tokens, "bpe")
+
+
+def _with_end(spec: dict[str, Any], special_tokens: Sequence[str], name: str) -> Tokenizer:
+    """A tokenizer whose first special token begins, ends and pads."""
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    end = ids[special_tokens[0]] if special_tokens else None
+    return Tokenizer(spec, name=name, bos_id=end, eos_ids=() if end is None else (end,), pad_id=end)
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    spec_path = folder / "tokenizer.json"
+    if not spec_path.is_file():
+        raise InputError(f"{folder}: has no tokenizer.json; save the tokenizer in that form, as transformers does")
+    tokenizer = Tokenizer(read_json(spec_path), name=str(spec_path))
+    config_path = folder / "tokenizer_config.json"
+    config = _read_object(folder / "special_tokens_map.json") | _read_object(config_path)
+    generation_path = folder / "generation_config.json"
+    generation = _read_object(generation_path)
+    tokenizer.bos_id = _named_id(tokenizer, config, "bos_token", config_path)
+    tokenizer.pad_id = _named_id(tokenizer, config, "pad_token", config_path, needed=False)
+    end = _named_id(tokenizer, config, "eos_token", config_path)
+    others = generation.get("eos_token_id")
+    others = others if isinstance(others, list) else [] if others is None else [others]
+    for i in others:
+        if type(i) is not int or not 0 <= i < tokenizer.vocab_size:
+            raise InputError(f"{generation_path}: eos_token_id holds {i!r:.60}, no id below {tokenizer.vocab_size}")
+    tokenizer.eos_ids = tuple(dict.fromkeys(([] if end is None else [end]) + others))
+    tokenizer.chat_template = _chat_template(folder, config, config_path)
+    return tokenizer
+
+
+def _named_id(tokenizer: Tokenizer, config: dict[str, Any], key: str, path: Path, *, needed: bool = True) -> int | None:
+    """The id of the token that `config` names under `key`, by its spelling or as an object with `content`."""
+    value = config.get(key)
+    spelling = value.get("content") if isinstance(value, dict) else value
+    if spelling is None:
+        return None
+    found = tokenizer.token_id(spelling) if isinstance(spelling, str) else None
+    if found is None and needed:
+        raise InputError(f"{path}: {key} is {spelling!r:.60}, which is not in the vocabulary")
+    return found
+
+
+def _chat_template(folder: Path, config: dict[str, Any], config_path: Path) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return read_text(path, limit=4 << 20)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {
+            entry["name"]: entry.get("template") for entry in template if isinstance(entry, dict) and "name" in entry
+        }
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{config_path}: chat_template is no text")
+    return template
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that may be missing."""
+    value = read_json(path) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return value

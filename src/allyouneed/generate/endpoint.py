@@ -1,0 +1,256 @@
+"""One OpenAI-compatible endpoint over HTTP: requests, retries, server-sent events, and errors of one line.
+
+Knows URLs, statuses and JSON. What is asked for, and what the answers mean, `remote` knows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from email.utils import mktime_tz, parsedate_tz
+from typing import Any, TypeVar
+
+import httpx
+
+from allyouneed.core.errors import InputError
+
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
+
+PASSING = {408, 409, 429}  # besides 5xx: statuses after which the same request may succeed
+FIRST_PAUSE = 0.5  # seconds, doubled at each further try
+LONGEST_PAUSE = 120.0  # seconds; a server that asks for more is not waited for
+
+
+class RemoteError(RuntimeError):
+    """The endpoint failed: one line with the status and the server's own words.
+
+    Attributes:
+        status: the HTTP status, None where there was no answer or the answer made no sense.
+        done: what came back for the other requests of the same call, by their index.
+    """
+
+    def __init__(self, message: str, status: int | None = None, done: Mapping[int, Any] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.done = status, dict(done or {})
+
+
+class _PassingError(RemoteError):
+    """A failure that may pass; the server asks for a pause of `pause` seconds."""
+
+    pause = 0.0
+
+
+class Endpoint:
+    """Sends requests, at most `concurrency` at once from `map`, and tries again what may succeed.
+
+    Args:
+        url: `http(s)://host[:port][/path]`; without a path `/v1` is meant.
+        api_key: sent as a bearer token and shown nowhere; None: the environment's OPENAI_API_KEY.
+        timeout: seconds without a byte from the server.
+        retries: further tries after a connection error, 408, 409, 429 or 5xx.
+        sleep: how to wait between tries.
+
+    Raises:
+        InputError: no such URL, or a key that no header can hold.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        retries: int = 5,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        base, key = _base(url), (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
+        if not (key.isascii() and key.isprintable()):
+            raise InputError("the API key holds characters that no HTTP header may; copy it again")
+        self.name, self.retries, self._key, self._sleep = _shown(str(base)), retries, key, sleep
+        self._jitter = random.Random(0)
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint")
+        self._client = httpx.Client(
+            base_url=base,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
+        )
+
+    def get(self, path: str, read: Callable[[Any], Answered]) -> Answered:
+        """What `read` takes out of the JSON at `path`."""
+        return self._read(self._open("GET", path).text, read)
+
+    def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], Answered]) -> Answered:
+        """What `read` takes out of the JSON that answers `body`.
+
+        Raises:
+            InputError: the key was refused.
+            RemoteError: any other failure that did not pass, no JSON, or JSON that `read` makes no sense of.
+        """
+        return self._read(self._open("POST", path, body).text, read)
+
+    def stream(self, path: str, body: Mapping[str, Any], read: Callable[[Any], Answered]) -> Iterator[Answered]:
+        """What `read` takes out of each event that answers `body`. Only the opening is tried again.
+
+        Raises:
+            RemoteError: as `post`; the stream broke off, or ended without the closing `[DONE]`.
+        """
+        response = self._open("POST", path, body, stream=True)
+        try:
+            for data in events(response.iter_bytes()):
+                if data == "[DONE]":
+                    return
+                yield self._read(data, read)
+        except httpx.RequestError as error:
+            raise RemoteError(f"{self.name}: the stream broke off: {_reason(error)}") from None
+        finally:
+            response.close()
+        raise RemoteError(f"{self.name}: the stream ended without [DONE]; what came is not the whole text")
+
+    def map(self, ask: Callable[[Asked], Answered], requests: Mapping[int, Asked]) -> dict[int, Answered]:
+        """`ask` for each request; the keys, the caller's indices, name the one that fails.
+
+        Raises:
+            RemoteError: one failed; those not yet begun are dropped, answers that came are in its `done`.
+        """
+        futures = {i: self._pool.submit(ask, request) for i, request in requests.items()}
+        try:
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:  # also on Ctrl-C
+            for future in futures.values():
+                future.cancel()
+        begun = {i: future for i, future in futures.items() if not future.cancelled()}
+        errors = {i: error for i, future in begun.items() if (error := future.exception())}
+        done = {i: future.result() for i, future in begun.items() if i not in errors}
+        for i, error in errors.items():
+            if isinstance(error, RemoteError):
+                raise RemoteError(f"request {i}: {error}", error.status, done) from None
+            raise error
+        return done
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def _open(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, stream: bool = False
+    ) -> httpx.Response:
+        for attempt in range(self.retries):
+            try:
+                return self._try(method, path, body, stream)
+            except _PassingError as failure:
+                if failure.pause > LONGEST_PAUSE:
+                    raise
+                backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * self._jitter.uniform(0.5, 1.0)
+                self._sleep(max(failure.pause, backoff))
+        return self._try(method, path, body, stream)
+
+    def _try(self, method: str, path: str, body: Mapping[str, Any] | None, stream: bool) -> httpx.Response:
+        try:
+            response = self._client.send(self._client.build_request(method, path, json=body), stream=stream)
+            if not response.is_success:
+                response.read()
+        except httpx.RequestError as error:
+            raise _PassingError(f"{self.name}: {_reason(error)}") from None
+        if response.is_success:
+            return response
+        raise self._failure(response)
+
+    def _failure(self, response: httpx.Response) -> Exception:
+        status = response.status_code
+        line = f"{self.name}: {status} {self._message(response.text) or response.reason_phrase}"
+        if status == 401:
+            return InputError(f"{line}; set OPENAI_API_KEY, or pass api_key")
+        if status not in PASSING and status < 500:
+            return RemoteError(line, status)
+        pause = _retry_after(response.headers.get("Retry-After", ""))
+        asked = f" (asks to wait {pause:.0f} s)" if pause > LONGEST_PAUSE else ""
+        failure = _PassingError(line + asked, status)
+        failure.pause = pause
+        return failure
+
+    def _read(self, text: str, read: Callable[[Any], Answered]) -> Answered:
+        try:
+            answer = json.loads(text)
+        except (ValueError, RecursionError):
+            raise RemoteError(f"{self.name}: the answer is no JSON: {self._line(text)!r}") from None
+        if isinstance(answer, dict) and answer.get("error"):
+            raise RemoteError(f"{self.name}: {self._message(text)}")
+        try:
+            return read(answer)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise RemoteError(f"{self.name}: the answer lacks what was asked for: {self._line(text)!r}") from None
+
+    def _message(self, text: str) -> str:
+        """The server's own words, in whichever of the usual places they stand."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return self._line(text)
+        for name in ("error", "message", "detail"):  # OpenAI's, older vLLM's and FastAPI's shapes
+            if isinstance(found, dict) and found.get(name):
+                found = found[name]
+        return self._line(found if isinstance(found, str) else json.dumps(found))
+
+    def _line(self, text: str) -> str:
+        shown = text.replace(self._key, "[key]") if self._key else text  # some servers repeat what they refuse
+        return " ".join(shown.split())[:300]
+
+
+def events(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The data of each server-sent event (WHATWG HTML, sec. 9.2). Bytes are decoded line by line: a chunk may end
+    within a character, and characters that Unicode counts as line breaks may stand in the data.
+
+    >>> list(events([b"data: {}", b"\\n\\n: ping\\n\\ndata: a\\r\\ndata: b\\r\\n\\r\\n"]))
+    ['{}', 'a\\nb']
+    """
+    rest, data = b"", []
+    for chunk in itertools.chain(chunks, [b"\n\n"]):  # the last event may lack the empty line that closes it
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            text = line.removesuffix(b"\r").decode("utf-8", errors="replace")
+            if text.startswith("data:"):
+                data.append(text[5:].removeprefix(" "))
+            elif not text and data:
+                yield "\n".join(data)
+                data = []
+
+
+def _base(url: str) -> httpx.URL:
+    try:
+        base = httpx.URL(url.strip())
+    except httpx.InvalidURL:
+        base = httpx.URL()
+    if base.scheme not in ("http", "https") or not base.host or base.query:
+        raise InputError(f"endpoint {_shown(url)!r} is no address; write http://host:port/v1")
+    return base.copy_with(path="/v1") if base.path in ("", "/") else base
+
+
+def _shown(url: str) -> str:
+    """An address without a password or a query, which may hold keys."""
+    return re.sub(r"//[^/]*@", "//", url).partition("?")[0].rstrip("/")
+
+
+def _reason(error: httpx.RequestError) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def _retry_after(header: str) -> float:
+    """Seconds asked for: a number, or a date (RFC 9110, sec. 10.2.3); 0 where neither.
+
+    >>> _retry_after("2.5"), _retry_after("soon")
+    (2.5, 0.0)
+    """
+    if re.fullmatch(r"\d+(\.\d+)?", header.strip()):
+        return float(header)
+    date = parsedate_tz(header)
+    return max(0.0, mktime_tz(date) - time.time()) if date else 0.0

@@ -1,0 +1,30 @@
+"""`load`: a language model from whatever names one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from allyouneed.generate.language_model import LanguageModel
+
+
+def load(name: str | Path, *, packed: bool = True) -> LanguageModel:
+    """A language model.
+
+    Args:
+        name: a material's name, a folder in the Hugging Face layout, a hub id (`org/name`), a `.gguf` file, or the URL
+            of an OpenAI-compatible endpoint.
+        packed: keep a GGUF's quantised blocks as they are and compute from them, which is faster to generate with and
+            a sixth of the memory; False: float32 weights, for training.
+
+    Raises:
+        InputError: nothing of that name, or its files are broken.
+    """
+    if str(name).startswith(("http://", "https://")):
+        from allyouneed.generate.remote import RemoteModel
+
+        return RemoteModel(str(name))
+    from allyouneed.generate.local import LocalModel
+    from allyouneed.models.checkpoints.loading import load_module, load_tokenizer, open_checkpoint
+
+    path = open_checkpoint(name)
+    return LocalModel(load_module(path, packed=packed), load_tokenizer(path), str(name))

@@ -1,0 +1,193 @@
+"""A language model in this process: text in and out around the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allyouneed.core.errors import InputError
+from allyouneed.data import chat
+from allyouneed.data.tokenizers import Tokenizer
+from allyouneed.generate.engine import Engine
+from allyouneed.generate.language_model import Completion, Message, Sampling, sampling_from
+from allyouneed.generate.stopping import StopStrings
+from allyouneed.models.decoder import Decoder
+
+
+class LocalModel:
+    """Satisfies `LanguageModel` with one of our modules and its tokenizer.
+
+    Args:
+        batch: how many prompts are generated for at once; more wait their turn.
+    """
+
+    def __init__(self, module: Decoder, tokenizer: Tokenizer, name: str, *, batch: int = 16) -> None:
+        self.module, self.tokenizer, self.name, self.batch = module, tokenizer, name, batch
+        self.engine = Engine(module, tokenizer.eos_ids)
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
+        """One completion per prompt, in order. With a seed, prompt i draws from `seed + i`."""
+        completions: list[Completion] = []
+        for start in range(0, len(prompts), self.batch):
+            part = prompts[start : start + self.batch]
+            samplings = [_seeded(sampling, start + i) for i in range(len(part))]
+            completions += self._complete_batch([self._encode(prompt) for prompt in part], samplings)
+        return completions
+
+    def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
+        """The completions' texts; keywords are fields of `Sampling`."""
+        return [completion.text for completion in self.complete(prompts, sampling_from(sampling))]
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Pieces of the completion's text as they come."""
+        return self._stream(self._encode(prompt), sampling)
+
+    def chat(self, messages: Sequence[Message], **sampling: object) -> str:
+        """The assistant's answer, through the checkpoint's own chat template."""
+        return "".join(self.chat_stream(messages, sampling_from(sampling)))
+
+    def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+        """Pieces of the assistant's answer as they come."""
+        return self._stream(self._encode(self.chat_prompt(messages)), sampling)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> str:
+        """The conversation as the text that the model was trained to continue."""
+        if self.tokenizer.chat_template is None:
+            raise InputError(f"{self.name} has no chat template; use generate, or a model tuned for conversation")
+        return chat.render(
+            self.tokenizer.chat_template,
+            messages,
+            bos_token=self.tokenizer.bos_token or "",
+            eos_token=self.tokenizer.eos_token or "",
+        )
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """Summed natural log-probability of each continuation given its prompt.
+
+        The two are tokenised together; what exceeds the prompt's own number of tokens counts as the continuation, and
+        spaces that end a prompt belong to it (the convention of lm-evaluation-harness). Prompts with a common
+        beginning are read once.
+        """
+        if len(prompts) != len(continuations):
+            raise InputError(f"score: {len(prompts)} prompts but {len(continuations)} continuations")
+        pairs = [self._encode_pair(p, c) for p, c in zip(prompts, continuations, strict=True)]
+        asked: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+        for i, (context, continuation) in enumerate(pairs):
+            asked.setdefault(context, {}).setdefault(continuation, []).append(i)
+        scores = [0.0] * len(pairs)
+        longest = max((len(context) + len(continuation) for context, continuation in pairs), default=0)
+        reader = _Reader(self.module, longest)
+        for context in sorted(asked):
+            options = list(asked[context])
+            for option, score in zip(options, reader.score(context, options), strict=True):
+                for i in asked[context][option]:
+                    scores[i] = score
+        return scores
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, dim) float32: the mean of the last hidden states over a text's tokens, scaled to unit length."""
+        vectors = [self.module.hidden(torch.tensor([self._encode(text)]))[0].mean(0) for text in texts]
+        stacked = torch.stack(vectors) if vectors else torch.zeros(0, self.module.config.dim)
+        return torch.nn.functional.normalize(stacked, dim=-1).float().numpy()
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, without any that a prompt is given in front."""
+        return [len(self.tokenizer.encode(text)) for text in texts]
+
+    def _encode(self, prompt: str) -> list[int]:
+        """A prompt's ids; an empty one is the token that begins or separates documents."""
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True)
+        return ids or [self._first_token()]
+
+    def _first_token(self) -> int:
+        token = self.tokenizer.bos_id
+        if token is None:
+            token = next(iter(self.tokenizer.eos_ids), None)
+        if token is None:
+            raise InputError(f"prompt is empty, and {self.name} has no token to begin with")
+        return token
+
+    def _encode_pair(self, prompt: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        spaces = len(prompt) - len(prompt.rstrip())
+        if spaces:
+            prompt, continuation = prompt[:-spaces], prompt[-spaces:] + continuation
+        context = self._encode(prompt)
+        whole = self._encode(prompt + continuation) if prompt else context + self.tokenizer.encode(continuation)
+        return tuple(whole[: len(context)]), tuple(whole[len(context) :])
+
+    def _complete_batch(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
+        texts = [StopStrings(self.tokenizer.stream(), sampling.stop) for sampling in samplings]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        reasons = ["length"] * len(prompts)
+        for step in self.engine.steps(prompts, samplings, stop=lambda request, token: texts[request].push(token)):
+            tokens[step.request].append(step.token)
+            logprobs[step.request].append(step.logprob)
+            reasons[step.request] = step.finish_reason or "length"
+        return [
+            Completion(
+                text=texts[i].finish(),
+                finish_reason=reasons[i],
+                prompt_tokens=len(prompts[i]),
+                completion_tokens=len(tokens[i]),
+                token_ids=tuple(tokens[i]),
+                logprobs=tuple(logprobs[i]),
+            )
+            for i in range(len(prompts))
+        ]
+
+    def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
+        text = StopStrings(self.tokenizer.stream(), sampling.stop)
+        for _ in self.engine.steps([prompt], [sampling], stop=lambda request, token: text.push(token)):
+            if piece := text.take():
+                yield piece
+        text.finish()
+        if piece := text.take():
+            yield piece
+
+
+class _Reader:
+    """Scores continuations after contexts that come in sorted order, re-reading only where they differ."""
+
+    def __init__(self, module: Decoder, longest: int) -> None:
+        if longest > module.config.context:
+            over = longest - module.config.context
+            raise InputError(f"score: {longest} tokens exceed the context of {module.config.context} by {over}")
+        self.module, self.cache = module, module.new_cache(1, longest)
+        self.read: tuple[int, ...] = ()
+        self.last = torch.empty(0)
+
+    def score(self, context: tuple[int, ...], continuations: Sequence[tuple[int, ...]]) -> list[float]:
+        """The summed log-probability of each continuation of `context`."""
+        self._read(context)
+        lengths = [len(continuation) for continuation in continuations]
+        width = max(lengths)
+        if width == 0:
+            return [0.0] * len(continuations)
+        ids = torch.tensor([[*c, *[0] * (width - len(c))] for c in continuations])
+        logits = self.last.expand(len(ids), 1, -1)
+        if width > 1:
+            fork = self.cache.fork(len(ids))
+            logits = torch.cat((logits, self.module(ids[:, :-1], cache=fork).logits), 1)
+        chosen = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0].double()
+        return [float(chosen[row, :length].sum()) for row, length in enumerate(lengths)]
+
+    def _read(self, context: tuple[int, ...]) -> None:
+        shared = 0
+        for old, new in zip(self.read, context[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        self.cache.truncate(shared)
+        hidden: Tensor = self.module.hidden(torch.tensor([context[shared:]]), cache=self.cache)
+        self.cache.advance(len(context) - shared)
+        self.last, self.read = self.module.head(hidden[:, -1:]), context
+
+
+def _seeded(sampling: Sampling, i: int) -> Sampling:
+    return sampling if sampling.seed is None else sampling.replace(seed=sampling.seed + i)

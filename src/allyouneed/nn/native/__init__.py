@@ -1,0 +1,117 @@
+"""The C++ kernels of packed weights: built once on the machine that runs them, kept in the user's cache folder.
+
+The source asks nothing of torch's headers, so any g++ or clang++ builds it in a few seconds. Its OpenMP runtime is the
+one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in `packed.cpp`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import threading
+import warnings
+from pathlib import Path
+
+import torch  # noqa: F401  # its OpenMP runtime must be in the process before ours is looked for
+
+from allyouneed.core.files import replacing
+
+SOURCE = Path(__file__).with_name("packed.cpp")
+FLAGS = ("-O3", "-march=native")
+ALWAYS = ("-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
+THREADED = "-fopenmp"  # Apple's clang has none: without it the kernels run on one thread
+
+_LOADING = threading.Lock()  # two threads would write the same temporary file
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, built if need be; None where `ALLYOUNEED_NATIVE=0` or, with a warning, where they cannot be built.
+
+    `packed_linear(kind, weight, x, y, M, N, K, threads)` and `packed_unpack(kind, weight, out, blocks, threads)` take
+    addresses of contiguous memory and check nothing.
+    """
+    if os.environ.get("ALLYOUNEED_NATIVE") == "0":
+        return None
+    try:
+        with _LOADING:
+            return declared(ctypes.CDLL(str(built())))
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"no native kernels ({_reason(error)}): packed weights are unpacked to fp32 and kept, which takes 4 to 7 "
+            "times their memory and makes a token several times slower; install g++ or clang++, or name one in CXX",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def built(flags: tuple[str, ...] = FLAGS) -> Path:
+    """The path of the shared library for this source, compiler, `flags` and processor; compiled where it is missing.
+
+    Raises:
+        OSError: no compiler, or a cache folder that is not ours to write.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    options = repr((compiler, flags, ALWAYS, THREADED, _processor())).encode()
+    digest = hashlib.sha256(SOURCE.read_bytes() + version + options).hexdigest()
+    target = folder() / f"{digest[:32]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.chmod(0o700)  # only the owner may: a folder of somebody else's is refused, code is loaded from it
+        _compile(compiler, flags, target)
+    return target
+
+
+def declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    """`kernels` with the types of their arguments."""
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    kernels.packed_linear.argtypes = [number, address, address, address, size, size, size, number]
+    kernels.packed_unpack.argtypes = [number, address, address, size, number]
+    kernels.packed_linear.restype = kernels.packed_unpack.restype = None
+    return kernels
+
+
+def folder() -> Path:
+    """Where built libraries are kept: `native` in `ALLYOUNEED_CACHE`, else in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ALLYOUNEED_CACHE") or Path(cache) / "allyouneed") / "native"
+
+
+def _compile(compiler: list[str], flags: tuple[str, ...], target: Path) -> None:
+    with replacing(target) as temporary:
+        command = [*compiler, *flags, *ALWAYS, str(SOURCE), "-o", str(temporary)]
+        try:
+            subprocess.run([*command, THREADED], capture_output=True, check=True, timeout=300)
+        except subprocess.CalledProcessError:
+            subprocess.run(command, capture_output=True, check=True, timeout=300)
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = next((name for name in [*named[:1], "g++", "clang++", "c++"] if shutil.which(name)), None)
+    if found is None:
+        raise OSError("no C++ compiler")
+    return named if named[:1] == [found] else [found]
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return platform.processor() + platform.machine()
+
+
+def _reason(error: Exception) -> str:
+    output = getattr(error, "stderr", None)
+    return output.decode(errors="replace").strip().splitlines()[0] if output and output.strip() else str(error)

@@ -1,0 +1,119 @@
+"""The gradient of a batch's mean loss, whatever ranks and micro-batches its rows fall to.
+
+Sums are what adds up: each piece contributes the gradient of its summed loss, and the total is divided once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from allyouneed.core.errors import InputError
+from allyouneed.train.ranks import Ranks
+
+Batch = Mapping[str, Tensor]  # the first dimension of each tensor counts the batch's rows
+
+
+class Loss(Protocol):
+    """What an objective hands back: a sum over targets, and how many there were."""
+
+    @property
+    def total(self) -> Tensor:
+        """The loss summed over the targets, (), to be differentiated."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The number of targets, ()."""
+
+    @property
+    def metrics(self) -> Mapping[str, Tensor]:
+        """Further sums over the same targets, each ()."""
+
+    @property
+    def unit(self) -> str:
+        """What a target is: tokens, pairs."""
+
+
+Objective = Callable[[nn.Module, Batch], Loss]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was seen while a batch was differentiated."""
+
+    means: dict[str, float]  # "loss" and the objective's metrics, per target
+    targets: int
+    unit: str
+    norm: float  # of the gradient, before clipping
+
+
+def differentiate(
+    module: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    ranks: Ranks,
+    *,
+    accumulate: int = 1,
+    clip: float | None = None,
+    autocast: torch.dtype | None = None,
+) -> Measured:
+    """Leave the gradient of `batch`'s mean loss in `.grad`, scaled down to the norm `clip` if it is longer.
+
+    Args:
+        module: its parameters have no gradients yet.
+        objective: the loss of some rows.
+        batch: the rows of all ranks; this one computes every `ranks.world`-th.
+        ranks: those who share the batch.
+        accumulate: micro-batches that each rank computes one after the other.
+        clip: the largest norm (Pascanu et al. 2013, alg. 1).
+        autocast: what to compute matrix products in, if not in the weights' own type.
+
+    Raises:
+        InputError: fewer rows than pieces, no targets, a loss or gradient that is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    device = next(module.parameters()).device
+    for i in range(accumulate):
+        piece = _rows(batch, ranks.rank + i * ranks.world, ranks.world * accumulate)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = objective(module, {name: x.to(device, non_blocking=True) for name, x in piece.items()})
+        loss.total.backward()
+        for name, x in {"targets": loss.weight, "loss": loss.total, **loss.metrics}.items():
+            sums[name] = x.detach().float() + sums.get(name, 0.0)
+    gradients = _gradients(module)
+    ranks.add([*sums.values(), *gradients])
+    norm = torch.nn.utils.get_total_norm(gradients)
+    targets, *totals, length = torch.stack([*sums.values(), norm.float()]).tolist()  # a step's one wait for the device
+    if not targets:
+        raise InputError("nothing to learn from: every target of the batch is masked")
+    if not (math.isfinite(totals[0]) and math.isfinite(length)):
+        raise InputError(f"the loss is {totals[0] / targets:g} and the gradient's norm {length / targets:g}")
+    means = {name: total / targets for name, total in zip(list(sums)[1:], totals, strict=True)}
+    measured = Measured(means, int(targets), loss.unit, length / targets)
+    scale = 1.0 if clip is None else min(1.0, clip / max(measured.norm, 1e-12))
+    for gradient in gradients:
+        gradient.mul_(scale / targets)
+    return measured
+
+
+def _rows(batch: Batch, first: int, every: int) -> Batch:
+    """Rows `first`, `first` + `every`, … of `batch`."""
+    if every == 1:
+        return batch
+    for name, x in batch.items():
+        if len(x) < every:
+            raise InputError(f"a batch of {len(x)} rows ({name}) cannot be split in {every}: use larger batches")
+    return {name: x[first::every].contiguous() for name, x in batch.items()}
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    """The gradients of all trainable parameters; zeros where no loss reached, the same on every rank."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    return [p.grad for p in trainable if p.grad is not None]

@@ -1,0 +1,236 @@
+"""The one training loop. It is handed a module, an objective, batches and a configuration, and is never subclassed.
+
+Holds the order of things. What a gradient, a schedule, a checkpoint or another rank is, the files beside it know; what
+is learned and from which data, the caller knows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from allyouneed import core
+from allyouneed.core.errors import InputError
+from allyouneed.core.progress import Progress
+from allyouneed.train import randomness
+from allyouneed.train.averages import Ema
+from allyouneed.train.checkpoints import Checkpoints, State, fill, weights
+from allyouneed.train.gradients import Batch, Objective, differentiate
+from allyouneed.train.interrupts import Stopped, watched
+from allyouneed.train.journal import Callback, Journal, Row
+from allyouneed.train.optimizers import AdamW
+from allyouneed.train.ranks import Ranks, joined
+from allyouneed.train.schedules import Constant, Cosine, InverseSquareRoot, Linear
+
+MAY_CHANGE = {"steps", "accumulate", "log_every", "evaluate_every", "save_every", "keep"}  # when a run is taken up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(core.Config):
+    """How long, how fast and how exactly to train. Rates, schedule and clipping are LLaMA's (sec. 2.3)."""
+
+    steps: int
+    optimizer: AdamW.Config = field(default_factory=AdamW.Config)
+    schedule: Constant | Linear | Cosine | InverseSquareRoot = field(default_factory=Cosine)
+    clip: float | None = 1.0  # the largest norm of a step's gradient
+    accumulate: int = 1  # micro-batches that a batch is computed in, to fit in memory; the result is the same
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: weights stay fp32, matrix products are computed in bf16
+    ema: float | None = None  # decay of a moving average of the weights, which is then what is evaluated
+    seed: int = 0  # of dropout
+    log_every: int = 10  # steps
+    evaluate_every: int | None = None  # steps; None: after the last
+    save_every: int | None = None  # steps; None: after the last
+    keep: int = 3  # checkpoints
+
+
+class Batches(Protocol):
+    """An endless iterator that can say where it stands. Every rank draws the same batches, then takes its rows."""
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+
+    def state_dict(self) -> State:
+        """Where it stands."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that came to its end."""
+
+    step: int
+    seen: int  # targets trained on
+    seconds: float  # of all its sittings
+    history: list[Row]  # what was logged: step, loss, lr, grad_norm, …
+    averages: dict[str, Tensor] | None  # of the weights, if `ema` was asked for
+
+
+def train(
+    module: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    training: Training,
+    *,
+    folder: Path | str | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    callbacks: Iterable[Callback] = (),
+    resume: bool = True,
+    title: str = "train",
+    quiet: bool = False,
+) -> Trained:
+    """Train `module` in place, on the device it is on.
+
+    Under `torchrun` every rank calls this with the same arguments, and together they do what one process would.
+
+    Args:
+        module: trained where its parameters require gradients.
+        objective: the loss of a batch.
+        batches: asked for one batch a step, the rows of all ranks and micro-batches together.
+        training: the configuration.
+        folder: where `metrics.jsonl` and `checkpoints/` go; None: nothing is written.
+        evaluate: what to measure now and then, without gradients and in eval mode; its numbers join the log.
+        callbacks: told of each row that is logged.
+        resume: go on from the newest checkpoint in `folder`, bit for bit; False removes those there.
+        title: what the progress line calls the run.
+        quiet: no progress line.
+
+    Raises:
+        InputError: a loss or gradient that is not finite, a full disk, a folder of another run.
+        Stopped: SIGINT or SIGTERM came; the step was finished and saved. A second SIGINT interrupts at once.
+    """
+    folder = None if folder is None else Path(folder)
+    checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", training.keep)
+    device = next(module.parameters()).device
+    with joined() as ranks, watched() as interrupts, randomness.private(device):
+        writes = ranks.rank == 0
+        run = _Run(module, objective, batches, training, ranks)
+        if checkpoints is not None and resume:
+            run.take_up(checkpoints)
+        elif checkpoints is not None and writes:
+            checkpoints.clear()
+        with (
+            Journal(folder if writes else None, run.step, callbacks if writes else ()) as journal,
+            Progress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,
+        ):
+            while run.step < training.steps:
+                row = run.advance()
+                progress.update(loss=row["loss"], **{f"{run.unit}/s": int(run.seen / row["seconds"])})
+                if evaluate is not None and run.due(training.evaluate_every):
+                    journal.record(row | run.evaluated(evaluate))
+                elif run.due(training.log_every):
+                    journal.record(row)
+                signum = ranks.any(interrupts.received)
+                if checkpoints is not None and (signum or run.due(training.save_every)):
+                    run.save(checkpoints)
+                if signum:
+                    rest = "nothing was saved" if folder is None else f"saved in {folder}; the same call goes on"
+                    raise Stopped(signum, f"stopped after step {run.step} of {training.steps}, {rest}")
+        return Trained(run.step, run.seen, run.seconds, journal.rows, run.ema.weights if run.ema else None)
+
+
+class _Run:
+    """All that changes while training goes on, and the step that changes it."""
+
+    def __init__(
+        self, module: nn.Module, objective: Objective, batches: Batches, training: Training, ranks: Ranks
+    ) -> None:
+        module.train().zero_grad()
+        self.module, self.objective, self.batches = module, objective, batches
+        self.training, self.ranks, self.device = training, ranks, next(module.parameters()).device
+        ranks.follow_first(list(weights(module).values()))
+        self.optimizer: torch.optim.Optimizer = training.optimizer.build(module)
+        self.ema = None if training.ema is None else Ema(module, training.ema)
+        self.step, self.seen, self.unit = 0, 0, "targets"
+        self.began = time.perf_counter()
+        randomness.begin(training.seed, ranks)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, earlier sittings included."""
+        return time.perf_counter() - self.began
+
+    def due(self, every: int | None) -> bool:
+        """Whether what is done every so many steps is done now. After the last step everything is."""
+        return self.step == self.training.steps or (every is not None and self.step % every == 0)
+
+    def advance(self) -> Row:
+        """Train one step further; what was measured."""
+        t, batch = self.training, next(self.batches)
+        self.step += 1
+        autocast = torch.bfloat16 if t.precision == "bf16" else None
+        try:
+            measured = differentiate(
+                self.module, self.objective, batch, self.ranks, accumulate=t.accumulate, clip=t.clip, autocast=autocast
+            )
+        except InputError as error:
+            raise InputError(f"step {self.step}: {error}; training stops, the last checkpoint stands") from None
+        lr = t.optimizer.lr * t.schedule(self.step, t.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update()
+        self.seen, self.unit = self.seen + measured.targets, measured.unit
+        facts = {"lr": lr, "grad_norm": measured.norm, self.unit: self.seen, "seconds": self.seconds}
+        return {"step": self.step, **measured.means, **facts}
+
+    def evaluated(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> Row:
+        """What `evaluate` measures on the module, or on the moving average of its weights if there is one."""
+        averaged = nullcontext() if self.ema is None else self.ema.in_place()
+        with torch.no_grad(), averaged, randomness.private(self.device):
+            measured = dict(evaluate(self.module.eval()))
+        self.module.train()
+        return measured
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint: all ranks tell what they know, the first writes."""
+        state = {
+            "run": {"step": self.step, "seen": self.seen, "unit": self.unit, "seconds": self.seconds},
+            "training": self.training.to_json(),
+            "model": weights(self.module),
+            "optimizer": {
+                name: self.optimizer.state[p] for name, p in self.module.named_parameters() if p.requires_grad
+            },
+            "averages": {} if self.ema is None else self.ema.weights,
+            "batches": self.batches.state_dict(),
+            "randomness": randomness.state(self.device, self.ranks),
+        }
+        if self.ranks.rank == 0:
+            checkpoints.save(self.step, state)
+
+    def take_up(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises:
+            InputError: it is of another model or training.
+        """
+        state = checkpoints.newest()
+        if state is None:
+            return
+        self._check_same(state["training"], checkpoints.folder)
+        fill(weights(self.module), state["model"], checkpoints.folder)
+        if self.ema is not None:
+            fill(self.ema.weights, state["averages"], checkpoints.folder)
+        for name, p in self.module.named_parameters():
+            if name in state["optimizer"]:
+                self.optimizer.state[p] = {k: x.to(p.device, copy=True) for k, x in state["optimizer"][name].items()}
+        self.batches.load_state_dict(state["batches"])
+        randomness.load_state(state["randomness"], self.device, self.ranks)
+        self.step, self.seen, self.unit = (state["run"][name] for name in ("step", "seen", "unit"))
+        self.began = time.perf_counter() - state["run"]["seconds"]
+
+    def _check_same(self, there: dict[str, Any], folder: Path) -> None:
+        for name, here in self.training.to_json().items():
+            if name not in MAY_CHANGE and there.get(name) != here:
+                mend = "choose another folder, or begin again with resume=False"
+                raise InputError(f"{folder}: this run was begun with {name}={there.get(name)}, not {here}; {mend}")

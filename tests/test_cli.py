@@ -1,0 +1,150 @@
+"""The command line: what it prints, how it fails, how little it imports."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from allyouneed import cli
+from allyouneed.core.errors import InputError
+from allyouneed.papers import runner
+from allyouneed.train.interrupts import Stopped
+
+HEAVY = ("torch", "numpy", "matplotlib", "httpx", "rich", "transformers", "tokenizers", "huggingface_hub", "gguf")
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_list_shows_all_papers_within_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in (40, 80, 100, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        code, out, err = run("list", capsys=capsys)
+        rows = [line for line in out.splitlines() if line[:3].strip().isdigit() and line[3:5] == "  "]
+        assert (code, err, len(rows)) == (0, "", 51) and "\x1b" not in out
+        assert max(map(len, out.splitlines())) <= min(max(columns, 80), 120)
+        assert out.index("attention") < out.index("alibi") < out.index("flash_attention") < out.index("whisper")
+
+
+def test_list_as_json_is_the_public_list(capsys: pytest.CaptureFixture[str]) -> None:
+    import allyouneed
+
+    code, out, _ = run("list", "--json", capsys=capsys)
+    listed = json.loads(out)
+    assert code == 0 and len(listed) == 51
+    assert [entry["slug"] for entry in listed] == [entry.slug for entry in allyouneed.papers()]
+    assert listed[18]["url"] == "https://arxiv.org/abs/2108.12409" and listed[18]["state"] in ("built", "not built")
+
+
+def test_show_says_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("show", "whisper", capsys=capsys)
+    assert code == 0 and "Robust Speech Recognition" in out and "https://arxiv.org/abs/2212.04356" in out
+
+
+def test_materials_are_listed_and_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run("materials", capsys=capsys)
+    assert code == 0 and "smollm2-135m-instruct" in out and "Apache-2.0" in out
+    (tmp_path / "mine.gguf").touch()
+    assert run("materials", str(tmp_path / "mine.gguf"), capsys=capsys) == (0, f"{tmp_path / 'mine.gguf'}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lst"], "Did you mean 'list'?"),
+        (["run", "alibi", "--sise", "smoke"], "--size"),
+        (["list", "--nothing"], "allyouneed list --help"),
+        (["run"], "Missing argument 'SLUG'"),
+        (["run", "alibi", "--seeds", "many"], "Invalid value for '--seeds'"),
+        (["show", "alibbi"], "unknown paper 'alibbi'; did you mean 'alibi'?"),
+        (["run", "wisper"], "unknown paper 'wisper'; did you mean 'whisper'?"),
+        (["materials", "smolm2-135m-instruct"], "did you mean 'smollm2-135m-instruct'?"),
+        (["publish"], "either a paper's name or --pages"),
+        (["publish", "alibi", "--pages"], "either a paper's name or --pages"),
+    ],
+)
+def test_mistakes_cost_one_line_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(*arguments, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and words.lower() in err.lower()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (InputError("a.json: line 3\nis not JSON"), 2, "error: a.json: line 3 is not JSON\n"),
+        (KeyboardInterrupt(), 130, "stopped; run again to resume\n"),
+        (Stopped(signal.SIGTERM, "saved at step 7"), 143, "stopped; run again to resume (SIGTERM: saved at step 7)\n"),
+        (OSError(28, "No space left on device", "x.bin"), 1, "error: no space left for x.bin; "),
+    ],
+)
+def test_what_goes_wrong_inside_a_command(
+    raised: BaseException, code: int, line: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*arguments: object, **options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(runner, "run", fail)
+    found, _, err = run("run", "alibi", capsys=capsys)
+    assert found == code and err.strip().startswith(line.strip()) and "Traceback" not in err
+
+
+def test_bugs_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "run", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", "alibi"])
+
+
+def test_options_of_run_reach_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(runner, "run", lambda slug, size, **options: seen.update(options, slug=slug, size=size))
+    line = "run alibi --size smoke --seeds 2 --set a.b=1 --set c=x,y --out there --fresh"
+    assert cli.main(line.split()) == 0
+    assert seen.pop("out").name == "there"
+    assert seen == {"slug": "alibi", "size": "smoke", "seeds": 2, "overrides": ["a.b=1", "c=x,y"], "fresh": True}
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["--help"], ["list"], ["list", "--json"], ["show", "whisper"], ["run", "--help"], ["materials"]]
+)
+def test_light_commands_import_nothing_heavy(command: list[str]) -> None:
+    script = f"""
+import sys
+from allyouneed.cli import main
+code = main({command!r})
+print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n") and done.stdout
+
+
+def test_importing_the_package_imports_nothing_but_itself() -> None:
+    script = "import sys, allyouneed; print(sorted(n for n in sys.modules if n.startswith('allyouneed')))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "['allyouneed']\n"
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m allyouneed list --json"
+    for enough in (["head", "-c", "1"], ["true"]):
+        first = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.run(enough, stdin=first.stdout, stdout=subprocess.DEVNULL)
+        assert first.stdout is not None and first.stderr is not None
+        first.stdout.close()
+        assert first.stderr.read() == b""
+        first.stderr.close()
+        assert first.wait() in (0, 1)
