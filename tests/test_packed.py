@@ -25,7 +25,7 @@ from allyouneed.nn.packed import KINDS, PackedEmbedding, PackedLinear, unpack
 FEATURES, OUTPUTS = 96, 13  # three blocks a row; neither a multiple of a tile's rows
 COUNTS = (1, 2, 3, 5, 8, 16, 33, 128, 300)
 # What the kernels become on other processors: wide registers absent, then fused multiply-add and half conversion too.
-BUILDS = {"here": native.FLAGS}
+BUILDS: dict[str, tuple[str, ...]] = {"here": native.FLAGS}
 if platform.machine() == "x86_64":
     BUILDS["sse2"] = ("-O3",)
 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):

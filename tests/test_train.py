@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_run import Tiny, batches, counting, run, same, settings, tiny, untimed
+from tiny_run import At, Tiny, batches, counting, run, same, settings, tiny, untimed
 from torch import Tensor, nn
 
 from allyouneed.core.errors import InputError
@@ -26,7 +26,7 @@ from allyouneed.objectives.loss import Loss
 from allyouneed.objectives.next_token import next_token
 from allyouneed.train.averages import Ema
 from allyouneed.train.gradients import differentiate
-from allyouneed.train.interrupts import SAME_PRESS, Interrupts, Stopped, watched
+from allyouneed.train.interrupts import Stopped, watched
 from allyouneed.train.loop import Training
 from allyouneed.train.optimizers import AdamW, decay_groups
 from allyouneed.train.ranks import Ranks
@@ -385,24 +385,11 @@ def batches_of(batch: dict[str, Tensor]) -> Any:
 # Signals
 
 
-class Sender:
-    """Sends this process a signal at a step."""
-
-    def __init__(self, signum: int, at: int) -> None:
-        self.signum, self.at = signum, at
-
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step == self.at:
-            os.kill(os.getpid(), self.signum)
-
-    def on_end(self) -> None: ...
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, signum, code):
     before, stopped, unbroken = signal.getsignal(signum), tiny(), tiny()
     with pytest.raises(Stopped, match=f"{signum.name}: stopped after step 5 of 12, saved in .*goes on") as caught:
-        run(stopped, tmp_path, callbacks=[Sender(signum, 5)])
+        run(stopped, tmp_path, callbacks=[At(5, lambda: os.kill(os.getpid(), signum))])
     assert caught.value.exit_code == code
     assert (tmp_path / "checkpoints/step-00000005").is_dir()
     assert signal.getsignal(signum) is before
@@ -412,13 +399,15 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, signum, code):
     assert same(resumed, unbroken)
 
 
-def test_a_second_ctrl_c_interrupts_at_once_and_its_echo_does_not():
-    interrupts = Interrupts()
-    interrupts(signal.SIGINT, None)
-    interrupts(signal.SIGINT, None)  # handed on by a launcher
-    interrupts.at -= SAME_PRESS
-    with pytest.raises(KeyboardInterrupt):
-        interrupts(signal.SIGINT, None)
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(tiny(), tmp_path, callbacks=[At(5, twice)])
+    assert not isinstance(caught.value, Stopped)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_signal_nobody_heeded_is_not_lost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,16 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def same(a: nn.Module, b: nn.Module) -> bool:
     there = b.state_dict()
     return all(torch.equal(x, there[name]) for name, x in a.state_dict().items())
+
+
+class At:
+    """A callback that does something at a step."""
+
+    def __init__(self, step: int, what: Callable[[], Any]) -> None:
+        self.step, self.what = step, what
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == self.step:
+            self.what()
+
+    def on_end(self) -> None: ...

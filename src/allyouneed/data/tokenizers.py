@@ -102,7 +102,10 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of what the vocabulary spells `token`, None where it has no such token."""
-        return self._backend.token_to_id(token)
+        try:
+            return self._backend.token_to_id(token)
+        except UnicodeEncodeError:  # half a surrogate pair, which no vocabulary has
+            return None
 
     @property
     def bos_token(self) -> str | None:

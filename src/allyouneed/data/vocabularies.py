@@ -47,7 +47,7 @@ _GGUF_SPLITS = {
     "qwen2": "qwen2",
     "deepseek-r1-qwen": "qwen2",
 }
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
 
 class Metadata(Protocol):
@@ -211,8 +211,8 @@ def _added_in_gguf(file: Metadata, tokens: list[str]) -> list[dict[str, Any]]:
         raise InputError(
             f"{file.path}: metadata 'tokenizer.ggml.token_type' has {len(kinds)} entries for {len(tokens)} tokens"
         )
-    chosen = np.flatnonzero((kinds == _CONTROL) | (kinds == _USER_DEFINED))
-    return [_added(int(i), tokens[i], special=bool(kinds[i] == _CONTROL)) for i in chosen]
+    chosen = np.flatnonzero(np.isin(kinds, (_UNKNOWN, _CONTROL, _USER_DEFINED)))
+    return [_added(int(i), tokens[i], special=bool(kinds[i] != _USER_DEFINED)) for i in chosen]
 
 
 def _ids_added(file: Metadata, role: str, default: bool, size: int) -> list[int]:

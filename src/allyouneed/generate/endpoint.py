@@ -78,7 +78,8 @@ class Endpoint:
         self._jitter = random.Random(0)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint")
         self._client = httpx.Client(
-            base_url=base,
+            base_url=base.copy_with(userinfo=b""),  # httpx logs addresses whole
+            auth=(base.username, base.password) if base.username else None,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
@@ -228,9 +229,10 @@ def events(chunks: Iterable[bytes]) -> Iterator[str]:
 def _base(url: str) -> httpx.URL:
     try:
         base = httpx.URL(url.strip())
-    except httpx.InvalidURL:
+        base.host.encode("idna")  # as the look-up of the name will
+    except (httpx.InvalidURL, UnicodeError):
         base = httpx.URL()
-    if base.scheme not in ("http", "https") or not base.host or base.query:
+    if base.scheme not in ("http", "https") or not base.host or (base.port or 0) > 65535 or base.query:
         raise InputError(f"endpoint {_shown(url)!r} is no address; write http://host:port/v1")
     return base.copy_with(path="/v1") if base.path in ("", "/") else base
 

@@ -116,8 +116,13 @@ class RemoteModel:
         self.endpoint.close()
 
     def _first_model(self) -> str:
-        names = self.models()
+        try:
+            names = self.models()
+        except (RemoteError, InputError):
+            self.close()
+            raise
         if not names:
+            self.close()
             raise InputError(f"{self.endpoint.name} lists no model; name one")
         return names[0]
 

@@ -39,14 +39,11 @@ class Checkpoints:
         Raises:
             InputError: the disk is full or the folder cannot be written; what stood there stays.
         """
-        for left in self.folder.glob(".step-*.tmp"):  # by a run that was killed while it saved
-            shutil.rmtree(left)
-        path = self.folder / f"step-{step:08d}"
+        path = self.folder / _name(step)
         with writing(path), replacing(path) as temporary:
             temporary.mkdir()
             write(temporary, state)
-        for old in [p for p in self.paths() if p <= path][: -self.keep]:
-            shutil.rmtree(old)
+        self.tidy(step)
 
     def newest(self) -> State | None:
         """The state of the newest checkpoint that can be read, None if there is none yet. Says which ones cannot.
@@ -67,6 +64,12 @@ class Checkpoints:
     def paths(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
         return sorted(self.folder.glob("step-*"))
+
+    def tidy(self, step: int) -> None:
+        """Remove all up to `step` but the last `keep`, and what a run that was killed left half-written."""
+        done = [path for path in self.paths() if path.name <= _name(step)]
+        for path in [*done[: -self.keep], *self.folder.glob(".step-*.tmp")]:
+            shutil.rmtree(path)
 
     def clear(self) -> None:
         """Remove them all."""
@@ -137,6 +140,10 @@ def writing(path: Path) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) else error
         line = f"{path}: cannot be written: {reason}; the last checkpoint stands, and the run can go on from it"
         raise InputError(line) from None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-SAME_PRESS = 0.5  # seconds; a launcher such as torchrun hands on the Ctrl-C that its workers have already heard
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,13 +22,12 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received = 0  # the signal's number, 0 for none
-        self.at = 0.0
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """The handler."""
         if not self.received:
-            self.received, self.at = signum, time.monotonic()
-        elif signum == signal.SIGINT and time.monotonic() - self.at > SAME_PRESS:
+            self.received = signum
+        elif signum == signal.SIGINT:
             raise KeyboardInterrupt
 
 

@@ -26,7 +26,7 @@ from allyouneed.train.gradients import Batch, Objective, differentiate
 from allyouneed.train.interrupts import Stopped, watched
 from allyouneed.train.journal import Callback, Journal, Row
 from allyouneed.train.optimizers import AdamW
-from allyouneed.train.ranks import Ranks, joined
+from allyouneed.train.ranks import Ranks, join
 from allyouneed.train.schedules import Constant, Cosine, InverseSquareRoot, Linear
 
 MAY_CHANGE = {"steps", "accumulate", "log_every", "evaluate_every", "save_every", "keep"}  # when a run is taken up
@@ -109,14 +109,14 @@ def train(
     """
     folder = None if folder is None else Path(folder)
     checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", training.keep)
-    device = next(module.parameters()).device
-    with joined() as ranks, watched() as interrupts, randomness.private(device):
-        writes = ranks.rank == 0
+    ranks, device = join(), next(module.parameters()).device
+    writes = ranks.rank == 0
+    with watched() as interrupts, randomness.private(device):
         run = _Run(module, objective, batches, training, ranks)
         if checkpoints is not None and resume:
             run.take_up(checkpoints)
-        elif checkpoints is not None and writes:
-            checkpoints.clear()
+        if checkpoints is not None and writes:
+            checkpoints.tidy(run.step) if resume else checkpoints.clear()
         with (
             Journal(folder if writes else None, run.step, callbacks if writes else ()) as journal,
             Progress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,

@@ -6,9 +6,9 @@ done here.
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,24 +57,24 @@ class Ranks:
                 dist.broadcast(x, src=0)
 
 
-@contextmanager
-def joined() -> Iterator[Ranks]:
+def join() -> Ranks:
     """The ranks that `torchrun` started, from its environment variables; a process started otherwise is alone.
 
-    Joins the process group (NCCL where there is CUDA, else gloo) unless the caller has, and leaves what it joined.
+    The process group (NCCL where there is CUDA, else gloo) is joined once, unless the caller has, and left at exit:
+    torchrun's store remembers a group, so that it cannot be joined a second time.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world == 1:
-        yield Ranks()
-        return
+        return Ranks()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    joins = not dist.is_initialized()
-    if joins:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield Ranks(rank, world, device)
-    finally:
-        if joins:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    return Ranks(rank, world, device)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

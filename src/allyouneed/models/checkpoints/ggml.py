@@ -15,7 +15,7 @@ from allyouneed.models.checkpoints.gguf import GGUF, TensorInfo
 from allyouneed.models.checkpoints.huggingface import assemble, check_layers, family_named
 from allyouneed.models.checkpoints.names import Rule, expand, to_ours
 from allyouneed.models.decoder import Decoder
-from allyouneed.nn.packed import PackedEmbedding, PackedLinear
+from allyouneed.nn.packed import KINDS, PackedEmbedding, PackedLinear, shared
 
 FAMILIES = {family.model_type: family for family in (llama.GGUF, gpt2.GGUF)}
 
@@ -69,18 +69,18 @@ class _Dequantised(Mapping[str, Tensor]):
 
 
 def _packable(info: TensorInfo) -> bool:
-    return len(info.shape) == 2 and info.kind in PackedLinear.KINDS and not info.name.startswith("position_embd")
+    return len(info.shape) == 2 and info.kind in KINDS and not info.name.startswith("position_embd")
 
 
 def _pack(model: Decoder, rule: Rule, file: GGUF) -> None:
     """Let the modules whose weights `rule` names compute from the file's own blocks."""
     kind = file.tensors[rule.theirs].kind
-    for name, rows in zip(rule.ours, rule.split(torch.from_numpy(file.raw(rule.theirs))), strict=True):
+    for name, rows in zip(rule.ours, rule.split(shared(file.raw(rule.theirs))), strict=True):
         owner = name.removesuffix(".weight")
         module = model.get_submodule(owner)
         if isinstance(module, nn.Linear):
-            model.set_submodule(owner, PackedLinear.from_blocks(rows, kind, module.in_features, module.bias))
+            model.set_submodule(owner, PackedLinear(rows, kind, module.in_features, module.bias))
             continue
-        model.set_submodule(owner, PackedEmbedding.from_blocks(rows, kind, model.config.dim))
+        model.set_submodule(owner, PackedEmbedding(rows, kind, model.config.dim))
         if model.config.tied:
-            model.set_submodule("head", PackedLinear.from_blocks(rows, kind, model.config.dim))
+            model.set_submodule("head", PackedLinear(rows, kind, model.config.dim))

@@ -1,5 +1,6 @@
-"""Short tasks with checkable answers for in-context learning: a line of description, items, and wrong options beside
-the right one. All are made here by hand or by seeded code; no benchmark's items are used.
+"""Short tasks with checkable answers for in-context learning, each question with wrong options beside the right one.
+
+All are made here, by hand or by seeded code; no benchmark's items are used.
 """
 
 from __future__ import annotations
@@ -8,38 +9,31 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Item:
-    """A question, its answer and the options offered, the answer among them."""
-
-    question: str
-    answer: str
-    options: tuple[str, ...]
+from allyouneed.evaluate.options import Question
 
 
 @dataclass(frozen=True)
 class Task:
-    """`chance` is the accuracy of guessing."""
+    """A line that says what is asked, and questions with options."""
 
     name: str
     description: str
-    items: tuple[Item, ...]
+    questions: tuple[Question, ...]
 
     @property
     def chance(self) -> float:
-        """1 / number of options."""
-        return 1 / len(self.items[0].options)
+        """The accuracy of guessing: 1 / number of options."""
+        return 1 / len(self.questions[0].options)
 
 
-def tasks(items: int = 72, seed: int = 0) -> list[Task]:
-    """All tasks, each with up to `items` items in an order that only `seed` decides.
+def tasks(questions: int = 72, seed: int = 0) -> list[Task]:
+    """All tasks, each with up to `questions` questions in an order that only `seed` decides.
 
     >>> [task.name for task in tasks()]
     ['capitals', 'opposites', 'plurals', 'categories', 'sentiment', 'addition', 'patterns']
     """
     return [
-        _task(name, description, make, items, random.Random(f"{seed}/{name}"))
+        _task(name, description, make, questions, random.Random(f"{seed}/{name}"))
         for name, description, make in (
             ("capitals", "The capital of each country.", _capitals),
             ("opposites", "Words and their opposites.", _opposites),
@@ -53,27 +47,27 @@ def tasks(items: int = 72, seed: int = 0) -> list[Task]:
 
 
 def _task(
-    name: str, description: str, make: Callable[[random.Random], list[Item]], count: int, source: random.Random
+    name: str, description: str, make: Callable[[random.Random], list[Question]], count: int, source: random.Random
 ) -> Task:
-    items = make(source)
-    source.shuffle(items)
-    return Task(name, description, tuple(items[:count]))
+    questions = make(source)
+    source.shuffle(questions)
+    return Task(name, description, tuple(questions[:count]))
 
 
-def _among(pairs: list[tuple[str, str]], source: random.Random, others: int = 3) -> list[Item]:
-    """Items whose wrong options are the answers of other items."""
+def _among(pairs: list[tuple[str, str]], source: random.Random, others: int = 3) -> list[Question]:
+    """Questions whose wrong options are the answers of other questions."""
     answers = sorted({answer for _, answer in pairs})
     items = []
     for question, answer in pairs:
         wrong = source.sample([a for a in answers if a != answer], others)
-        items.append(_item(question, answer, wrong, source))
+        items.append(_question(question, answer, wrong, source))
     return items
 
 
-def _item(question: str, answer: str, wrong: list[str], source: random.Random) -> Item:
+def _question(asked: str, answer: str, wrong: list[str], source: random.Random) -> Question:
     options = [answer, *wrong]
     source.shuffle(options)
-    return Item(question, answer, tuple(options))
+    return Question(f"Q: {asked}\nA:", tuple(options), options.index(answer))
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -127,49 +121,49 @@ SUBJECTS = ["The film was", "The acting was", "The story was", "I found it", "Th
 ENDINGS = ["from start to finish.", "and I told all my friends.", "as I expected.", "to say the least.", "this time."]
 
 
-def _capitals(source: random.Random) -> list[Item]:
+def _capitals(source: random.Random) -> list[Question]:
     return _among(_pairs(CAPITALS), source)
 
 
-def _opposites(source: random.Random) -> list[Item]:
+def _opposites(source: random.Random) -> list[Question]:
     return _among(_pairs(OPPOSITES), source)
 
 
-def _plurals(source: random.Random) -> list[Item]:
+def _plurals(source: random.Random) -> list[Question]:
     """Wrong options are other endings of the same word."""
     items = []
     for one, many in _pairs(PLURALS):
         forms = [one + "s", one + "es", one[:-1] + "ies", one + "en", one, one[:-1] + "ves"]
-        items.append(_item(one, many, source.sample([form for form in forms if form != many], 3), source))
+        items.append(_question(one, many, source.sample([form for form in forms if form != many], 3), source))
     return items
 
 
-def _categories(source: random.Random) -> list[Item]:
+def _categories(source: random.Random) -> list[Question]:
     return [
-        _item(word, kind, [other for other in KINDS if other != kind], source)
+        _question(word, kind, [other for other in KINDS if other != kind], source)
         for kind, words in KINDS.items()
         for word in words.split()
     ]
 
 
-def _sentiment(source: random.Random) -> list[Item]:
+def _sentiment(source: random.Random) -> list[Question]:
     return [
-        _item(f"{source.choice(SUBJECTS)} {word} {source.choice(ENDINGS)}", label, [other], source)
+        _question(f"{source.choice(SUBJECTS)} {word} {source.choice(ENDINGS)}", label, [other], source)
         for label, other, words in (("positive", "negative", GOOD), ("negative", "positive", BAD))
         for word in words.split() * 3
     ]
 
 
-def _addition(source: random.Random) -> list[Item]:
+def _addition(source: random.Random) -> list[Question]:
     items = []
     for a in range(1, 10):
         for b in range(1, 10):
             wrong = [str(a + b + d) for d in (-2, -1, 1, 2, 10) if a + b + d > 0]
-            items.append(_item(f"{a} + {b}", str(a + b), source.sample(wrong, 3), source))
+            items.append(_question(f"{a} + {b}", str(a + b), source.sample(wrong, 3), source))
     return items
 
 
-def _patterns(source: random.Random) -> list[Item]:
+def _patterns(source: random.Random) -> list[Question]:
     """Two or three letters repeated; the wrong options are the pattern's other letters and strangers."""
     items = []
     for _ in range(90):
@@ -178,5 +172,5 @@ def _patterns(source: random.Random) -> list[Item]:
         shown = source.randrange(5, 8)
         sequence = [cycle[i % len(cycle)] for i in range(shown + 1)]
         wrong = [letter for letter in letters if letter != sequence[-1]]
-        items.append(_item(" ".join(sequence[:-1]), sequence[-1], wrong[:3], source))
+        items.append(_question(" ".join(sequence[:-1]), sequence[-1], wrong[:3], source))
     return items

@@ -1,0 +1,256 @@
+"""Language Models are Few-Shot Learners (Brown et al., 2020).
+
+arXiv:2005.14165.
+
+Claim   A language model picks up a task from examples in its prompt, without any change of its weights: accuracy on
+        tasks it was never tuned for rises with the number of examples k, and it rises because the examples show what
+        is asked, not merely because the prompt grows. A model trained from scratch on sequences that must be
+        understood from themselves learns to do so: its loss falls along the context.
+Here    SmolLM2-135M-Instruct answers seven short tasks by comparing the likelihood of the options, divided by their
+        number of tokens (sec. 2.4), after k = 0 … 32 examples. Treatment: examples with right answers. Control: the
+        same examples, each with one of its wrong options for an answer. Beside it a small model of the paper's
+        architecture, dense and locally banded attention in turn (sec. 2.1), is trained on rows of key–value pairs
+        under a mapping new to every row; its control has no mapping, and the best possible loss of both is known.
+Apart   135 million parameters instead of 175 billion, and a model tuned for chat instead of a raw one; seven tasks of
+        our own making instead of some forty data sets. One size only: that larger models profit more from examples,
+        the paper's figure 1.2, stays unshown. Examples are drawn once a seed for all questions of a task, not anew for
+        each question, so that their tokens are read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from allyouneed import core
+from allyouneed.core.seeds import derive, generator, seed_everything
+from allyouneed.data.batches import Generated
+from allyouneed.data.packing import Batch
+from allyouneed.data.tokenizers import byte_tokenizer
+from allyouneed.data.worlds import Recall
+from allyouneed.evaluate.options import correct, mislabelled, score_options, with_demonstrations
+from allyouneed.evaluate.perplexity import token_nll
+from allyouneed.evaluate.tasks import Task, tasks
+from allyouneed.generate.language_model import LanguageModel
+from allyouneed.generate.load import load
+from allyouneed.generate.local import LocalModel
+from allyouneed.models import gpt2, gpt_neo
+from allyouneed.models.decoder import Decoder
+from allyouneed.objectives.next_token import next_token
+from allyouneed.papers import figures
+from allyouneed.papers.base import Paper, Report
+from allyouneed.train.loop import Training, train
+from allyouneed.train.optimizers import AdamW
+from allyouneed.train.schedules import Cosine, Linear
+
+# Layers, dim, heads, batch in millions of tokens, peak learning rate (table 2.1); all see 2048 tokens and 300 B in all
+SIZES = {
+    "125M": (12, 768, 12, 0.5, 6.0e-4),
+    "350M": (24, 1024, 16, 0.5, 3.0e-4),
+    "760M": (24, 1536, 16, 0.5, 2.5e-4),
+    "1.3B": (24, 2048, 16, 1.0, 2.0e-4),  # printed as 24 heads of 128, which would be 1.5 B; 16 of them give 1.3 B
+    "2.7B": (32, 2560, 32, 1.0, 1.6e-4),
+    "6.7B": (32, 4096, 32, 2.0, 1.2e-4),
+    "13B": (40, 5140, 40, 2.0, 1.0e-4),
+    "175B": (96, 12288, 96, 3.2, 0.6e-4),
+}
+HEAD_DIMS = {"13B": 128}  # as printed, where it is not dim / heads
+
+RIGHT, WRONG = "right answers", "wrong answers"
+
+
+def sized(name: str) -> Decoder.Config:
+    """One of the eight published sizes."""
+    num_layers, dim, num_heads, _, _ = SIZES[name]
+    config = gpt_neo.architecture(context=2048, dim=dim, num_layers=num_layers, num_heads=num_heads)
+    wide = [block.replace(mixer=block.mixer.replace(head_dim=HEAD_DIMS.get(name))) for block in config.blocks]
+    return config.replace(blocks=tuple(wide))
+
+
+def training(name: str) -> Training:
+    """How a published size was trained (table 2.1 and appendix B): 300 billion tokens, warmed up over 375 million."""
+    _, _, _, batch_millions, lr = SIZES[name]
+    steps = round(300e9 / (batch_millions * 1e6))
+    warmup = round(375e6 / (batch_millions * 1e6))
+    return Training(steps=steps, optimizer=AdamW.Config(lr=lr), schedule=Cosine(warmup=warmup), precision="bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(core.Config):
+    """Which model is asked, how often, and the margins of the verdict."""
+
+    lm: str | None = "smollm2-135m-instruct"  # None: a random model, to try the machinery
+    shots: tuple[int, ...] = (0, 1, 4, 16, 32)
+    questions: int = 20  # per task and seed
+    normalisation: str = "per_token"
+    world: Recall.Config
+    model: Decoder.Config
+    training: Training
+    rows: int = 32  # per batch
+    gain: float = 0.05  # accuracy with most examples minus accuracy with none
+    over_wrong: float = 0.05  # accuracy with right answers minus that with wrong ones, at most examples
+    falls: float = 0.3  # nats by which the loss at the last pairs lies under the control's
+
+
+def run(config: Config, report: Report) -> None:
+    """Ask the model, train the small one, and hold both against the margins."""
+    accuracies = _prompted(config, report)
+    _figure(config, report, accuracies, _from_scratch(config, report))
+
+
+def _prompted(config: Config, report: Report) -> dict[str, list[dict[str, list[float]]]]:
+    lm = load(config.lm) if config.lm else _random_model()
+    if config.lm is None:
+        report.evidence = "small world"
+    everything = tasks(max(config.shots) + config.questions)
+
+    def work(arm: str, seed: int, folder: Path) -> dict[str, list[float]]:
+        return {task.name: [_accuracy(config, lm, task, k, arm, seed) for k in config.shots] for task in everything}
+
+    found = report.repeat({RIGHT: RIGHT, WRONG: WRONG}, work)
+    right, wrong = ([_mean(seed) for seed in found[arm]] for arm in (RIGHT, WRONG))
+    report.arm(RIGHT, model=lm.name, tasks=len(everything), questions_per_task=config.questions)
+    report.arm(WRONG, model=lm.name, tasks=len(everything), questions_per_task=config.questions)
+    for name, values in ((RIGHT, right), (WRONG, wrong)):
+        report.curve(name, config.shots, values, x_label="examples k", y_label="mean accuracy")
+    report.table(
+        "accuracy with right answers, by task and k (chance beside it)",
+        [
+            {"task": task.name, "chance": round(task.chance, 3)}
+            | {
+                f"k={k}": round(sum(seed[task.name][i] for seed in found[RIGHT]) / len(report.seeds), 3)
+                for i, k in enumerate(config.shots)
+            }
+            for task in everything
+        ],
+    )
+    most = config.shots[-1]
+    report.check(f"accuracy at k={most} minus at k=0", values=[a[-1] - a[0] for a in right], above=config.gain)
+    report.check(
+        f"right minus wrong answers at k={most}",
+        values=[a[-1] - b[-1] for a, b in zip(right, wrong, strict=True)],
+        above=config.over_wrong,
+    )
+    return found
+
+
+def _accuracy(config: Config, lm: LanguageModel, task: Task, k: int, arm: str, seed: int) -> float:
+    """The share of a task's questions answered rightly after `k` examples; the examples are the seed's."""
+    order = torch.randperm(len(task.questions), generator=generator(seed, "split", task.name)).tolist()
+    shuffled = [task.questions[i] for i in order]
+    examples, asked = shuffled[: max(config.shots)], shuffled[max(config.shots) :]
+    if arm == WRONG:
+        examples = [mislabelled(example, seed) for example in examples]
+    prompts = [with_demonstrations(q, examples[:k], description=f"{task.description}\n\n") for q in asked]
+    return float(correct(prompts, score_options(lm, prompts), config.normalisation).mean())
+
+
+def _from_scratch(config: Config, report: Report) -> dict[str, list[list[float]]]:
+    """The loss at each pair of a row, for rows with a mapping and for the control's without."""
+    worlds = {"a mapping per row": config.world, "no mapping": config.world.replace(consistent=False)}
+
+    def work(world: Recall.Config, seed: int, folder: Path) -> list[float]:
+        made = world.build()
+
+        def make(source: torch.Generator) -> Batch:
+            ids, targets = made.sample(config.rows, source)
+            return {"ids": ids, "targets": targets}
+
+        seed_everything(seed)
+        module = config.model.build()
+        train(
+            module,
+            next_token,
+            Generated(make, seed=seed),
+            config.training.replace(seed=seed),
+            folder=folder,
+            title="  recall",
+        )
+        with torch.inference_mode():
+            ids, targets = made.sample(512, generator(derive(seed, "test"), "rows"))
+            loss = token_nll(module.eval()(ids).logits[:, ::2], targets[:, ::2])
+        return loss.mean(0).tolist()
+
+    losses = report.repeat(worlds, work)
+    for name, values in losses.items():
+        report.arm(name, parameters=config.model.num_parameters(), best_last=worlds[name].build().best_loss()[-1])
+        pairs = range(1, config.world.pairs + 1)
+        report.curve(f"from scratch, {name}", pairs, values, x_label="pair", y_label="loss (nats)")
+    last = config.world.pairs // 4
+    late = {name: [sum(seed[-last:]) / last for seed in values] for name, values in losses.items()}
+    report.check(
+        "from scratch: loss late in the row, control minus treatment",
+        values=[c - t for t, c in zip(late["a mapping per row"], late["no mapping"], strict=True)],
+        above=config.falls,
+    )
+    return losses
+
+
+def _figure(
+    config: Config, report: Report, found: dict[str, list[dict[str, list[float]]]], losses: dict[str, list[list[float]]]
+) -> None:
+    figure, (left, right) = figures.new(11, 4.2, columns=2)
+    places = range(len(config.shots))
+    for name in found[RIGHT][0]:
+        mean = [sum(seed[name][i] for seed in found[RIGHT]) / len(found[RIGHT]) for i in places]
+        left.plot(places, mean, color="#BBBBBB", linewidth=1, label="_")
+    for name, color in ((RIGHT, figures.PALETTE[0]), (WRONG, figures.PALETTE[1])):
+        figures.band(left, list(places), [_mean(seed) for seed in found[name]], name, color)
+    left.set_xticks(list(places), list(map(str, config.shots)))
+    figures.describe(left, title="Answering after k examples", x="examples in the prompt", y="accuracy, mean of tasks")
+    figures.label_ends(left)
+    pairs = list(range(1, config.world.pairs + 1))
+    for (name, values), color in zip(losses.items(), (figures.PALETTE[0], figures.CONTROL), strict=True):
+        figures.band(right, pairs, values, name, color)
+    right.plot(pairs, config.world.build().best_loss(), ":", color=figures.PALETTE[0], label="the best possible")
+    figures.describe(right, title="Trained from scratch", x="pair in the row", y="loss on the value (nats)")
+    figures.label_ends(right)
+    report.figure(figure, "Left: accuracy after k examples; grey, single tasks. Right: loss along the context.")
+
+
+def _mean(by_task: dict[str, list[float]]) -> list[float]:
+    """The mean over tasks at each k."""
+    return [sum(column) / len(by_task) for column in zip(*by_task.values(), strict=True)]
+
+
+def _random_model() -> LanguageModel:
+    seed_everything(0)
+    module = gpt2.architecture(vocab_size=257, context=2048, dim=16, num_layers=1, num_heads=2).build().eval()
+    return LocalModel(module, byte_tokenizer(), "a random model")
+
+
+def _small(dim: int, num_layers: int, world: Recall.Config) -> Decoder.Config:
+    vocab_size, context = world.build().vocab_size, 2 * world.pairs
+    return gpt_neo.architecture(
+        vocab_size=vocab_size, context=context, dim=dim, num_layers=num_layers, num_heads=4, window=8
+    )
+
+
+def _recall(steps: int) -> Training:
+    return Training(
+        steps=steps,
+        optimizer=AdamW.Config(lr=3e-3),
+        schedule=Linear(warmup=max(1, steps // 20)),
+        log_every=max(1, steps // 20),
+    )
+
+
+_TINY, _WORLD = Recall.Config(symbols=3, pairs=6), Recall.Config(symbols=4, pairs=16)
+
+PAPER = Paper(
+    doc=__doc__,
+    run=run,
+    evidence="real weights",
+    minutes={"smoke": 0.2, "laptop": 4.5},
+    sizes={
+        "smoke": Config(
+            lm=None, shots=(0, 2), questions=3, world=_TINY, model=_small(16, 2, _TINY), training=_recall(8), rows=8
+        ),
+        "laptop": Config(world=_WORLD, model=_small(64, 3, _WORLD), training=_recall(800)),
+        "paper": Config(
+            lm=None, shots=(0, 1, 4, 16, 32), world=_WORLD, model=sized("175B"), training=training("175B"), rows=1600
+        ),
+    },
+)

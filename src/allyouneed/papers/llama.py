@@ -1,0 +1,243 @@
+"""LLaMA: Open and Efficient Foundation Language Models (Touvron et al., 2023).
+
+arXiv:2302.13971.
+
+Claim   For a wanted level of loss, the model that is cheapest to run is not the one that is cheapest to train: a
+        smaller model, trained on far more tokens than a training budget alone would give it, reaches the loss of a
+        larger one that was trained less, at a lower cost for every token it will ever produce; and it is still
+        improving by then.
+Here    Two models of the paper's architecture that differ in width and depth, on a small world whose own entropy is
+        known exactly, so that the loss is told as the excess over what no model can go below. Treatment: the small
+        model, trained long. Controls: the large model, trained on a sixth of the tokens, and the small model stopped
+        where the large one stops. Generation speed of both is measured here.
+Apart   0.1 and 0.5 million parameters instead of 7 to 65 billion, and a Markov text in place of 1.4 trillion tokens of
+        the web. The training FLOPs of the arms are reported, not matched: that the small model's training costs more
+        is part of the claim. Downstream benchmarks stay unshown.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allyouneed import core
+from allyouneed.core.seeds import derive, generator, seed_everything
+from allyouneed.data.batches import Generated
+from allyouneed.data.packing import Batch
+from allyouneed.data.worlds import Markov
+from allyouneed.evaluate.perplexity import token_nll
+from allyouneed.generate.engine import Engine
+from allyouneed.generate.language_model import Sampling
+from allyouneed.models import llama
+from allyouneed.models.decoder import Decoder
+from allyouneed.objectives.next_token import next_token
+from allyouneed.papers import figures
+from allyouneed.papers.base import Paper, Report
+from allyouneed.train.loop import Training, train
+from allyouneed.train.optimizers import AdamW
+from allyouneed.train.schedules import Cosine
+
+SMALL_LONG, LARGE_SHORT, SMALL_SHORT = "small, trained long", "large, trained short", "small, trained short"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(core.Config):
+    """The two models, how long each arm trains, and the margins of the verdict."""
+
+    small: Decoder.Config
+    large: Decoder.Config
+    world: Markov.Config
+    training: Training  # of the long arm
+    shorter: float  # the short arms' share of its steps
+    rows: int = 32
+    length: int = 96
+    tested: int = 256  # rows held out
+    generated: int = 128  # tokens, to measure speed
+    reaches: float = 0.0  # excess of large, short minus that of small, long: above
+    faster: float = 1.5  # tokens a second, small over large: above
+    improving: float = 0.0  # loss of the small model over the last tenth of its training: falls by more than this
+
+
+def run(config: Config, report: Report) -> None:
+    """Train the three arms and compare their excess loss and their speed."""
+    world = config.world.build()
+    short = config.training.replace(steps=round(config.training.steps * config.shorter))
+    arms = {
+        SMALL_LONG: (config.small, config.training),
+        LARGE_SHORT: (config.large, short),
+        SMALL_SHORT: (config.small, short),
+    }
+
+    def work(arm: tuple[Decoder.Config, Training], seed: int, folder: Path) -> dict[str, Any]:
+        return _trained(config, world, *arm, seed, folder)
+
+    found = report.repeat(arms, work)
+    speeds = report.job("speed", lambda folder: _speeds(config))
+    for name, (model, training) in arms.items():
+        tokens = training.steps * config.rows * config.length
+        parameters = model.num_parameters()
+        report.arm(
+            name,
+            parameters=parameters,
+            tokens=tokens,
+            tokens_per_parameter=round(tokens / parameters, 1),
+            training_tflop=round(6 * parameters * tokens / 1e12, 3),
+        )
+    report.arm("speed", **speeds)
+    excess = {name: [one["excess"][-1] for one in values] for name, values in found.items()}
+    report.check(
+        "excess loss, large trained short minus small trained long",
+        values=[a - b for a, b in zip(excess[LARGE_SHORT], excess[SMALL_LONG], strict=True)],
+        above=config.reaches,
+    )
+    report.check(
+        "excess loss, small trained short minus small trained long",
+        values=[a - b for a, b in zip(excess[SMALL_SHORT], excess[SMALL_LONG], strict=True)],
+        above=config.reaches,
+    )
+    report.check("tokens per second, small over large", values=speeds["ratios"], above=config.faster)
+    report.check(
+        "excess loss of the small model, at nine tenths of its training minus at the end",
+        values=[one["excess"][-2] - one["excess"][-1] for one in found[SMALL_LONG]],
+        above=config.improving,
+    )
+    _figure(report, found)
+
+
+def _trained(
+    config: Config, world: Markov, model: Decoder.Config, training: Training, seed: int, folder: Path
+) -> dict[str, Any]:
+    """The excess loss on held-out rows at every tenth of the training, in nats a token."""
+    held_out = world.sample(config.tested, config.length, generator(derive(seed, "test"), "rows"))
+    own = world.nll(held_out).mean().item()
+
+    @torch.inference_mode()
+    def evaluate(module: torch.nn.Module) -> dict[str, float]:
+        total = 0.0
+        for rows in held_out.split(64):
+            total += token_nll(module(rows[:, 1:-1]).logits, rows[:, 2:]).sum().item()
+        return {"excess": total / (held_out.shape[0] * (held_out.shape[1] - 2)) - own}
+
+    def make(source: torch.Generator) -> Batch:
+        rows = world.sample(config.rows, config.length + 1, source)
+        return {"ids": rows[:, :-1], "targets": rows[:, 1:]}
+
+    seed_everything(seed)
+    module = model.build()
+    evaluate_every = max(1, training.steps // 10)
+    done = train(
+        module,
+        next_token,
+        Generated(make, seed=seed),
+        training.replace(seed=seed, evaluate_every=evaluate_every),
+        folder=folder,
+        evaluate=evaluate,
+        title="  train",
+    )
+    points = [row for row in done.history if "excess" in row]
+    return {
+        "tokens": [row["step"] * config.rows * config.length for row in points],
+        "excess": [row["excess"] for row in points],
+        "entropy": own,
+    }
+
+
+def _speeds(config: Config) -> dict[str, Any]:
+    """Tokens a second that each model generates, one prompt at a time, in turn; and their ratio each time."""
+    engines = {name: Engine(model.build().eval()) for name, model in (("small", config.small), ("large", config.large))}
+    sampling = Sampling(max_new_tokens=config.generated, seed=0)
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(6):
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            produced = sum(1 for _ in engine.steps([[0, 1, 2]], [sampling]))
+            rates[name].append(produced / (time.perf_counter() - started))
+    ratios = [small / large for small, large in zip(rates["small"][1:], rates["large"][1:], strict=True)]
+    return {f"{name}_tokens_per_second": round(statistics.median(values), 1) for name, values in rates.items()} | {
+        "ratios": ratios
+    }
+
+
+def _figure(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
+    figure, (axes,) = figures.new()
+    colors = {SMALL_LONG: figures.PALETTE[0], LARGE_SHORT: figures.PALETTE[1], SMALL_SHORT: figures.CONTROL}
+    for name, values in found.items():
+        tokens, excess = values[0]["tokens"], [one["excess"] for one in values]
+        report.curve(name, tokens, excess, x_label="training tokens", y_label="excess loss (nats per token)")
+        figures.band(axes, tokens, excess, name, colors[name])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    figures.describe(
+        axes,
+        title="Small and long, or large and short",
+        x="training tokens",
+        y="loss beyond the world's own entropy (nats)",
+    )
+    figures.label_ends(axes)
+    report.figure(figure, "Loss beyond the world's entropy along the training; band: lowest to highest seed.")
+
+
+def _model(dim: int, num_layers: int, num_heads: int, vocab_size: int) -> Decoder.Config:
+    return llama.architecture(
+        vocab_size=vocab_size,
+        context=192,
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        hidden_dim=3 * dim,
+        tied=True,
+    )
+
+
+def _training(steps: int) -> Training:
+    """The paper's optimiser (sec. 2.3) with a rate for small models."""
+    return Training(
+        steps=steps, optimizer=AdamW.Config(lr=4e-3), schedule=Cosine(warmup=steps // 20), log_every=max(1, steps // 10)
+    )
+
+
+def _published(steps: int, lr: float) -> Training:
+    """Sec. 2.3: AdamW (0.9, 0.95), decay 0.1, clipping 1, 2000 steps of warm-up, cosine to a tenth."""
+    return Training(steps=steps, optimizer=AdamW.Config(lr=lr), schedule=Cosine(warmup=2000), precision="bf16")
+
+
+PAPER = Paper(
+    doc=__doc__,
+    run=run,
+    evidence="small world",
+    minutes={"smoke": 0.2, "laptop": 9},
+    sizes={
+        "smoke": Config(
+            small=_model(16, 1, 2, 16),
+            large=_model(32, 2, 2, 16),
+            world=Markov.Config(vocab_size=16),
+            training=_training(20),
+            shorter=0.5,
+            rows=4,
+            length=16,
+            tested=8,
+            generated=8,
+        ),
+        "laptop": Config(
+            small=_model(48, 3, 4, 32),
+            large=_model(96, 5, 4, 32),
+            world=Markov.Config(vocab_size=32),
+            training=_training(1200),
+            shorter=1 / 6,
+        ),
+        "paper": Config(
+            small=llama.sized("7B"),
+            large=llama.sized("13B"),
+            world=Markov.Config(vocab_size=512),
+            training=_published(250_000, 3e-4),
+            shorter=1 / 6,
+            rows=2048,
+            length=2048,
+        ),
+    },
+)

@@ -1,0 +1,158 @@
+"""Two ranks over gloo do what one process does. Run as a program, this file is what `torchrun` starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import At, batches, run, settings, tiny, untimed
+
+from allyouneed.core.errors import InputError
+from allyouneed.core.metrics import read
+from allyouneed.train.checkpoints import Checkpoints
+from allyouneed.train.interrupts import Stopped
+from allyouneed.train.ranks import Ranks, join
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TRAINING = settings(steps=20, accumulate=2, ema=0.9)
+
+
+def launch(what: str, folder: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*TORCHRUN, __file__, what, str(folder)]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(launched: subprocess.Popen[str]) -> str:
+    """What it printed; torchrun takes its ranks along when it is asked to end."""
+    try:
+        return launched.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired:
+        launched.terminate()
+        return launched.communicate()[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """The folder in which two ranks did everything under "as a program" but wait."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launched = launch("work", folder)
+    output = finish(launched)
+    assert launched.returncode == 0, output
+    return folder
+
+
+def test_loss_curve_and_weights_are_those_of_one_process(two_ranks):
+    module = tiny(dropout=0.0)
+    alone = run(module, training=TRAINING).history
+    together = list(read(two_ranks / "plain/metrics.jsonl"))
+    assert len(together) == len(alone) == 20
+    for a, b in zip(untimed(alone), untimed(together), strict=True):
+        assert b == pytest.approx(a, abs=1e-5)
+    stored = Checkpoints(two_ranks / "plain/checkpoints").newest()["model"]
+    assert all(torch.allclose(stored[name], p, atol=1e-5) for name, p in module.named_parameters())
+
+
+def test_ranks_end_with_the_same_weights_though_they_began_apart_and_dropped_differently(two_ranks):
+    digests = [json.loads((two_ranks / f"whole-{rank}.json").read_text()) for rank in (0, 1)]
+    assert digests[0]["weights"] == digests[1]["weights"]
+    assert digests[0]["next"] != digests[1]["next"]  # each rank's dropout is its own
+
+
+def test_resuming_two_ranks_is_bit_for_bit(two_ranks):
+    for rank in (0, 1):
+        whole, resumed = (json.loads((two_ranks / f"{run}-{rank}.json").read_text()) for run in ("whole", "resumed"))
+        assert whole == resumed
+    curves = [untimed(list(read(two_ranks / f"{run}/metrics.jsonl"))) for run in ("whole", "resumed")]
+    assert curves[0] == curves[1] and len(curves[0]) == 20
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(two_ranks):
+    stops = [(two_ranks / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
+    assert stops[0] == stops[1] and re.match(r"SIGTERM: stopped after step \d+ of 20", stops[0])
+
+
+def test_one_process_takes_up_what_two_began(two_ranks):
+    module = tiny(seed=3, dropout=0.0)
+    assert run(module, two_ranks / "plain", TRAINING.replace(steps=22)).step == 22
+
+
+def test_too_few_rows_for_the_ranks(two_ranks):
+    for rank in (0, 1):
+        assert "a batch of 1 rows (ids) cannot be split in 2" in (two_ranks / f"rows-{rank}.txt").read_text()
+
+
+def test_ctrl_c_on_torchrun_finishes_the_step_and_saves(tmp_path):
+    """The whole group hears it, and torchrun hands it on once more."""
+    launched = launch("wait", tmp_path)
+    while not list((tmp_path / "checkpoints").glob("step-*")):
+        assert launched.poll() is None, launched.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(launched.pid, signal.SIGINT)
+    output = finish(launched)
+    lines = [(tmp_path / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
+    assert lines[0] == lines[1], output
+    assert f"after step {Checkpoints(tmp_path / 'checkpoints').newest()['run']['step']} of" in lines[0]
+
+
+def test_alone_nothing_is_sent(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks, x = join(), torch.ones(2)
+    assert ranks == Ranks(rank=0, world=1)
+    ranks.add([x])
+    assert x.tolist() == [1, 1] and ranks.any(7) == 7 and ranks.gather(x)[0] is x
+    assert not torch.distributed.is_initialized()
+
+
+# As a program: one rank of two
+
+
+def stopped(folder: Path, rank: int, name: str, **options: Any) -> None:
+    try:
+        run(tiny(), folder, **options)
+    except (Stopped, InputError) as error:
+        (folder.parent / f"{name}-{rank}.txt").write_text(str(error))
+
+
+def work(folder: Path, rank: int) -> None:
+    dropped = []
+
+    def keep_last_dropout(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
+        dropped[:] = [output.eq(0).tolist()]
+
+    def told(name: str, **options: Any) -> None:
+        module = tiny(seed=rank)  # rank 1 begins elsewhere and follows
+        module.dropout.register_forward_hook(keep_last_dropout)
+        run(module, folder / name, TRAINING, **options)
+        weights = [p.tolist() for p in module.parameters()]
+        (folder / f"{name}-{rank}.json").write_text(json.dumps({"weights": weights, "next": dropped}))
+
+    run(tiny(seed=rank, dropout=0.0), folder / "plain", TRAINING)
+    told("whole")
+    signalling = [At(7, lambda: os.kill(os.getpid(), signal.SIGTERM))]
+    stopped(folder / "resumed", rank, "stopped", training=TRAINING, callbacks=signalling)
+    told("resumed")
+    stopped(folder / "rows", rank, "rows", data=batches(rows=1))
+
+
+def wait(folder: Path, rank: int) -> None:
+    try:
+        run(tiny(), folder, settings(steps=100_000))
+    except Stopped as error:
+        (folder / f"stopped-{rank}.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"work": work, "wait": wait}[sys.argv[1]](Path(sys.argv[2]), int(os.environ["RANK"]))
