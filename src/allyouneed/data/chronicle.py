@@ -104,7 +104,7 @@ class Chronicle(core.Configured):
         return f"the {who} {source.choice(self.verbs)} the {whom}."
 
     def _sum(self, source: random.Random) -> Line:
-        a, b = source.randrange(10), source.randrange(10)
+        a, b = source.randrange(20), source.randrange(20)
         return Line(f"{a} and {b} make", str(a + b))
 
     def _translation(self, source: random.Random) -> Line:

@@ -51,7 +51,7 @@ class LocalModel:
 
     def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         """Pieces of the assistant's answer as they come."""
-        return self._stream(self._encode(self.chat_prompt(messages)), sampling)
+        return self._stream(self.tokenizer.encode(self.chat_prompt(messages)), sampling)
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """The conversation as the text that the model was trained to continue."""

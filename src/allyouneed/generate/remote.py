@@ -118,12 +118,11 @@ class RemoteModel:
     def _first_model(self) -> str:
         try:
             names = self.models()
-        except (RemoteError, InputError):
+            if not names:
+                raise InputError(f"{self.endpoint.name} lists no model; name one")
+        except Exception:
             self.close()
             raise
-        if not names:
-            self.close()
-            raise InputError(f"{self.endpoint.name} lists no model; name one")
         return names[0]
 
     def _ask(self, path: str, body: dict[str, Any], read: Callable[[Any], Answered]) -> Answered:

@@ -99,4 +99,6 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
     )
 
 
-HUGGING_FACE = Family("bloom", "BloomForCausalLM", _read, _write, _rules)
+EXAMPLE = architecture(vocab_size=53, context=48, dim=24, num_layers=2, num_heads=6)
+
+HUGGING_FACE = Family("bloom", "BloomForCausalLM", _read, _write, _rules, EXAMPLE)

@@ -120,7 +120,9 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
     )
 
 
-HUGGING_FACE = Family("gpt2", "GPT2LMHeadModel", _read, _write, _rules)
+EXAMPLE = architecture(vocab_size=53, context=48, dim=20, num_layers=2, num_heads=5, hidden_dim=33)
+
+HUGGING_FACE = Family("gpt2", "GPT2LMHeadModel", _read, _write, _rules, EXAMPLE)
 
 
 def _read_gguf(fields: Fields) -> Decoder.Config:
@@ -152,4 +154,4 @@ def _rules_gguf(config: Decoder.Config) -> tuple[Rule, ...]:
     )
 
 
-GGUF = Family("gpt2", "", _read_gguf, lambda config: {}, _rules_gguf)
+GGUF = Family("gpt2", "", _read_gguf, lambda config: {}, _rules_gguf, EXAMPLE)

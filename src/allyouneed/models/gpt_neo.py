@@ -77,4 +77,19 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
     )
 
 
-HUGGING_FACE = Family("gpt_neo", "GPTNeoForCausalLM", _read, _write, _rules)
+EXAMPLE = _read(
+    Fields(
+        {
+            "vocab_size": 53,
+            "max_position_embeddings": 48,
+            "hidden_size": 20,
+            "num_layers": 2,
+            "num_heads": 5,
+            "window_size": 4,
+            "resid_dropout": 0.0,
+        },
+        "example",
+    )
+)
+
+HUGGING_FACE = Family("gpt_neo", "GPTNeoForCausalLM", _read, _write, _rules, EXAMPLE)

@@ -146,7 +146,9 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
     )
 
 
-HUGGING_FACE = Family("llama", "LlamaForCausalLM", _read, _write, _rules)
+EXAMPLE = architecture(vocab_size=53, context=48, dim=24, num_layers=2, num_heads=6, num_kv_heads=2, hidden_dim=33)
+
+HUGGING_FACE = Family("llama", "LlamaForCausalLM", _read, _write, _rules, EXAMPLE)
 
 
 def _read_gguf(fields: Fields) -> Decoder.Config:
@@ -186,4 +188,4 @@ def _rules_gguf(config: Decoder.Config) -> tuple[Rule, ...]:
     )
 
 
-GGUF = Family("llama", "", _read_gguf, lambda config: {}, _rules_gguf)
+GGUF = Family("llama", "", _read_gguf, lambda config: {}, _rules_gguf, EXAMPLE)

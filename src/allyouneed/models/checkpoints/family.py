@@ -24,6 +24,7 @@ class Family:
     read: Callable[[Fields], Decoder.Config]
     write: Callable[[Decoder.Config], dict[str, Any]]
     rules: Callable[[Decoder.Config], Sequence[Rule]]
+    example: Decoder.Config  # a small one of odd sizes, which the contract tests hold to what every model must do
 
     def fits(self, config: Decoder.Config) -> bool:
         """Whether this layout can say all of `config`: what it writes, it reads back."""

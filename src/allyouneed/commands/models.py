@@ -1,0 +1,215 @@
+"""`chat`, `generate`, `score`, `eval`: asking a language model, local or remote."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from allyouneed.core.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from allyouneed.generate.language_model import LanguageModel, Message, Sampling
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A material, a folder, a hub id, a .gguf file or an endpoint's URL.")
+]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", help="The most to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that together reach this probability.")]
+TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less than this times as likely as the likeliest.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 makes repetition less likely.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("chat")(chat)
+    app.command("generate")(generate)
+    app.command("score")(score)
+    app.command("eval")(evaluate)
+
+
+def chat(
+    model: Model = "smollm2-135m-instruct",
+    system: Annotated[str | None, typer.Option(help="A standing instruction.")] = None,
+    max_new_tokens: Tokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.1,
+    seed: Seed = None,
+) -> None:
+    """Talk with a model; it remembers the conversation. What is pasted at once is one message. Ctrl-D ends."""
+    from allyouneed.generate.language_model import Sampling
+    from allyouneed.generate.load import load
+
+    lm = load(model)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    history: list[Message] = [{"role": "system", "content": system}] if system else []
+    for message in _messages():
+        history.append({"role": "user", "content": message})
+        answer = _answer(lm, history, sampling)
+        history.append({"role": "assistant", "content": answer})
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, standard input is one.")] = None,
+    max_new_tokens: Tokens = 128,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue prompts: one is written as it comes, several one after the other."""
+    from dataclasses import asdict
+
+    from allyouneed.generate.language_model import Sampling
+    from allyouneed.generate.load import load
+
+    prompts = prompts or [sys.stdin.read()]
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    lm = load(model)
+    if as_json:
+        for prompt, completion in zip(prompts, lm.complete(prompts, sampling), strict=True):
+            print(json.dumps({"prompt": prompt} | asdict(completion), ensure_ascii=False))
+    elif len(prompts) == 1:
+        _write(lm.stream(prompts[0], sampling))
+    else:
+        for completion in lm.complete(prompts, sampling):
+            print(completion.text)
+
+
+def score(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What comes before.")],
+    continuations: Annotated[list[str], typer.Argument(help="What may follow; spaces count.")],
+    as_json: AsJson = False,
+) -> None:
+    """The log-probability of each continuation of a prompt, in nats, the likeliest first."""
+    from allyouneed.generate.load import load
+
+    scores = load(model).score([prompt] * len(continuations), continuations)
+    ranked = sorted(zip(continuations, scores, strict=True), key=lambda pair: -pair[1])
+    for continuation, value in ranked:
+        if as_json:
+            print(json.dumps({"continuation": continuation, "logprob": value}, ensure_ascii=False))
+        else:
+            print(f"{value:10.4f}  {continuation!r}")
+
+
+def evaluate(
+    model: Model,
+    tasks: Annotated[str | None, typer.Option(help="Names with commas between; without, all of them.")] = None,
+    shots: Annotated[int, typer.Option(help="Solved examples before each question.")] = 4,
+    questions: Annotated[int, typer.Option(help="How many questions of each task.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy on short tasks with options, with 95 % intervals, under each way to weigh an option's likelihood."""
+    from allyouneed.evaluate.options import accuracy, fewshot, score_options
+    from allyouneed.evaluate.tasks import tasks as all_tasks
+    from allyouneed.generate.load import load
+
+    known = {task.name: task for task in all_tasks()}
+    chosen = tasks.split(",") if tasks else list(known)
+    for name in chosen:
+        if name not in known:
+            raise unknown("task", name, known)
+    lm = load(model)
+    for name in chosen:
+        task = known[name]
+        asked = [
+            fewshot(task.questions, question, shots, seed, description=f"{task.description}\n\n")
+            for question in task.questions[:questions]
+        ]
+        found = accuracy(asked, score_options(lm, asked))
+        if as_json:
+            values = {way: [i.estimate, i.low, i.high] for way, i in found.items()}
+            print(json.dumps({"task": name, "shots": shots, "chance": task.chance} | values))
+        else:
+            shown = "   ".join(f"{way} {interval}" for way, interval in found.items())
+            print(f"{name:<12} chance {task.chance:.2f}   {shown}")
+
+
+def _messages() -> Iterator[str]:
+    """What a person types or pastes, until Ctrl-D."""
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            print("\n> ", end="", flush=True)
+        message = _read_paste(sys.stdin.fileno())
+        if message is None:
+            if terminal:
+                print()
+            return
+        if message.strip():
+            yield message.strip()
+
+
+def _read_paste(descriptor: int, pause: float = 0.05) -> str | None:
+    """One line, and those that arrive within a `pause` of it, as pasted ones do; None at the end of the input."""
+    read = os.read(descriptor, 1 << 16)
+    if not read:
+        return None
+    while select.select([descriptor], [], [], pause)[0]:
+        more = os.read(descriptor, 1 << 16)
+        if not more:
+            break
+        read += more
+    return read.decode("utf-8", errors="replace")
+
+
+def _answer(lm: LanguageModel, history: list[Message], sampling: Sampling) -> str:
+    """The answer, written as it comes; Ctrl-C cuts it short and the conversation goes on."""
+    pieces: list[str] = []
+
+    def kept() -> Iterator[str]:
+        for piece in lm.chat_stream(history, sampling):
+            pieces.append(piece)
+            yield piece
+
+    try:
+        _write(kept())
+    except KeyboardInterrupt:
+        print(" …")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    return "".join(pieces)
+
+
+def _write(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

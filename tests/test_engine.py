@@ -1,0 +1,170 @@
+"""Sampling, stopping, streaming and scoring, each against the formula or the slow and obvious way."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from allyouneed.core.errors import InputError
+from allyouneed.data.tokenizers import byte_tokenizer
+from allyouneed.generate.engine import Engine
+from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.local import LocalModel
+from allyouneed.generate.sampling import Sampler, draw, filtered, penalise
+from allyouneed.models import llama
+
+
+@pytest.fixture(scope="module")
+def lm() -> LocalModel:
+    torch.manual_seed(0)
+    module = llama.architecture(vocab_size=257, context=96, dim=32, num_layers=2, num_heads=4, tied=True).build().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(4)
+    return LocalModel(module, byte_tokenizer(), "tiny", batch=3)
+
+
+def shares(logits: torch.Tensor, sampling: Sampling, draws: int = 20_000) -> torch.Tensor:
+    source = random.Random(0)
+    kept = filtered(logits, sampling)
+    counts = torch.zeros(len(logits))
+    for _ in range(draws):
+        counts[draw(kept, source)] += 1
+    return counts / draws
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(top_p=0.7), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(top_p=0.76), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
+        (Sampling(min_p=0.29), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
+        (Sampling(temperature=0.5), [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
+        (Sampling(top_p=0.01), [1, 0, 0, 0]),
+    ],
+)
+def test_draws_follow_the_distribution(sampling, expected):
+    found = shares(torch.tensor([0.5, 0.25, 0.15, 0.1]).log(), sampling)
+    assert (found - torch.tensor(expected)).abs().max() < 0.015  # four standard deviations of 20 000 draws
+
+
+def test_repetition_penalty_takes_the_sign_into_account():
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    seen = torch.tensor([[True, True, False]])
+    assert penalise(logits, seen, torch.tensor([[2.0]])).tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_penalty_sees_prompt_and_output():
+    sampler = Sampler([Sampling(temperature=0, repetition_penalty=1e9)], [[0]], vocab_size=3)
+    logits = torch.tensor([[3.0, 2.0, 1.0]])
+    assert [sampler.choose(logits).item() for _ in range(2)] == [1, 2]
+
+
+def test_a_row_does_not_depend_on_its_batch(lm):
+    sampling = [Sampling(max_new_tokens=n, seed=n, temperature=1.3, top_p=0.9) for n in (12, 3, 7, 12)]
+    prompts = [[65, 66, 67], [70], [80] * 9, [90, 91]]
+    together: dict[int, list[int]] = {i: [] for i in range(4)}
+    for step in Engine(lm.module).steps(prompts, sampling):
+        together[step.request].append(step.token)
+    for i in range(4):
+        alone = [step.token for step in Engine(lm.module).steps([prompts[i]], [sampling[i]])]
+        assert alone == together[i]
+        assert len(alone) == sampling[i].max_new_tokens
+
+
+def test_logprobs_are_the_models_own(lm):
+    completion = lm.complete(["Hello"], Sampling(max_new_tokens=8, temperature=0.7, top_k=5, seed=3))[0]
+    prompt = lm.tokenizer.encode("Hello")
+    whole = torch.tensor([prompt + list(completion.token_ids)])
+    expected = lm.module(whole).logits.detach().double().log_softmax(-1)[0, len(prompt) - 1 : -1]
+    for token, found, row in zip(completion.token_ids, completion.logprobs, expected, strict=True):
+        assert abs(row[token].item() - found) < 1e-4
+
+
+def test_scores_equal_the_whole_forward_pass(lm):
+    prompts = ["abc", "abc", "ab", "", "abcdef", "xyz "]
+    continuations = ["def", "d", "zz", "start", "g" * 20, "w"]
+    for prompt, continuation, found in zip(prompts, continuations, lm.score(prompts, continuations), strict=True):
+        before = lm.tokenizer.encode(prompt.rstrip()) or [256]
+        after = lm.tokenizer.encode(prompt[len(prompt.rstrip()) :] + continuation)
+        logprobs = lm.module(torch.tensor([before + after])).logits.detach().double().log_softmax(-1)[0]
+        expected = sum(logprobs[len(before) + i - 1, token].item() for i, token in enumerate(after))
+        assert abs(found - expected) < 1e-4
+
+
+def test_stop_strings_end_the_text_and_are_left_out(lm):
+    free = lm.complete(["go"], Sampling(max_new_tokens=24, seed=5, ignore_eos=True))[0]
+    stop = free.text[4:6]
+    assert stop and stop not in free.text[:4]
+    stopped = lm.complete(["go"], Sampling(max_new_tokens=24, seed=5, stop=("never", stop), ignore_eos=True))[0]
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop" and stopped.completion_tokens < 24
+    pieces = list(lm.stream("go", Sampling(max_new_tokens=24, seed=5, stop=(stop,), ignore_eos=True)))
+    assert "".join(pieces) == stopped.text and len(pieces) > 1
+
+
+def test_stream_equals_complete(lm):
+    sampling = Sampling(max_new_tokens=30, seed=9, temperature=1.5, ignore_eos=True)
+    assert "".join(lm.stream("héllo", sampling)) == lm.complete(["héllo"], sampling)[0].text
+
+
+def test_end_token_ends_unless_ignored(lm):
+    class Ending(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.config = module, module.config
+
+        def hidden(self, *args, **kwargs):
+            return self.module.hidden(*args, **kwargs)
+
+        def head(self, hidden):
+            return torch.nn.functional.one_hot(torch.full(hidden.shape[:-1], 256), 257).float() * 9
+
+        def forward(self, ids, cache):
+            from allyouneed.models.decoder import Output
+
+            return Output(self.head(self.hidden(ids, cache=cache)))
+
+        def new_cache(self, *args):
+            return self.module.new_cache(*args)
+
+    engine = Engine(Ending(lm.module), eos_ids=[256])
+    greedy = Sampling(max_new_tokens=5, temperature=0)
+    assert [step.finish_reason for step in engine.steps([[1]], [greedy])] == ["stop"]
+    ignoring = [step.finish_reason for step in engine.steps([[1]], [greedy.replace(ignore_eos=True)])]
+    assert ignoring == [None] * 4 + ["length"]
+
+
+def test_order_kept_over_batches(lm):
+    prompts = ["a", "bb", "ccc", "dddd", "e", "ff", "ggg"]
+    together = lm.generate(prompts, max_new_tokens=5, temperature=0)
+    assert together == [lm.generate([prompt], max_new_tokens=5, temperature=0)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"max_tokens": 3}, "max_new_tokens"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(lm, options, named):
+    with pytest.raises(InputError, match=named):
+        lm.generate(["a"], **options)
+
+
+def test_too_long_a_prompt_says_by_how_much(lm):
+    with pytest.raises(InputError, match="exceed the context of 96 by 14"):
+        lm.generate(["x" * 90], max_new_tokens=20)
+    with pytest.raises(InputError, match="by 5"):
+        lm.score(["x" * 90], ["y" * 11])
+    with pytest.raises(InputError, match="no chat template"):
+        lm.chat([{"role": "user", "content": "Hi"}])
