@@ -55,7 +55,9 @@ def test_forward_and_backward(model):
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0 or name.endswith("k.bias"), name  # softmax does not see a shift of all keys
+        assert parameter.grad.abs().max() > 0 or name.endswith("k.bias"), (
+            name
+        )  # softmax does not see a shift of all keys
     model.zero_grad()
 
 

@@ -271,6 +271,20 @@ def test_processes_may_race_for_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert stat.S_IMODE((tmp_path / "native").stat().st_mode) == 0o700
 
 
+def test_code_is_loaded_only_from_a_folder_that_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.built().parent.chmod(0o777)
+    assert stat.S_IMODE(native.built().parent.stat().st_mode) == 0o700
+
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(f"{path} is another user's")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    native.library.cache_clear()
+    with pytest.warns(RuntimeWarning, match="another user's"):
+        assert native.library() is None
+    native.library.cache_clear()
+
+
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALLYOUNEED_CACHE", "/a")
     assert native.folder() == Path("/a/native")

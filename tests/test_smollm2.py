@@ -60,7 +60,13 @@ def test_greedy_continuations(theirs, lm):
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     out = theirs.generate(
-        ids, attention_mask=mask, max_new_tokens=48, min_new_tokens=48, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=mask,
+        max_new_tokens=48,
+        min_new_tokens=48,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     for completion, sequence in zip(ours, out[:, width:].tolist(), strict=True):
         assert list(completion.token_ids) == sequence

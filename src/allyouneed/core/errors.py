@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -11,6 +12,21 @@ class InputError(ValueError):
 
     The command line prints the line and exits with code 2.
     """
+
+
+@contextmanager
+def about(source: object) -> Iterator[None]:
+    """Errors raised inside name `source`, where they do not yet.
+
+    >>> with about("config.json"):
+    ...     raise InputError("dim=0; it must be above 0")
+    Traceback (most recent call last):
+    allyouneed.core.errors.InputError: config.json: dim=0; it must be above 0
+    """
+    try:
+        yield
+    except InputError as error:
+        raise (error if str(source) in str(error) else InputError(f"{source}: {error}")) from None
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:

@@ -166,7 +166,7 @@ def _within(theta: float, freedom: int) -> float:
     sine, cosine = math.sin(theta), math.cos(theta)
     odd = freedom % 2
     term, total = (cosine if odd else 1.0), 0.0
-    for k in range(odd, freedom - 1, 2):
+    for k in range(odd, freedom, 2):
         total += term
         term *= cosine * cosine * (k + 1) / (k + 2)
     return 2 / math.pi * (theta + sine * total) if odd else sine * total

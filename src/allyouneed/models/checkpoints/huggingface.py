@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from allyouneed.core import files
 from allyouneed.core.config import Config
-from allyouneed.core.errors import InputError, unknown
+from allyouneed.core.errors import InputError, about, unknown
 from allyouneed.models import bloom, gpt2, gpt_neo, llama
 from allyouneed.models.checkpoints import weights
 from allyouneed.models.checkpoints.family import Family
@@ -71,7 +71,7 @@ def save(module: Decoder, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> 
 def assemble(config: Decoder.Config, state: Mapping[str, Tensor], source: object) -> Decoder:
     """The model of `config` with the tensors of `state`; nothing is allocated before every shape agrees."""
     try:
-        with torch.device("meta"):
+        with about(source), torch.device("meta"):
             model = config.build()
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{source}: no such model can be built: {str(error).splitlines()[0]}") from None
@@ -116,7 +116,8 @@ def _own_config(fields: Fields) -> Decoder.Config:
         raise fields.wrong("config", described, "the object that `save` writes")
     _check_numbers(described, fields)
     try:
-        config = Config.from_json(described)
+        with about(fields.source):
+            config = Config.from_json(described)
     except TypeError as error:
         raise InputError(f"{fields.source}: {str(error).splitlines()[0]}") from None
     if not isinstance(config, Decoder.Config):

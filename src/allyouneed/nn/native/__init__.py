@@ -64,9 +64,9 @@ def built(flags: tuple[str, ...] = FLAGS) -> Path:
     options = repr((compiler, flags, ALWAYS, THREADED, _processor())).encode()
     digest = hashlib.sha256(SOURCE.read_bytes() + version + options).hexdigest()
     target = folder() / f"{digest[:32]}.so"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.chmod(0o700)  # only its owner may: code is loaded from here, never from a folder of somebody else's
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.parent.chmod(0o700)  # only the owner may: a folder of somebody else's is refused, code is loaded from it
         _compile(compiler, flags, target)
     return target
 

@@ -1,0 +1,56 @@
+"""The published sizes: they build on the meta device with as many parameters as their papers print."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from allyouneed.models import gpt2, llama
+from allyouneed.papers import alibi, gpt3
+
+# GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
+GPT2 = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
+# LLaMA: table 2
+LLAMA = {"7B": 6.7e9, "13B": 13.0e9, "33B": 32.5e9, "65B": 65.2e9}
+# GPT-3: table 2.1
+GPT3 = {
+    "125M": 125e6,
+    "350M": 350e6,
+    "760M": 760e6,
+    "1.3B": 1.3e9,
+    "2.7B": 2.7e9,
+    "6.7B": 6.7e9,
+    "13B": 13.0e9,
+    "175B": 175.0e9,
+}
+
+
+@pytest.mark.parametrize("name", GPT2)
+def test_gpt2(name):
+    assert gpt2.sized(name).num_parameters() == GPT2[name]
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_llama(name):
+    assert abs(llama.sized(name).num_parameters() / LLAMA[name] - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", GPT3)
+def test_gpt3(name):
+    assert abs(gpt3.sized(name).num_parameters() / GPT3[name] - 1) < 0.025
+    windows = [block.mixer.window for block in gpt3.sized(name).blocks]
+    assert windows == [None, 256]
+
+
+def test_alibi():
+    assert abs(alibi.LARGE.num_parameters() / 1.3e9 - 1) < 0.05
+
+
+def test_gpt2_residual_branches_begin_small():
+    torch.manual_seed(0)
+    model = gpt2.architecture(vocab_size=99, dim=256, num_layers=8, num_heads=4).build()
+    block = model.blocks[3]
+    assert abs(block.mixer.q.weight.std().item() - 0.02) < 1e-3
+    for linear in (block.mixer.out, block.channel.out):
+        assert abs(linear.weight.std().item() - 0.02 / 16**0.5) < 3e-4  # 1/√(2 · 8 layers)
+        assert linear.bias.abs().max() == 0
