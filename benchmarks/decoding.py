@@ -86,9 +86,8 @@ def main() -> None:
         rows.append(
             {"case": name, "transformers_tok_s": tokens / peer, "allyouneed_tok_s": tokens / ours, "ratio": peer / ours}
         )
-        print(
-            f"{name:30} transformers {tokens / peer:8.1f} tok/s   allyouneed {tokens / ours:8.1f} tok/s   x {peer / ours:.2f}"
-        )
+        rates = f"transformers {tokens / peer:8.1f} tok/s   allyouneed {tokens / ours:8.1f} tok/s"
+        print(f"{name:30} {rates}   x {peer / ours:.2f}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -76,9 +76,10 @@ def main() -> None:
                 "allyouneed_gflop_s": flops / ours / 1e9,
             }
         )
+        size = f"{counts[0] / 1e6:5.1f} M parameters, {batch} x {length} tokens"
+        times_shown = f"transformers {peer * 1e3:7.1f} ms   allyouneed {ours * 1e3:7.1f} ms"
         print(
-            f"train step, {counts[0] / 1e6:5.1f} M parameters, {batch} x {length} tokens   transformers {peer * 1e3:7.1f} ms   "
-            f"allyouneed {ours * 1e3:7.1f} ms   x {peer / ours:.2f}   {flops / ours / 1e9:.0f} GFLOP/s"
+            f"train step, {size}   {times_shown}   x {peer / ours:.2f}   {flops / ours / 1e9:.0f} GFLOP/s", flush=True
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.family import Family, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.checkpoints.names import Rule, both, by_head, same
 from allyouneed.models.decoder import Decoder
-from allyouneed.nn.attention import Attention
-from allyouneed.nn.block import Block
-from allyouneed.nn.ffn import MLP
 from allyouneed.nn.norms import LayerNorm
 from allyouneed.nn.positions import Alibi
 
@@ -27,23 +25,17 @@ def architecture(
     dropout: float = 0.0,
 ) -> Decoder.Config:
     """A Bloom of any size."""
-    block = Block.Config(
-        mixer=Attention.Config(num_heads=num_heads, bias=True, out_bias=True, dropout=dropout),
-        channel=MLP.Config(hidden_dim=4 * dim),
-        norm=LayerNorm.Config(eps=eps),
-        dropout=dropout,
-    )
-    return Decoder.Config(
+    config = gpt2.architecture(
         vocab_size=vocab_size,
         context=context,
         dim=dim,
         num_layers=num_layers,
-        blocks=(block,),
-        positions=Alibi.Config(),
-        embedding_norm=LayerNorm.Config(eps=eps),
-        norm=LayerNorm.Config(eps=eps),
+        num_heads=num_heads,
+        eps=eps,
         tied=tied,
+        dropout=dropout,
     )
+    return config.replace(positions=Alibi.Config(), embedding_norm=LayerNorm.Config(eps=eps), dropout=0.0)
 
 
 def _read(fields: Fields) -> Decoder.Config:

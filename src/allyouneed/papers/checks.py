@@ -6,10 +6,11 @@ The bounds come from the paper's configuration and are written before the run; n
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from allyouneed.evaluate.statistics import student_t
 
 CONFIDENCE = 0.95
 
@@ -101,45 +102,9 @@ def verdict(checks: Iterable[Check]) -> str:
     return "holds" if outcomes and all(outcomes) else "inconclusive"
 
 
-def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean of at least two independent values, by Student's t.
-
-    >>> low, high = student_interval([1.0, 2.0, 3.0])
-    >>> round(low, 3), round(high, 3)
-    (-0.484, 4.484)
-    """
-    mean, n = statistics.fmean(values), len(values)
-    half = student_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
-    return mean - half, mean + half
-
-
-def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The t for which |T| <= t with probability `confidence`, T of Student's distribution.
-
-    >>> [round(student_quantile(freedom), 3) for freedom in (1, 2, 4, 30)]
-    [12.706, 4.303, 2.776, 2.042]
-    """
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom)), in which the probability is smooth
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
-    return math.tan(low) * math.sqrt(freedom)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|T| <= t) at angle = atan(t / sqrt(freedom)): the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-
 def _over_seeds(values: Sequence[float]) -> tuple[float, tuple[float, float] | None, str]:
     values = list(map(float, values))
-    mean = statistics.fmean(values)
     if len(values) == 1:
-        return mean, None, "one seed: spread unknown"
-    return mean, student_interval(values), f"95 % interval, Student's t over {len(values)} seeds"
+        return values[0], None, "one seed: spread unknown"
+    found = student_t(values, confidence=CONFIDENCE)
+    return found.estimate, (found.low, found.high), f"95 % interval, Student's t over {len(values)} seeds"
