@@ -119,6 +119,19 @@ def test_rows_of_unequal_length_share_a_cache(model):
 
 
 @torch.no_grad()
+def test_alternatives_do_not_see_each_other(model):
+    context, ends = ids(1, 6), [ids(1, n, seed=n)[0] for n in (3, 1, 4)]
+    cache = model.new_cache(1, 14)
+    model(context, cache=cache)
+    cache.advance(6)
+    segments = torch.tensor([[1] * 3 + [2] + [3] * 4])
+    logits = model(torch.cat(ends)[None], segments=segments, cache=cache).logits[0]
+    for number, end in enumerate(ends, 1):
+        whole = model(torch.cat((context[0], end))[None]).logits[0, 6:]
+        close(logits[segments[0] == number], whole)
+
+
+@torch.no_grad()
 def test_padding_and_packing_do_not_matter(model):
     parts = [ids(1, n, seed=n)[0] for n in (4, 7, 2)]
     packed = torch.cat([torch.zeros(2).long(), *parts, torch.zeros(3).long()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -68,8 +68,8 @@ class LocalModel:
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Summed natural log-probability of each continuation given its prompt.
 
-        The two are tokenised together; what exceeds the prompt's own number of tokens counts as the continuation, and
-        spaces that end a prompt belong to it (the convention of lm-evaluation-harness). Prompts with a common
+        The two are tokenised together; what exceeds the prompt's own number of tokens counts as the continuation, to
+        which spaces that end a prompt are moved (the convention of lm-evaluation-harness). Prompts with a common
         beginning are read once.
         """
         if len(prompts) != len(continuations):
@@ -79,8 +79,7 @@ class LocalModel:
         for i, (context, continuation) in enumerate(pairs):
             asked.setdefault(context, {}).setdefault(continuation, []).append(i)
         scores = [0.0] * len(pairs)
-        longest = max((len(context) + len(continuation) for context, continuation in pairs), default=0)
-        reader = _Reader(self.module, longest)
+        reader = _Reader(self.module, asked)
         for context in sorted(asked):
             options = list(asked[context])
             for option, score in zip(options, reader.score(context, options), strict=True):
@@ -154,28 +153,32 @@ class LocalModel:
 class _Reader:
     """Scores continuations after contexts that come in sorted order, re-reading only where they differ."""
 
-    def __init__(self, module: Decoder, longest: int) -> None:
+    def __init__(self, module: Decoder, asked: Mapping[tuple[int, ...], Iterable[tuple[int, ...]]]) -> None:
+        longest = max((len(context) + len(one) for context in asked for one in asked[context]), default=0)
         if longest > module.config.context:
             over = longest - module.config.context
             raise InputError(f"score: {longest} tokens exceed the context of {module.config.context} by {over}")
-        self.module, self.cache = module, module.new_cache(1, longest)
+        capacity = max((len(context) + sum(map(len, asked[context])) for context in asked), default=0)
+        self.module, self.cache = module, module.new_cache(1, capacity)
         self.read: tuple[int, ...] = ()
         self.last = torch.empty(0)
 
     def score(self, context: tuple[int, ...], continuations: Sequence[tuple[int, ...]]) -> list[float]:
         """The summed log-probability of each continuation of `context`."""
         self._read(context)
-        lengths = [len(continuation) for continuation in continuations]
-        width = max(lengths)
-        if width == 0:
-            return [0.0] * len(continuations)
-        ids = torch.tensor([[*c, *[0] * (width - len(c))] for c in continuations])
-        logits = self.last.expand(len(ids), 1, -1)
-        if width > 1:
-            fork = self.cache.fork(len(ids))
-            logits = torch.cat((logits, self.module(ids[:, :-1], cache=fork).logits), 1)
-        chosen = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0].double()
-        return [float(chosen[row, :length].sum()) for row, length in enumerate(lengths)]
+        firsts = self.last.log_softmax(-1)
+        scores = [firsts[one[0]].item() if one else 0.0 for one in continuations]
+        longer = [(i, one) for i, one in enumerate(continuations) if len(one) > 1]
+        if not longer:
+            return scores
+        ids = torch.tensor([[token for _, one in longer for token in one[:-1]]])
+        segments = torch.tensor([[i + 1 for i, one in longer for _ in one[:-1]]])
+        targets = torch.tensor([token for _, one in longer for token in one[1:]])
+        logits = self.module(ids, segments=segments, cache=self.cache).logits[0].double()
+        rest = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        for i, value in zip((segments[0] - 1).tolist(), rest.tolist(), strict=True):
+            scores[i] += value
+        return scores
 
     def _read(self, context: tuple[int, ...]) -> None:
         shared = 0
@@ -186,7 +189,7 @@ class _Reader:
         self.cache.truncate(shared)
         hidden: Tensor = self.module.hidden(torch.tensor([context[shared:]]), cache=self.cache)
         self.cache.advance(len(context) - shared)
-        self.last, self.read = self.module.head(hidden[:, -1:]), context
+        self.last, self.read = self.module.head(hidden[0, -1]).double(), context
 
 
 def _seeded(sampling: Sampling, i: int) -> Sampling:

@@ -80,15 +80,14 @@ class Decoder(core.Configured, nn.Module):
             segments: (B, T), the number of each token's document within its row, counted from 1, 0 for padding; None:
                 each row is one document. Says the same of left-padded, right-padded and packed rows.
             cache: what came before; new tokens are written to it after each row's last. The caller then says with
-                `cache.advance` how many of them to keep. Not to be combined with `segments`.
+                `cache.advance` how many of them to keep. With `segments` they are alternative continuations.
         """
         return Output(self.head(self.hidden(ids, segments, cache)))
 
     def hidden(self, ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head sees: (B, T) -> (B, T, dim)."""
-        assert segments is None or cache is None, "a cache knows its rows' lengths; segments are for whole sequences"
         if cache is not None:
-            sight = cache.sight(self.positions, ids.shape[1])
+            sight = cache.sight(self.positions, ids.shape[1], segments)
         elif segments is not None:
             sight = within_segments(self.positions, segments)
         else:

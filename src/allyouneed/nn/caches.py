@@ -7,13 +7,11 @@ Shapes: B rows, H key/value heads, C capacity, T new tokens, D head_dim.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
 from allyouneed.nn.positions import Positions
-from allyouneed.nn.sight import Sight
+from allyouneed.nn.sight import Sight, branches
 
 
 class Cache:
@@ -48,11 +46,18 @@ class Cache:
             for _ in range(num_layers)
         ]
 
-    def sight(self, part: Positions, length: int) -> Sight:
-        """What `length` new tokens a row may see: all that the cache holds, and themselves up to each."""
+    def sight(self, part: Positions, length: int, segments: Tensor | None = None) -> Sight:
+        """What `length` new tokens a row may see: all that the cache holds, and themselves up to each.
+
+        With `segments` (B, length) the new tokens are alternatives that do not see each other; rows must agree in
+        length, and nothing but the first alternative can be kept.
+        """
         total = self.longest + length
         if total > self.capacity:
             raise ValueError(f"cache holds {self.capacity} tokens, {total} needed")
+        if segments is not None:
+            assert self.uniform is not None, "alternatives continue rows of one length"
+            return branches(part, segments, self.uniform)
         queries = self.lengths[:, None] + torch.arange(length, device=self.lengths.device)
         keys = torch.arange(total, device=self.lengths.device).expand(len(self.lengths), -1)
         return Sight(part, queries, keys, plain=self.uniform is not None and (length == 1 or self.uniform == 0))
@@ -74,13 +79,6 @@ class Cache:
         self.lengths.fill_(length)
         self.uniform = self.longest = length
 
-    def fork(self, rows: int) -> Cache:
-        """A cache of `rows` rows, each holding what the only row of this one holds; this one stays as it is."""
-        fork = copy.copy(self)
-        fork.lengths = self.lengths.expand(rows).clone()
-        fork.layers = [LayerCache(fork, *layer.repeated(rows)) for layer in self.layers]
-        return fork
-
     def select(self, rows: Tensor) -> None:
         """Keep only `rows` (n,), in that order, possibly repeated: finished rows leave, beams fork."""
         self.lengths = self.lengths[rows]
@@ -96,10 +94,6 @@ class LayerCache:
 
     def __init__(self, cache: Cache, keys: Tensor, values: Tensor) -> None:
         self.cache, self.keys, self.values = cache, keys, values
-
-    def repeated(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Copies of the only row's keys and values, `rows` times."""
-        return self.keys.repeat(rows, 1, 1, 1), self.values.repeat(rows, 1, 1, 1)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values (B, H, T, D) after each row's last; everything up to the longest row's end."""

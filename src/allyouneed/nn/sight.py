@@ -60,13 +60,37 @@ def within_segments(part: Positions, segments: Tensor) -> Sight:
     A token sees the tokens of its own document up to itself; positions count from 0 in each document. Padding sees
     itself, so that no row of scores is empty.
     """
+    positions = places(segments)
+    return Sight(part, positions, positions, visible=_own_documents(segments))
+
+
+def branches(part: Positions, segments: Tensor, length: int) -> Sight:
+    """Sight for alternatives that continue the same `length` cached tokens: each sees these and its own document."""
+    positions = length + places(segments)
+    cached = torch.arange(length, device=segments.device).expand(len(segments), -1)
+    own = _own_documents(segments)
+    before = own.new_ones((*own.shape[:-1], length))
+    return Sight(part, positions, torch.cat((cached, positions), 1), visible=torch.cat((before, own), -1))
+
+
+def places(segments: Tensor) -> Tensor:
+    """The position of each token within its document: (B, T) -> (B, T).
+
+    >>> places(torch.tensor([[1, 1, 2, 2, 2, 0]])).tolist()
+    [[0, 1, 0, 1, 2, 0]]
+    """
     index = torch.arange(segments.shape[1], device=segments.device)
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    positions = index - torch.where(starts, index, 0).cummax(1).values
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def _own_documents(segments: Tensor) -> Tensor:
+    """Which token sees which by order and document alone: (B, T) -> (B, 1, T, T)."""
+    index = torch.arange(segments.shape[1], device=segments.device)
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    real = (segments != 0)[:, None, :, None] | torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
-    return Sight(part, positions, positions, visible=same & real & (index[:, None] >= index))
+    real = (segments != 0)[:, None, :, None] | torch.eye(len(index), dtype=torch.bool, device=segments.device)
+    return same & real & (index[:, None] >= index)
 
 
 def whole_rows(part: Positions, ids: Tensor) -> Sight:
