@@ -16,7 +16,7 @@ run: $(VENV)/.run  ## test a paper's claim here: make run PAPER=alibi
 	$(BIN)/allyouneed run $(PAPER)
 
 test: $(VENV)/.test  ## every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile  # a file's tests share what they load
 
 check: $(VENV)/.check  ## style and types
 	$(BIN)/ruff format --check .

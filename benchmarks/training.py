@@ -2,28 +2,32 @@
 
     python benchmarks/training.py [--json FILE]
 
-Both use SDPA attention, the same AdamW, float32 and the same data. The limit is arithmetic: about 6 · parameters ·
-tokens floating-point operations a step.
+Both use SDPA attention, their own loss, the same AdamW, float32 and the same data. The limit is arithmetic: about
+6 · parameters · tokens floating-point operations a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
 
 from allyouneed.models import llama
+from allyouneed.objectives.next_token import next_token
 
 SIZES = {
     "2 M": ({"vocab_size": 2048, "dim": 160, "num_layers": 5, "num_heads": 5, "hidden_dim": 432}, 8, 128),
     "20 M": ({"vocab_size": 8192, "dim": 384, "num_layers": 8, "num_heads": 6, "hidden_dim": 1024}, 4, 128),
 }
 ROUNDS = 15
+Loss = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 
 
 def pair(sizes: dict[str, int]) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -42,10 +46,17 @@ def pair(sizes: dict[str, int]) -> tuple[torch.nn.Module, torch.nn.Module]:
     return transformers.LlamaForCausalLM(config), ours
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:
+def step_theirs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:]).loss
+
+
+def step_ours(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return next_token(model, {"ids": ids[:, :-1], "targets": ids[:, 1:]}).mean
+
+
+def step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:
     started = time.perf_counter()
-    logits = model(ids[:, :-1]).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    loss(model, ids).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -63,7 +74,11 @@ def main() -> None:
         assert counts[0] == counts[1], counts
         optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in models]
         ids = torch.randint(0, sizes["vocab_size"], (batch, length + 1))
-        times = [[step(m, o, ids) for m, o in zip(models, optimizers, strict=True)] for _ in range(ROUNDS + 3)][3:]
+        losses = (step_theirs, step_ours)
+        agree = [loss(model, ids).item() for model, loss in zip(models, losses, strict=True)]
+        assert all(abs(value - math.log(sizes["vocab_size"])) < 0.5 for value in agree), agree  # the same quantity
+        sides = list(zip(models, losses, optimizers, strict=True))
+        times = [[step(m, loss, o, ids) for m, loss, o in sides] for _ in range(ROUNDS + 3)][3:]
         peer, ours = (statistics.median(column) for column in zip(*times, strict=True))
         flops = 6 * counts[0] * batch * length
         rows.append(

@@ -33,7 +33,6 @@ def test_there_is_something_to_run():
     assert len(commands()) >= 10 and len(blocks("python")) >= 3
 
 
-@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("page", sorted({name.rsplit("-", 1)[0] for name, _ in blocks("python")}))
 def test_examples(page, tmp_path):
     """The examples of one page, one after the other as a reader would run them."""
@@ -43,7 +42,6 @@ def test_examples(page, tmp_path):
     assert done.stdout.strip()
 
 
-@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("command", commands())
 def test_commands(command, tmp_path_factory):
     """In the order of the pages; a later command may use what an earlier one left."""
