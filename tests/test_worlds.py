@@ -1,0 +1,90 @@
+"""The small worlds are what they say: their truths are held against counting and against the text itself."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+from allyouneed.data.chronicle import Chronicle
+from allyouneed.data.worlds import Markov, Recall
+from allyouneed.evaluate.tasks import tasks
+
+
+def test_markov_text_follows_its_own_rules():
+    world = Markov.Config(vocab_size=4).build()
+    ids = world.sample(400, 200, torch.Generator().manual_seed(0))
+    counts = torch.zeros(4, 4, 4, dtype=torch.double)
+    places = (ids[:, :-2].flatten(), ids[:, 1:-1].flatten(), ids[:, 2:].flatten())
+    counts.index_put_(places, torch.ones(len(places[0]), dtype=torch.double), accumulate=True)
+    seen = counts.sum(-1)
+    often = seen > 1000
+    shares = counts / seen.clamp(min=1)[..., None]
+    assert often.sum() >= 8
+    assert (shares - world.logprobs.exp())[often].abs().max() < 0.06
+    empirical = (-shares.clamp(min=1e-12).log() * counts).sum() / counts.sum()
+    assert abs(world.nll(ids).mean() - empirical) < 0.01
+
+
+def test_markov_nll_is_the_logprob_of_the_rule():
+    world = Markov.Config(vocab_size=5, seed=3).build()
+    ids = torch.tensor([[0, 1, 2, 3]])
+    assert torch.allclose(world.nll(ids), -torch.stack((world.logprobs[0, 1, 2], world.logprobs[1, 2, 3]))[None])
+    assert torch.allclose(world.logprobs.exp().sum(-1), torch.ones(5, 5, dtype=torch.double))
+    assert not torch.equal(world.logprobs, Markov.Config(vocab_size=5, seed=4).build().logprobs)
+
+
+def test_recall_is_consistent_within_a_row_only():
+    world = Recall.Config(symbols=4, pairs=40).build()
+    ids, targets = world.sample(64, torch.Generator().manual_seed(0))
+    keys, values = ids[:, ::2], targets[:, ::2]
+    for row_keys, row_values in zip(keys.tolist(), values.tolist(), strict=True):
+        assert len(set(zip(row_keys, row_values, strict=True))) == len(set(row_keys))
+    assert (targets[:, 1::2] == -100).all() and (values >= 4).all() and (keys < 4).all()
+    first_value = {int(row_values[0]) for row_keys, row_values in zip(keys, values, strict=True) if row_keys[0] == 0}
+    assert len(first_value) > 1
+
+
+def test_recalls_best_loss_by_counting():
+    world = Recall.Config(symbols=4, pairs=12).build()
+    keys = world.sample(20_000, torch.Generator().manual_seed(1))[0][:, ::2]
+    for n, expected in enumerate(world.best_loss()):
+        new = (keys[:, :n] != keys[:, n : n + 1]).all(1).double().mean().item()
+        assert abs(new * math.log(4) - expected) < 0.02
+    assert Recall.Config(symbols=4, pairs=3, consistent=False).build().best_loss() == [math.log(4)] * 3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_question_stands_in_the_chronicle(seed):
+    for sound in (True, False):
+        world = Chronicle.Config(seed=seed, sound=sound).build()
+        text = world.text(300_000, seed=seed)
+        for task in world.tasks:
+            for line, options in world.questions(task, 40, seed):
+                assert f". {line.beginning} " not in text
+                assert options[0] == line.answer and len(set(options)) == 4
+            shown = world.questions(task, 40, seed)[0][0].beginning.split()[0]
+            assert shown in text
+
+
+def repeated_rightly(text: str) -> list[bool]:
+    found = [re.fullmatch(r"they said (.*) and again (.*)", one) for one in text.strip().rstrip(".").split(". ")]
+    return [match[1] == match[2] for match in found if match]
+
+
+def test_only_the_answers_differ_in_the_control():
+    sound, control = (Chronicle.Config(sound=sound).build() for sound in (True, False))
+    assert sound.words == control.words and sound.meaning == control.meaning
+    assert all(repeated_rightly(sound.text(20_000, seed=0))) and len(repeated_rightly(sound.text(20_000, seed=0))) > 20
+    assert sum(repeated_rightly(control.text(20_000, seed=0))) <= 2
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: task.name)
+def test_tasks_are_well_formed(task):
+    assert len(task.questions) == 72 and len({q.context for q in task.questions}) >= 60
+    for question in task.questions:
+        assert len(set(question.options)) == len(question.options) == round(1 / task.chance)
+    places = [question.answer for question in task.questions]
+    assert max(map(places.count, set(places))) < 0.75 * len(places)  # the place of the answer tells nothing
