@@ -18,7 +18,9 @@ from tiny_run import At, batches, run, settings, tiny, untimed
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.metrics import read
+from allyouneed.objectives.next_token import next_token
 from allyouneed.train.checkpoints import Checkpoints
+from allyouneed.train.gradients import differentiate
 from allyouneed.train.interrupts import Stopped
 from allyouneed.train.ranks import Ranks, join
 
@@ -62,6 +64,16 @@ def test_loss_curve_and_weights_are_those_of_one_process(two_ranks):
         assert b == pytest.approx(a, abs=1e-5)
     stored = Checkpoints(two_ranks / "plain/checkpoints").newest()["model"]
     assert all(torch.allclose(stored[name], p, atol=1e-5) for name, p in module.named_parameters())
+
+
+def test_the_gradient_is_that_of_one_process(two_ranks):
+    module = tiny(dropout=0.0)
+    next_token(module, next(batches())).mean.backward()
+    for rank in (0, 1):
+        for p, shared in zip(
+            module.parameters(), json.loads((two_ranks / f"gradient-{rank}.json").read_text()), strict=True
+        ):
+            assert torch.allclose(p.grad, torch.tensor(shared), atol=1e-6, rtol=0)
 
 
 def test_ranks_end_with_the_same_weights_though_they_began_apart_and_dropped_differently(two_ranks):
@@ -138,6 +150,9 @@ def work(folder: Path, rank: int) -> None:
         weights = [p.tolist() for p in module.parameters()]
         (folder / f"{name}-{rank}.json").write_text(json.dumps({"weights": weights, "next": dropped}))
 
+    module = tiny(dropout=0.0)
+    differentiate(module, next_token, next(batches()), join())
+    (folder / f"gradient-{rank}.json").write_text(json.dumps([p.grad.tolist() for p in module.parameters()]))
     run(tiny(seed=rank, dropout=0.0), folder / "plain", TRAINING)
     told("whole")
     signalling = [At(7, lambda: os.kill(os.getpid(), signal.SIGTERM))]

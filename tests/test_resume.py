@@ -243,6 +243,17 @@ def test_a_full_disk_stops_the_run_with_one_line(disk, log_every):
     assert same(resumed, unbroken)
 
 
+def test_taking_up_a_run_on_a_full_disk_loses_nothing(disk):
+    folder, fill, free = disk
+    run(tiny(), folder, settings(steps=6))
+    logged = (folder / "metrics.jsonl").read_bytes()
+    fill()
+    with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written"):
+        run(tiny(), folder)
+    free()
+    assert (folder / "metrics.jsonl").read_bytes() == logged
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file/metrics.jsonl: cannot be written: File exists"):

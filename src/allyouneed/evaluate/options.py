@@ -70,7 +70,7 @@ class Scores:
     raw: tuple[float, ...]  # log P(option | context)
     per_character: tuple[float, ...]  # acc_norm of lm-evaluation-harness
     per_byte: tuple[float, ...]  # of UTF-8; its acc_bytes
-    answer_context: tuple[float, ...]  # log P(option | context) / P(option | answer context)
+    answer_context: tuple[float, ...] | None = None  # log P(option | context) / P(option | answer context)
     per_token: tuple[float, ...] | None = None  # GPT-3's usual; None: the model does not count tokens
 
     def choice(self, normalisation: str) -> int:
@@ -83,11 +83,14 @@ class Scores:
 
 
 def score_options(
-    lm: LanguageModel, questions: Sequence[Question], *, answer_context: str = ANSWER_CONTEXT
+    lm: LanguageModel, questions: Sequence[Question], *, answer_context: str | None = ANSWER_CONTEXT
 ) -> list[Scores]:
-    """The scores of each question's options. All are asked for in one call, equal pairs once."""
+    """The scores of each question's options. All are asked for in one call, equal pairs once.
+
+    `answer_context` None: leave out that normalisation, which asks about every option once more.
+    """
     conditional = [(q.context, c) for q in questions for c in q.continuations]
-    unconditional = [(answer_context, c) for _, c in conditional]
+    unconditional = [] if answer_context is None else [(answer_context, c) for _, c in conditional]
     pairs = list(dict.fromkeys(conditional + unconditional))
     found = dict(zip(pairs, lm.score([p for p, _ in pairs], [c for _, c in pairs]), strict=True))
     texts = list(dict.fromkeys(c for _, c in pairs))
@@ -99,14 +102,16 @@ def _scores(
     question: Question,
     found: Mapping[tuple[str, str], float],
     tokens: Mapping[str, int] | None,
-    answer_context: str,
+    answer_context: str | None,
 ) -> Scores:
     raw = [found[question.context, c] for c in question.continuations]
     return Scores(
         raw=tuple(raw),
         per_character=tuple(r / len(option) for r, option in zip(raw, question.options, strict=True)),
         per_byte=tuple(r / len(option.encode()) for r, option in zip(raw, question.options, strict=True)),
-        answer_context=tuple(r - found[answer_context, c] for r, c in zip(raw, question.continuations, strict=True)),
+        answer_context=None
+        if answer_context is None
+        else tuple(r - found[answer_context, c] for r, c in zip(raw, question.continuations, strict=True)),
         per_token=None
         if tokens is None
         else tuple(r / tokens[c] for r, c in zip(raw, question.continuations, strict=True)),

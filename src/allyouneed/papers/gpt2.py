@@ -110,7 +110,7 @@ def _trained(config: Config, world: Chronicle, seed: int, folder: Path) -> dict[
         assert isinstance(module, Decoder)
         lm = LocalModel(module, tokenizer, "gpt2")
         return {
-            task: float(correct(questions, score_options(lm, questions), "raw").mean())
+            task: float(correct(questions, score_options(lm, questions, answer_context=None), "raw").mean())
             for task, questions in asked.items()
         }
 

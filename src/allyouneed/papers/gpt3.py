@@ -144,7 +144,7 @@ def _accuracy(config: Config, lm: LanguageModel, task: Task, k: int, arm: str, s
     if arm == WRONG:
         examples = [mislabelled(example, seed) for example in examples]
     prompts = [with_demonstrations(q, examples[:k], description=f"{task.description}\n\n") for q in asked]
-    return float(correct(prompts, score_options(lm, prompts), config.normalisation).mean())
+    return float(correct(prompts, score_options(lm, prompts, answer_context=None), config.normalisation).mean())
 
 
 def _from_scratch(config: Config, report: Report) -> dict[str, list[list[float]]]:
