@@ -6,7 +6,7 @@ Sums are what adds up: each piece contributes the gradient of its summed loss, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,15 +76,9 @@ def differentiate(
     Raises:
         InputError: fewer rows than pieces, no targets, a loss or gradient that is not finite.
     """
-    sums: dict[str, Tensor] = {}
-    device = next(module.parameters()).device
-    for i in range(accumulate):
-        piece = _rows(batch, ranks.rank + i * ranks.world, ranks.world * accumulate)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            loss = objective(module, {name: x.to(device, non_blocking=True) for name, x in piece.items()})
-        loss.total.backward()
-        for name, x in {"targets": loss.weight, "loss": loss.total, **loss.metrics}.items():
-            sums[name] = x.detach().float() + sums.get(name, 0.0)
+    mine = (ranks.rank + i * ranks.world for i in range(accumulate))
+    pieces = (_rows(batch, first, ranks.world * accumulate) for first in mine)
+    sums, unit = _backward(module, objective, pieces, autocast)
     gradients = _gradients(module)
     ranks.add([*sums.values(), *gradients])
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -94,11 +88,26 @@ def differentiate(
     if not (math.isfinite(totals[0]) and math.isfinite(length)):
         raise InputError(f"the loss is {totals[0] / targets:g} and the gradient's norm {length / targets:g}")
     means = {name: total / targets for name, total in zip(list(sums)[1:], totals, strict=True)}
-    measured = Measured(means, int(targets), loss.unit, length / targets)
+    measured = Measured(means, int(targets), unit, length / targets)
     scale = 1.0 if clip is None else min(1.0, clip / max(measured.norm, 1e-12))
     for gradient in gradients:
         gradient.mul_(scale / targets)
     return measured
+
+
+def _backward(
+    module: nn.Module, objective: Objective, pieces: Iterable[Batch], autocast: torch.dtype | None
+) -> tuple[dict[str, Tensor], str]:
+    """Add up the gradients of all pieces; what the objective summed over them, and what it counts in."""
+    sums: dict[str, Tensor] = {}
+    device = next(module.parameters()).device
+    for piece in pieces:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = objective(module, {name: x.to(device, non_blocking=True) for name, x in piece.items()})
+        loss.total.backward()
+        for name, x in {"targets": loss.weight, "loss": loss.total, **loss.metrics}.items():
+            sums[name] = x.detach().float() + sums.get(name, 0.0)
+    return sums, loss.unit
 
 
 def _rows(batch: Batch, first: int, every: int) -> Batch:

@@ -97,8 +97,8 @@ def train(
         batches: asked for one batch a step, the rows of all ranks and micro-batches together.
         training: the configuration.
         folder: where `metrics.jsonl` and `checkpoints/` go; None: nothing is written.
-        evaluate: what to measure now and then, without gradients and in eval mode; its numbers join the log.
-        callbacks: told of each row that is logged.
+        evaluate: what to measure now and then, on every rank, without gradients and in eval mode; joins the log.
+        callbacks: told of each row that is logged, on the first rank.
         resume: go on from the newest checkpoint in `folder`, bit for bit; False removes those there.
         title: what the progress line calls the run.
         quiet: no progress line.
