@@ -116,7 +116,7 @@ def test_end_token_ends_unless_ignored(lm):
     class Ending(torch.nn.Module):
         def __init__(self, module):
             super().__init__()
-            self.module, self.config = module, module.config
+            self.module, self.config, self.device = module, module.config, module.device
 
         def hidden(self, *args, **kwargs):
             return self.module.hidden(*args, **kwargs)

@@ -88,13 +88,13 @@ class Engine:
         ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.as_tensor(prompt)
-        hidden = self.module.hidden(ids, cache=cache)
+        hidden = self.module.hidden(ids.to(self.module.device), cache=cache)
         cache.advance(lengths)
-        return self.module.head(hidden[torch.arange(len(prompts)), lengths - 1]).float()
+        return self.module.head(hidden[torch.arange(len(prompts)), lengths - 1]).float().cpu()
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One more token a row: (R,) -> (R, V)."""
-        logits = self.module(tokens[:, None], cache=cache).logits[:, 0].float()
+        logits = self.module(tokens[:, None].to(self.module.device), cache=cache).logits[:, 0].float().cpu()
         cache.advance(1)
         return logits
 

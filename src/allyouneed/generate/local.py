@@ -90,7 +90,8 @@ class LocalModel:
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32: the mean of the last hidden states over a text's tokens, scaled to unit length."""
-        vectors = [self.module.hidden(torch.tensor([self._encode(text)]))[0].mean(0) for text in texts]
+        device = self.module.device
+        vectors = [self.module.hidden(torch.tensor([self._encode(t)], device=device))[0].mean(0).cpu() for t in texts]
         stacked = torch.stack(vectors) if vectors else torch.zeros(0, self.module.config.dim)
         return torch.nn.functional.normalize(stacked, dim=-1).float().numpy()
 
@@ -174,7 +175,8 @@ class _Reader:
         ids = torch.tensor([[token for _, one in longer for token in one[:-1]]])
         segments = torch.tensor([[i + 1 for i, one in longer for _ in one[:-1]]])
         targets = torch.tensor([token for _, one in longer for token in one[1:]])
-        logits = self.module(ids, segments=segments, cache=self.cache).logits[0].double()
+        device = self.module.device
+        logits = self.module(ids.to(device), segments=segments.to(device), cache=self.cache).logits[0].cpu().double()
         rest = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         for i, value in zip((segments[0] - 1).tolist(), rest.tolist(), strict=True):
             scores[i] += value
@@ -187,9 +189,10 @@ class _Reader:
                 break
             shared += 1
         self.cache.truncate(shared)
-        hidden: Tensor = self.module.hidden(torch.tensor([context[shared:]]), cache=self.cache)
+        ids = torch.tensor([context[shared:]], device=self.module.device)
+        hidden: Tensor = self.module.hidden(ids, cache=self.cache)
         self.cache.advance(len(context) - shared)
-        self.last, self.read = self.module.head(hidden[0, -1]).double(), context
+        self.last, self.read = self.module.head(hidden[0, -1]).cpu().double(), context
 
 
 def _seeded(sampling: Sampling, i: int) -> Sampling:

@@ -98,6 +98,11 @@ class Decoder(core.Configured, nn.Module):
             x = block(x, sight, None if cache is None else cache.layers[i])
         return self.norm(x)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens."""
         mixer = self.config.blocks[0].mixer
@@ -107,6 +112,6 @@ class Decoder(core.Configured, nn.Module):
             num_kv_heads=mixer.num_kv_heads or mixer.num_heads,
             capacity=capacity,
             head_dim=mixer.head_dim_of(self.config.dim),
-            dtype=self.norm.weight.dtype,
-            device=self.norm.weight.device,
+            dtype=next(self.parameters()).dtype,
+            device=self.device,
         )

@@ -64,7 +64,7 @@ class Cache:
 
     def advance(self, counts: Tensor | int) -> None:
         """Keep `counts` (B,) of the tokens just written; one number where it is the same for every row."""
-        self.lengths = self.lengths + counts
+        self.lengths = self.lengths + (counts if isinstance(counts, int) else counts.to(self.lengths.device))
         if isinstance(counts, int):
             self.uniform = None if self.uniform is None else self.uniform + counts
             self.longest += counts
