@@ -212,7 +212,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.3, "laptop": 8},
+    minutes={"smoke": 0.3, "laptop": 7},
     sizes={
         "smoke": Config(
             model=_small(16, 1),

@@ -243,7 +243,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="real weights",
-    minutes={"smoke": 0.2, "laptop": 4.5},
+    minutes={"smoke": 0.2, "laptop": 5},
     sizes={
         "smoke": Config(
             lm=None, shots=(0, 2), questions=3, world=_TINY, model=_small(16, 2, _TINY), training=_recall(8), rows=8
