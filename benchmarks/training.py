@@ -47,7 +47,7 @@ def pair(sizes: dict[str, int]) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def step_theirs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:]).loss
+    return model(ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
 
 
 def step_ours(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
