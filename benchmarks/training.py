@@ -26,7 +26,7 @@ SIZES = {
     "2 M": ({"vocab_size": 2048, "dim": 160, "num_layers": 5, "num_heads": 5, "hidden_dim": 432}, 8, 128),
     "20 M": ({"vocab_size": 8192, "dim": 384, "num_layers": 8, "num_heads": 6, "hidden_dim": 1024}, 4, 128),
 }
-ROUNDS = 15
+ROUNDS = 31
 Loss = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 
 
