@@ -67,7 +67,10 @@ def chat(
     for message in _messages():
         history.append({"role": "user", "content": message})
         answer = _answer(lm, history, sampling)
-        history.append({"role": "assistant", "content": answer})
+        if answer:
+            history.append({"role": "assistant", "content": answer})
+        else:  # it was refused or cut short at once: what was said is unsaid
+            history.pop()
 
 
 def generate(

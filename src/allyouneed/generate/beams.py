@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allyouneed.core.errors import InputError
 from allyouneed.generate.engine import Engine
 
 Penalty = Callable[[int], float]  # length in tokens -> what the summed log-probability is divided by
@@ -43,7 +44,13 @@ def beam_search(
 
     The search ends when no running beam can still beat the worst finished one at its present length, or at
     `max_new_tokens`.
+
+    Raises:
+        InputError: the prompt is empty, or too long for the context together with `max_new_tokens`.
     """
+    if max_new_tokens < 1 or beams < 1:
+        raise InputError(f"beam search: beams={beams}, max_new_tokens={max_new_tokens}; both must be 1 or more")
+    engine.check(prompt, max_new_tokens)
     penalty = penalty or gnmt()
     cache = engine.module.new_cache(1, len(prompt) + max_new_tokens)
     logits = engine.prefill([prompt], cache)

@@ -53,7 +53,7 @@ class Engine:
             InputError: a prompt is empty, or too long for the context together with `max_new_tokens`.
         """
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            self._check(prompt, sampling)
+            self.check(prompt, sampling.max_new_tokens)
         requests = [i for i, sampling in enumerate(samplings) if sampling.max_new_tokens > 0]
         if not requests:
             return
@@ -98,14 +98,15 @@ class Engine:
         cache.advance(1)
         return logits
 
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+    def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Refuse a prompt that is empty, or that the context cannot hold together with what is asked for."""
         context = self.module.config.context
         if not len(prompt):
             raise InputError("prompt is empty; give at least one token")
-        excess = len(prompt) + sampling.max_new_tokens - context
+        excess = len(prompt) + max_new_tokens - context
         if excess > 0:
             raise InputError(
-                f"prompt of {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens} exceed the context of "
+                f"prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed the context of "
                 f"{context} by {excess}; shorten the prompt or lower max_new_tokens"
             )
 

@@ -16,6 +16,8 @@ from allyouneed.generate.language_model import Completion, Message, Sampling, sa
 from allyouneed.generate.stopping import StopStrings
 from allyouneed.models.decoder import Decoder
 
+PIECE = 256  # tokens of continuations scored in one pass: bounds the memory that their logits take
+
 
 class LocalModel:
     """Satisfies `LanguageModel` with one of our modules and its tokenizer.
@@ -25,6 +27,9 @@ class LocalModel:
     """
 
     def __init__(self, module: Decoder, tokenizer: Tokenizer, name: str, *, batch: int = 16) -> None:
+        if tokenizer.vocab_size > module.config.vocab_size:
+            sizes = f"{tokenizer.vocab_size} tokens, the model {module.config.vocab_size}"
+            raise InputError(f"{name}: the tokenizer has {sizes}; they do not belong together")
         self.module, self.tokenizer, self.name, self.batch = module, tokenizer, name, batch
         self.engine = Engine(module, tokenizer.eos_ids)
 
@@ -68,9 +73,10 @@ class LocalModel:
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Summed natural log-probability of each continuation given its prompt.
 
-        The two are tokenised together; what exceeds the prompt's own number of tokens counts as the continuation, to
-        which spaces that end a prompt are moved (the convention of lm-evaluation-harness). Prompts with a common
-        beginning are read once.
+        The two are tokenised together; the continuation is what comes after the tokens that the prompt alone has in
+        common with both. Where the prompt ends between words, that is the convention of lm-evaluation-harness; spaces
+        that end a prompt are moved to the continuation, as there. Where it ends within a word, the token that bridges
+        the two counts as continuation. Prompts with a common beginning are read once.
         """
         if len(prompts) != len(continuations):
             raise InputError(f"score: {len(prompts)} prompts but {len(continuations)} continuations")
@@ -90,8 +96,11 @@ class LocalModel:
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32: the mean of the last hidden states over a text's tokens, scaled to unit length."""
+        rows = [self._encode(text) for text in texts]
+        for row in rows:
+            self.engine.check(row, 0)
         device = self.module.device
-        vectors = [self.module.hidden(torch.tensor([self._encode(t)], device=device))[0].mean(0).cpu() for t in texts]
+        vectors = [self.module.hidden(torch.tensor([row], device=device))[0].mean(0).cpu() for row in rows]
         stacked = torch.stack(vectors) if vectors else torch.zeros(0, self.module.config.dim)
         return torch.nn.functional.normalize(stacked, dim=-1).float().numpy()
 
@@ -118,7 +127,10 @@ class LocalModel:
             prompt, continuation = prompt[:-spaces], prompt[-spaces:] + continuation
         context = self._encode(prompt)
         whole = self._encode(prompt + continuation) if prompt else context + self.tokenizer.encode(continuation)
-        return tuple(whole[: len(context)]), tuple(whole[len(context) :])
+        shared = min(_common(context, whole), len(whole) - bool(continuation))
+        if shared == 0:  # the first token bridges the two: it must be predicted from something
+            return (self._first_token(),), tuple(whole)
+        return tuple(whole[:shared]), tuple(whole[shared:])
 
     def _complete_batch(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
         texts = [StopStrings(self.tokenizer.stream(), sampling.stop) for sampling in samplings]
@@ -159,8 +171,8 @@ class _Reader:
         if longest > module.config.context:
             over = longest - module.config.context
             raise InputError(f"score: {longest} tokens exceed the context of {module.config.context} by {over}")
-        capacity = max((len(context) + sum(map(len, asked[context])) for context in asked), default=0)
-        self.module, self.cache = module, module.new_cache(1, capacity)
+        widest = max((min(sum(map(len, asked[context])), PIECE + longest) for context in asked), default=0)
+        self.module, self.cache = module, module.new_cache(1, longest + widest)
         self.read: tuple[int, ...] = ()
         self.last = torch.empty(0)
 
@@ -169,30 +181,39 @@ class _Reader:
         self._read(context)
         firsts = self.last.log_softmax(-1)
         scores = [firsts[one[0]].item() if one else 0.0 for one in continuations]
-        longer = [(i, one) for i, one in enumerate(continuations) if len(one) > 1]
-        if not longer:
-            return scores
-        ids = torch.tensor([[token for _, one in longer for token in one[:-1]]])
-        segments = torch.tensor([[i + 1 for i, one in longer for _ in one[:-1]]])
-        targets = torch.tensor([token for _, one in longer for token in one[1:]])
+        piece: list[tuple[int, tuple[int, ...]]] = []
+        for i, one in enumerate(continuations):
+            if len(one) > 1:
+                piece.append((i, one))
+            if piece and (i == len(continuations) - 1 or sum(len(one) for _, one in piece) >= PIECE):
+                self._add_rest(piece, scores)
+                piece = []
+        return scores
+
+    def _add_rest(self, piece: Sequence[tuple[int, tuple[int, ...]]], scores: list[float]) -> None:
+        """Add to `scores` what the tokens after the first of some continuations score, all in one pass."""
+        ids = torch.tensor([[token for _, one in piece for token in one[:-1]]])
+        segments = torch.tensor([[i + 1 for i, one in piece for _ in one[:-1]]])
+        targets = torch.tensor([token for _, one in piece for token in one[1:]])
         device = self.module.device
         logits = self.module(ids.to(device), segments=segments.to(device), cache=self.cache).logits[0].cpu().double()
         rest = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         for i, value in zip((segments[0] - 1).tolist(), rest.tolist(), strict=True):
             scores[i] += value
-        return scores
 
     def _read(self, context: tuple[int, ...]) -> None:
-        shared = 0
-        for old, new in zip(self.read, context[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
+        shared = _common(self.read, context[:-1])
         self.cache.truncate(shared)
         ids = torch.tensor([context[shared:]], device=self.module.device)
         hidden: Tensor = self.module.hidden(ids, cache=self.cache)
         self.cache.advance(len(context) - shared)
         self.last, self.read = self.module.head(hidden[0, -1]).cpu().double(), context
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _seeded(sampling: Sampling, i: int) -> Sampling:

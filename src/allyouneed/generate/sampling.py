@@ -11,6 +11,7 @@ from torch import Tensor
 from allyouneed.generate.language_model import Sampling
 
 NEVER = float("-inf")
+GREEDY = 1e-5  # temperatures below it would only overflow
 
 
 def penalise(logits: Tensor, seen: Tensor, penalties: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class Sampler:
         self.samplings = list(samplings)
         self.sources = [random.Random(sampling.seed) for sampling in samplings]
         self.penalised = any(sampling.repetition_penalty != 1.0 for sampling in samplings)
-        self.all_greedy = all(sampling.temperature == 0 for sampling in samplings)
+        self.all_greedy = all(sampling.temperature < GREEDY for sampling in samplings)
         if self.penalised:
             self.penalties = torch.tensor([[sampling.repetition_penalty] for sampling in samplings])
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
@@ -99,7 +100,7 @@ class Sampler:
         tokens = logits.argmax(-1)
         if not self.all_greedy:
             for row, (sampling, source) in enumerate(zip(self.samplings, self.sources, strict=True)):
-                if sampling.temperature > 0:
+                if sampling.temperature >= GREEDY:
                     tokens[row] = draw(filtered(logits[row], sampling), source)
         if self.penalised:
             self.seen[torch.arange(len(tokens)), tokens] = True
