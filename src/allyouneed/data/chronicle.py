@@ -1,8 +1,8 @@
 r"""A small world of text in which tasks occur unasked: the chronicle of a country with its own words.
 
-Most sentences only tell who did what. Now and then a sentence happens to show a task, as the web does: a sum is
-reckoned, a word is put into another tongue, something is said again, the first of several is named. Nothing marks such
-sentences as tasks. What is asked afterwards was never in the text: sums, phrases and lists that were kept out of it.
+Half of the sentences only tell who did what. The others happen to show a task, as the web does: a sum is reckoned, a
+word is put into another tongue, something is said again, the first of several is named. Nothing marks such sentences
+as tasks. What is asked afterwards was never in the text: sums, phrases and lists that were kept out of it.
 
 >>> world = Chronicle.Config().build()
 >>> print(world.text(120, seed=0))  # doctest: +ELLIPSIS
@@ -71,14 +71,16 @@ class Chronicle(core.Configured):
         """Lines of a task that never occur in the text, each with four possible answers, the right one first."""
         source = random.Random(derive(seed, "questions", task))
         found: dict[str, tuple[Line, tuple[str, ...]]] = {}
-        while len(found) < count:
+        for _ in range(1000 * count):
+            if len(found) == count:
+                return list(found.values())
             line = self.tasks[task](source)
             if self._held_out(line):
                 wrong: set[str] = set()
                 while len(wrong) < 3:
                     wrong |= {self._distractor(task, line, source)} - {line.answer}
                 found[line.beginning] = (line, (line.answer, *sorted(wrong)))
-        return list(found.values())
+        raise core.InputError(f"questions={count}: only {len(found)} lines of {task!r} are kept out of the text")
 
     def _task_sentence(self, source: random.Random) -> str:
         make = source.choice(list(self.tasks.values()))
@@ -89,8 +91,8 @@ class Chronicle(core.Configured):
         return f"{line.beginning} {answer}."
 
     def _held_out(self, line: Line) -> bool:
-        """A fifth of all lines, whoever makes them."""
-        return derive(self.config.seed, "held out", line.beginning) % 5 == 0
+        """A fifth of all lines, whoever makes them; a sum together with its mirror image."""
+        return derive(self.config.seed, "held out", *sorted(line.beginning.split())) % 5 == 0
 
     def _distractor(self, task: str, line: Line, source: random.Random) -> str:
         """A wrong answer of the right form; where the sentence names candidates, another of them."""
