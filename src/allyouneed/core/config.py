@@ -173,11 +173,36 @@ def _from_json(value: Any) -> Any:
         return {k: _from_json(v) for k, v in value.items()}
     cls = _find_class(value[TAG])
     fields = {k: _from_json(v) for k, v in value.items() if k != TAG}
-    names = [f.name for f in dataclasses.fields(cls)]
-    for name in fields:
-        if name not in names:
-            raise unknown(f"field of {value[TAG]}", name, names)
+    hints = typing.get_type_hints(cls)
+    for name, found in fields.items():
+        if name not in cls.__dataclass_fields__:
+            raise unknown(f"field of {value[TAG]}", name, cls.__dataclass_fields__)
+        if not _accepts(hints[name], found):
+            raise InputError(f"{value[TAG]}: {name} is {str(found)[:60]}; expected {_describe(hints[name])}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in fields and _needed(f)]
+    if missing:
+        raise InputError(f"{value[TAG]}: field {missing[0]!r} is missing")
     return cls(**fields)
+
+
+def _needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether `value`, read from JSON, is of the annotated type."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_accepts(option, value) for option in typing.get_args(hint))
+    if _is_tuple(hint):
+        args = [a for a in typing.get_args(hint) if a is not Ellipsis]
+        return isinstance(value, tuple) and all(_accepts(args[0] if args else Any, v) for v in value)
+    if typing.get_origin(hint) is not None:
+        return typing.get_origin(hint) is not typing.Literal or value in typing.get_args(hint)
+    if hint is Any or not isinstance(hint, type):
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _find_class(name: Any) -> Any:

@@ -40,7 +40,7 @@ def architecture(
 
 def _read(fields: Fields) -> Decoder.Config:
     fields.expect("apply_residual_connection_post_layernorm", False)
-    return architecture(
+    config = architecture(
         vocab_size=fields.integer("vocab_size"),
         context=fields.integer("seq_length", 2048),
         dim=fields.integer("hidden_size"),
@@ -48,7 +48,12 @@ def _read(fields: Fields) -> Decoder.Config:
         num_heads=fields.integer("n_head"),
         eps=fields.number("layer_norm_epsilon", 1e-5),
         tied=fields.boolean("tie_word_embeddings", True),
-        dropout=fields.number("hidden_dropout", 0.0, most=1.0),
+    )
+    return gpt2.with_dropout(
+        config,
+        branches=fields.number("hidden_dropout", 0.0, most=1.0),
+        attention=fields.number("attention_dropout", 0.0, most=1.0),
+        embeddings=0.0,
     )
 
 

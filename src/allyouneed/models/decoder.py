@@ -58,6 +58,8 @@ class Decoder(core.Configured, nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        if not config.blocks or config.num_layers < 0:
+            raise core.InputError(f"blocks={config.blocks}, num_layers={config.num_layers}; at least one kind of block")
         mixer = config.blocks[0].mixer
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.positions = config.positions.build(

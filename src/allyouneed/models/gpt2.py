@@ -65,7 +65,7 @@ def _read(fields: Fields) -> Decoder.Config:
     ):
         fields.expect(name, only)
     dim = fields.integer("n_embd", 768)
-    return architecture(
+    config = architecture(
         vocab_size=fields.integer("vocab_size", 50257),
         context=fields.integer("n_positions", 1024),
         dim=dim,
@@ -75,8 +75,19 @@ def _read(fields: Fields) -> Decoder.Config:
         activation=ACTIVATIONS[fields.choice("activation_function", ACTIVATIONS, "gelu_new")],
         eps=fields.number("layer_norm_epsilon", 1e-5),
         tied=fields.boolean("tie_word_embeddings", True),
-        dropout=fields.number("resid_pdrop", 0.1, most=1.0),
     )
+    return with_dropout(
+        config,
+        branches=fields.number("resid_pdrop", 0.1, most=1.0),
+        attention=fields.number("attn_pdrop", 0.1, most=1.0),
+        embeddings=fields.number("embd_pdrop", 0.1, most=1.0),
+    )
+
+
+def with_dropout(config: Decoder.Config, *, branches: float, attention: float, embeddings: float) -> Decoder.Config:
+    """`config` with its three rates of dropout set."""
+    blocks = [b.replace(dropout=branches, mixer=b.mixer.replace(dropout=attention)) for b in config.blocks]
+    return config.replace(blocks=tuple(blocks), dropout=embeddings)
 
 
 def _write(config: Decoder.Config) -> dict[str, Any]:

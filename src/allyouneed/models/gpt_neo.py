@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from allyouneed import core
 from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name
 from allyouneed.models.checkpoints.fields import Fields
@@ -34,7 +35,12 @@ def _read(fields: Fields) -> Decoder.Config:
         activation=ACTIVATIONS[fields.choice("activation_function", ACTIVATIONS, "gelu_new")],
         eps=fields.number("layer_norm_epsilon", 1e-5),
         tied=fields.boolean("tie_word_embeddings", True),
-        dropout=fields.number("resid_dropout", 0.0, most=1.0),
+    )
+    config = gpt2.with_dropout(
+        config,
+        branches=fields.number("resid_dropout", 0.0, most=1.0),
+        attention=fields.number("attention_dropout", 0.0, most=1.0),
+        embeddings=fields.number("embed_dropout", 0.0, most=1.0),
     )
     dense, banded = (block.replace(mixer=block.mixer.replace(bias=False)) for block in config.blocks)
     fields.expect("attention_types", [[["global", "local"], num_layers // 2]])
@@ -43,6 +49,8 @@ def _read(fields: Fields) -> Decoder.Config:
 
 def _write(config: Decoder.Config) -> dict[str, Any]:
     dense, banded = config.blocks
+    if config.num_layers % 2:
+        raise core.InputError("this layout has as many banded layers as dense ones")
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context,

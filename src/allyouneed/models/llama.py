@@ -40,7 +40,11 @@ def architecture(
     """
     block = Block.Config(
         mixer=Attention.Config(
-            num_heads=num_heads, num_kv_heads=num_kv_heads or num_heads, head_dim=head_dim, bias=bias, out_bias=bias
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads or num_heads,
+            head_dim=None if head_dim is None else _only_if_unusual(head_dim, dim, num_heads),
+            bias=bias,
+            out_bias=bias,
         ),
         channel=GatedMLP.Config(hidden_dim=hidden_dim or swiglu_hidden_dim(dim), activation=activation),
         norm=RMSNorm.Config(eps=eps),
@@ -82,7 +86,7 @@ def _read(fields: Fields) -> Decoder.Config:
         num_layers=fields.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=_only_if_unusual(fields.integer("head_dim", dim // num_heads or 1), dim, num_heads),
+        head_dim=fields.integer("head_dim", dim // num_heads or 1),
         hidden_dim=fields.integer("intermediate_size"),
         activation=ACTIVATIONS[fields.choice("hidden_act", ACTIVATIONS, "silu")],
         base=_rope_base(fields),
@@ -155,6 +159,7 @@ def _read_gguf(fields: Fields) -> Decoder.Config:
     fields.expect("llama.rope.scaling.type", "none")
     fields.expect("llama.expert_count", 0)
     dim, num_heads = fields.integer("llama.embedding_length"), fields.integer("llama.attention.head_count")
+    fields.expect("llama.rope.dimension_count", fields.integer("llama.attention.key_length", dim // num_heads or 1))
     return architecture(
         vocab_size=fields.integer("vocab_size"),
         context=fields.integer("llama.context_length"),
@@ -162,7 +167,7 @@ def _read_gguf(fields: Fields) -> Decoder.Config:
         num_layers=fields.integer("llama.block_count"),
         num_heads=num_heads,
         num_kv_heads=fields.integer("llama.attention.head_count_kv", num_heads),
-        head_dim=_only_if_unusual(fields.integer("llama.attention.key_length", dim // num_heads or 1), dim, num_heads),
+        head_dim=fields.integer("llama.attention.key_length", dim // num_heads or 1),
         hidden_dim=fields.integer("llama.feed_forward_length"),
         base=fields.number("llama.rope.freq_base", 10000.0, least=1.0),
         eps=fields.number("llama.attention.layer_norm_rms_epsilon", 1e-6),

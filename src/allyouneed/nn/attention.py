@@ -45,7 +45,7 @@ class Attention(core.Configured, nn.Module):
 
         def head_dim_of(self, dim: int) -> int:
             """The size of a head in a model `dim` wide."""
-            if self.head_dim is None and dim % self.num_heads:
+            if self.head_dim is None and (self.num_heads < 1 or dim % self.num_heads):
                 raise core.InputError(
                     f"num_heads={self.num_heads} does not divide dim={dim}; set head_dim or change one"
                 )
@@ -54,6 +54,8 @@ class Attention(core.Configured, nn.Module):
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        if min(self.num_heads, self.num_kv_heads) < 1:
+            raise core.InputError(f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}; at least 1 is needed")
         if self.num_heads % self.num_kv_heads:
             raise core.InputError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
         self.head_dim = config.head_dim_of(dim)

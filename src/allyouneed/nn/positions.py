@@ -121,6 +121,10 @@ class Rotary(Positions):
     def __init__(self, config: Config, *, dim: int, num_heads: int, head_dim: int, context: int) -> None:
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
         self.rotated, self.base = int(head_dim * config.fraction), config.base
+        if self.rotated % 2:
+            raise core.InputError(
+                f"rotary positions turn pairs, but {self.rotated} of head_dim={head_dim} are to be turned"
+            )
 
     def rotation(self, positions: Tensor) -> Rotation:
         """cos and sin of position · base^(−2i/rotated), in float32."""

@@ -41,12 +41,16 @@ def load(folder: Path) -> Decoder:
     tensors = weights.read_sharded(folder)
     model_type = fields.choice("model_type", [*FAMILIES, OURS])
     if model_type == OURS:
-        return assemble(_own_config(fields), tensors, source)
+        config = _own_config(fields)
+        held = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+        if len(held) != config.num_layers:
+            raise InputError(f"{source}: num_layers={config.num_layers}, but the weights hold {len(held)} layers")
+        return assemble(config, tensors, source)
     family = FAMILIES[model_type]
     config = family.read(fields)
     rules = family.rules(config)
     check_layers(rules, config.num_layers, tensors, source)
-    if not any(name in tensors for name in (rules[0].theirs,)):
+    if rules[0].theirs not in tensors:
         tensors = _with_prefix(rules, tensors)
     return assemble(config, to_ours(rules, config.num_layers, tensors, folder), source)
 
@@ -54,6 +58,8 @@ def load(folder: Path) -> Decoder:
 def save(module: Decoder, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write config.json and weights; `transformers` loads them with the same outputs where it has such a model."""
     state = _state(module)
+    if "embedding.weight" not in state:
+        raise InputError(f"{folder}: packed weights have no such layout; load the model with packed=False to save it")
     for family in FAMILIES.values():
         if family.fits(module.config):
             described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(

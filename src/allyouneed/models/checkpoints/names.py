@@ -16,6 +16,9 @@ from torch import Tensor
 
 from allyouneed.core.errors import InputError
 
+# tensors that old checkpoints carry and every model computes for itself
+COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
 Split = Callable[[Tensor], Sequence[Tensor]]
 Join = Callable[[Sequence[Tensor]], Tensor]
 
@@ -106,8 +109,13 @@ def to_ours(rules: Iterable[Rule], num_layers: int, theirs: Mapping[str, Tensor]
     Raises:
         InputError: a tensor is missing, or cannot be divided as the rule asks.
     """
+    rules = list(expand(rules, num_layers))
+    known = {rule.theirs for rule in rules}
+    strange = [name for name in theirs if name not in known and not name.endswith(COMPUTED)]
+    if strange:
+        raise InputError(f"{source}: tensor {strange[0]!r} has no place in this model, which would compute without it")
     found: dict[str, Tensor] = {}
-    for rule in expand(rules, num_layers):
+    for rule in rules:
         if rule.theirs not in theirs:
             if rule.optional:
                 continue
