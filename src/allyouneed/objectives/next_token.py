@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allyouneed.objectives.cross_entropy import cross_entropy
 from allyouneed.objectives.loss import Loss
 
 IGNORED = -100  # a target that counts for nothing: padding, a prompt
@@ -36,5 +36,5 @@ def next_token(module: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
     """
     logits, targets = module(batch["ids"], segments=batch.get("segments")).logits, batch["targets"]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a sum over thousands drowns in bf16
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignored=IGNORED)
     return Loss(total, (targets != IGNORED).sum())
