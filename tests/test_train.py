@@ -182,12 +182,12 @@ def test_gradient_of_next_token_by_finite_differences():
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 8])
 def test_micro_batches_add_up_to_the_whole_batch(accumulate):
-    whole, pieces, batch = tiny(dropout=0.0), tiny(dropout=0.0), counting(generator(0))
+    whole, pieces, batch = tiny(dropout=0.0).double(), tiny(dropout=0.0).double(), counting(generator(0))
     next_token(whole, batch).mean.backward()
     measured = differentiate(pieces, next_token, batch, ALONE, accumulate=accumulate)
     for p, q in zip(whole.parameters(), pieces.parameters(), strict=True):
-        assert torch.allclose(p.grad, q.grad, atol=1e-6, rtol=0)
-    assert measured.means["loss"] == pytest.approx(next_token(whole, batch).mean.item(), abs=1e-6)
+        assert torch.allclose(p.grad, q.grad, atol=1e-12, rtol=0)
+    assert measured.means["loss"] == pytest.approx(next_token(whole, batch).mean.item(), abs=1e-12)
     assert measured.targets == (batch["targets"] != -100).sum()
 
 

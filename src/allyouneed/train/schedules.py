@@ -52,17 +52,21 @@ class Linear(Constant):
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Constant):
     """From the peak down half a cosine to `floor` (Loshchilov & Hutter 2017, eq. 5); GPT-3 (app. B) and LLaMA
-    (sec. 2.3) end at a tenth of the peak.
+    (sec. 2.3) end at a tenth of the peak. `until` is the step at which the floor is reached, None: the last.
 
     >>> [round(Cosine()(step, steps=4), 3) for step in (1, 2, 3, 4)]
     [0.868, 0.55, 0.232, 0.1]
+    >>> [round(Cosine(until=2)(step, steps=4), 3) for step in (1, 2, 3, 4)]
+    [0.55, 0.1, 0.1, 0.1]
     """
 
     floor: float = 0.1
+    until: int | None = None
 
     def after_warmup(self, step: int, steps: int) -> float:
         """floor + (1 − floor) · (1 + cos(π · progress)) / 2."""
-        return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * self.progress(step, steps)))
+        done = min(self.progress(step, self.until or steps), 1.0)
+        return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True, kw_only=True)
