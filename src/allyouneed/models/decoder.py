@@ -44,6 +44,7 @@ class Decoder(core.Configured, nn.Module):
         num_layers: int
         blocks: tuple[Block.Config, ...]
         positions: AnyPositions = field(default_factory=Rotary.Config)
+        embedding_scale: float = 1.0  # what embeddings are multiplied by (Vaswani et al. 2017, sec. 3.4: √dim)
         embedding_norm: Norm = field(default_factory=NoNorm.Config)
         norm: Norm = field(default_factory=LayerNorm.Config)
         tied: bool = True  # the head is the transposed embedding (Press & Wolf 2017)
@@ -94,7 +95,10 @@ class Decoder(core.Configured, nn.Module):
             sight = within_segments(self.positions, segments)
         else:
             sight = whole_rows(self.positions, ids)
-        x = self.embedding_norm(self.positions.embed(self.embedding(ids), sight.queries))
+        x = self.embedding(ids)
+        if self.config.embedding_scale != 1.0:
+            x = self.config.embedding_scale * x
+        x = self.embedding_norm(self.positions.embed(x, sight.queries))
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
             x = block(x, sight, None if cache is None else cache.layers[i])

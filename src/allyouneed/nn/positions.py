@@ -72,10 +72,10 @@ class Learned(Positions):
 
 
 class Sinusoidal(Positions):
-    """sin and cos of position/10000^(2i/dim), added to √dim times the embeddings (Vaswani et al. 2017, sec. 3.4, 3.5).
+    """sin and cos of position/10000^(2i/dim), added to the embeddings (Vaswani et al. 2017, sec. 3.5).
 
-    Sines fill the even dimensions and cosines the odd ones, as in the paper's formula. The factor balances the two when
-    embeddings begin with a variance of 1/dim.
+    Sines fill the even dimensions and cosines the odd ones, as in the paper's formula. Their mean square is 1/2, which
+    drowns embeddings that are much smaller: the paper's model multiplies its own by √dim.
 
     >>> part = Sinusoidal.Config().build(dim=8, num_heads=2, head_dim=4, context=16)
     >>> part.embed(torch.zeros(1, 1, 8), torch.tensor([[0]])).tolist()
@@ -84,19 +84,18 @@ class Sinusoidal(Positions):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
-        """`base` is the longest wavelength over 2π; `scale` None: √dim."""
+        """`base` is the longest wavelength over 2π."""
 
         base: float = 10000.0
-        scale: float | None = None
 
     def __init__(self, config: Config, *, dim: int, num_heads: int, head_dim: int, context: int) -> None:
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
-        self.dim, self.base, self.scale = dim, config.base, config.scale or dim**0.5
+        self.dim, self.base = dim, config.base
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        """scale · x + PE(position); any position, however far."""
+        """x + PE(position); any position, however far."""
         angles = _angles(positions, self.dim, self.base)
-        return self.scale * x + torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(x.dtype)
+        return x + torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(x.dtype)
 
 
 class Rotary(Positions):
