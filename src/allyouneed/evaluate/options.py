@@ -169,8 +169,8 @@ def fewshot(
     """`question` after `k` of the examples, drawn anew for each question (sec. 2.4).
 
     The draw depends on the seed, the question's context and the number of examples only: every model and arm sees the
-    same demonstrations, those for a smaller `k` are the first of those for a larger, and examples given wrong labels
-    (`mislabelled`) take the places of the right ones. An example with the question's own context is never drawn.
+    same demonstrations, those for a smaller `k` are the first of those for a larger, and examples given other labels
+    (`relabelled`) take the places of the right ones. An example with the question's own context is never drawn.
 
     Raises:
         InputError: fewer than `k` other examples.
@@ -182,17 +182,11 @@ def fewshot(
     return with_demonstrations(question, others[:k], separator=separator, description=description)
 
 
-def mislabelled(example: Question, seed: int) -> Question:
-    """The example with one of its wrong options, drawn evenly, given as the answer: a control for what demonstrations
-    teach beyond form and topic. No label is right; between two options that makes the opposite of every right one.
-
-    Raises:
-        InputError: there is no other option.
+def relabelled(example: Question, seed: int) -> Question:
+    """The example with one of its options, drawn evenly whether right or wrong, given as the answer (Min et al. 2022,
+    arXiv:2202.12837, sec. 4): a control for what demonstrations teach by their form, topic and labels alone.
     """
-    wrong = [i for i in range(len(example.options)) if i != example.answer]
-    if not wrong:
-        raise InputError(f"mislabelled: {example.context[-40:]!r} has no wrong option")
-    return replace(example, answer=wrong[derive(seed, "mislabelled", example.context) % len(wrong)])
+    return replace(example, answer=derive(seed, "relabelled", example.context) % len(example.options))
 
 
 def exact_match(generated: str, answers: Sequence[str]) -> bool:

@@ -89,34 +89,39 @@ New Zealand-Wellington, Iceland-Reykjavik, Jamaica-Kingston, Mongolia-Ulaanbaata
 
 OPPOSITES = """hot-cold, big-small, tall-short, happy-sad, fast-slow, old-young, rich-poor, strong-weak, hard-soft,
 light-dark, wet-dry, full-empty, open-closed, clean-dirty, early-late, easy-difficult, good-bad, high-low,
-inside-outside, left-right, long-brief, loud-quiet, near-far, new-ancient, noisy-silent, rough-smooth, safe-dangerous,
-sharp-blunt, simple-complex, sweet-bitter, thick-thin, tight-loose, true-false, ugly-beautiful, warm-cool,
-wide-narrow, wise-foolish, alive-dead, awake-asleep, begin-end, buy-sell, arrive-depart, accept-refuse, win-lose,
-push-pull, rise-fall, remember-forget, love-hate, laugh-cry, increase-decrease, give-take, find-hide, build-destroy,
-ask-answer, above-below, always-never, before-after, up-down, day-night, friend-enemy, heaven-hell, king-queen,
-north-south, east-west, peace-war, success-failure, summer-winter, victory-defeat, birth-death, question-reply,
-front-back, top-bottom, brave-cowardly, polite-rude, generous-greedy, guilty-innocent"""
+inside-outside, left-right, loud-quiet, near-far, rough-smooth, safe-dangerous, sharp-blunt, sweet-bitter,
+thick-thin, tight-loose, true-false, ugly-beautiful, wise-foolish, alive-dead, awake-asleep, begin-end, buy-sell,
+arrive-depart, accept-refuse, win-lose, push-pull, rise-fall, remember-forget, love-hate, laugh-cry, give-take,
+increase-decrease, find-hide, build-destroy, ask-answer, above-below, always-never, before-after, up-down, day-night,
+friend-enemy, heaven-hell, north-south, east-west, peace-war, success-failure, summer-winter, birth-death, front-back,
+top-bottom, brave-cowardly, polite-rude, generous-greedy, guilty-innocent, import-export, lend-borrow, entrance-exit,
+maximum-minimum, public-private, visible-invisible, attack-defend, float-sink, odd-even, possible-impossible"""
 
 PLURALS = """cat-cats, dog-dogs, house-houses, car-cars, tree-trees, book-books, box-boxes, fox-foxes, bus-buses,
 church-churches, dish-dishes, glass-glasses, class-classes, brush-brushes, match-matches, city-cities, baby-babies,
 lady-ladies, story-stories, country-countries, party-parties, army-armies, fly-flies, berry-berries, boy-boys,
 day-days, key-keys, toy-toys, monkey-monkeys, leaf-leaves, wolf-wolves, knife-knives, life-lives, wife-wives,
 shelf-shelves, half-halves, loaf-loaves, thief-thieves, man-men, woman-women, child-children, foot-feet, tooth-teeth,
-goose-geese, mouse-mice, ox-oxen, person-people, potato-potatoes, tomato-tomatoes, hero-heroes, echo-echoes,
-photo-photos, piano-pianos, radio-radios, roof-roofs, cliff-cliffs, chief-chiefs, pencil-pencils, window-windows,
+goose-geese, mouse-mice, ox-oxen, potato-potatoes, tomato-tomatoes, hero-heroes, echo-echoes,
+photo-photos, piano-pianos, radio-radios, bird-birds, cliff-cliffs, chief-chiefs, pencil-pencils, window-windows,
 garden-gardens, river-rivers, mountain-mountains, teacher-teachers, student-students, doctor-doctors, lunch-lunches,
 peach-peaches, family-families, factory-factories, lorry-lorries, penny-pennies, valley-valleys, journey-journeys"""
 
 KINDS = {
-    "fruit": "apple banana cherry grape lemon mango orange peach pear plum melon strawberry pineapple apricot fig kiwi",
+    "fruit": "apple banana cherry grape mango pear melon strawberry pineapple fig kiwi raspberry blueberry papaya",
     "animal": "dog cat horse cow sheep goat tiger lion elephant rabbit monkey wolf bear fox deer camel donkey zebra",
-    "colour": "red blue green yellow purple black white brown grey pink crimson scarlet violet beige turquoise",
-    "tool": "hammer saw drill wrench chisel screwdriver pliers shovel axe rake spade file plane clamp crowbar",
-    "metal": "iron copper gold silver tin lead zinc nickel aluminium steel bronze brass platinum titanium",
+    "colour": "red blue green yellow purple black white brown grey pink crimson scarlet beige turquoise",
+    "tool": "hammer saw drill wrench chisel screwdriver pliers shovel axe rake spade clamp crowbar",
+    "metal": "iron zinc nickel aluminium steel brass platinum titanium tin lead cobalt chromium tungsten",
 }
 
-GOOD = "wonderful excellent delightful brilliant charming superb lovely amazing touching perfect fantastic beautiful"
-BAD = "terrible awful boring dreadful stupid horrible dull disappointing tedious ugly pointless annoying"
+GOOD = """wonderful excellent delightful brilliant charming superb lovely amazing touching perfect fantastic beautiful
+magnificent marvellous splendid outstanding terrific great impressive exquisite thrilling captivating enchanting
+remarkable gorgeous fabulous enjoyable pleasant refreshing glorious inspiring stunning uplifting admirable first-rate
+masterly"""
+BAD = """terrible awful boring dreadful stupid horrible dull disappointing tedious ugly pointless annoying appalling
+atrocious abysmal pathetic miserable lousy mediocre unbearable disgusting ghastly clumsy tiresome worthless dismal
+irritating unpleasant disastrous laughable shoddy hopeless depressing revolting insulting unwatchable"""
 SUBJECTS = ["The film was", "The acting was", "The story was", "I found it", "The music was", "The food was"]
 ENDINGS = ["from start to finish.", "and I told all my friends.", "as I expected.", "to say the least.", "this time."]
 
@@ -150,14 +155,14 @@ def _sentiment(source: random.Random) -> list[Question]:
     return [
         _question(f"{source.choice(SUBJECTS)} {word} {source.choice(ENDINGS)}", label, [other], source)
         for label, other, words in (("positive", "negative", GOOD), ("negative", "positive", BAD))
-        for word in words.split() * 3
+        for word in words.split()
     ]
 
 
 def _addition(source: random.Random) -> list[Question]:
     items = []
-    for a in range(1, 10):
-        for b in range(1, 10):
+    for a in range(1, 13):
+        for b in range(1, a + 1):  # a sum once, not also the other way round
             wrong = [str(a + b + d) for d in (-2, -1, 1, 2, 10) if a + b + d > 0]
             items.append(_question(f"{a} + {b}", str(a + b), source.sample(wrong, 3), source))
     return items

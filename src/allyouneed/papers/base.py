@@ -88,11 +88,14 @@ class Report:
         values: Sequence[float] | None = None,
         spread: float | None = None,
         interval: tuple[float, float] | None = None,
+        method: str = "95 % interval",
         above: float | None = None,
         below: float | None = None,
     ) -> checks.Check:
         """Hold a number against its bound; see `checks.measured` for the ways to say how sure it is."""
-        found = checks.measured(name, value, values=values, spread=spread, interval=interval, above=above, below=below)
+        found = checks.measured(
+            name, value, values=values, spread=spread, interval=interval, method=method, above=above, below=below
+        )
         self.checks.append(found)
         return found
 

@@ -19,7 +19,8 @@ CONFIDENCE = 0.95
 class Check:
     """One measured number against its bound.
 
-    `interval` holds the true value with 95 % confidence; None says that nothing is known about the spread.
+    `interval` holds the true value with 95 % confidence, as far as what was drawn anew tells: over seeds, the mean
+    that ever more seeds would give, not what another model or corpus would. None: nothing is known about the spread.
     The check passes when all of the interval lies within the bounds, fails when all of it lies beyond one of them,
     and else stays undecided.
 
@@ -74,12 +75,13 @@ def measured(
     values: Sequence[float] | None = None,
     spread: float | None = None,
     interval: tuple[float, float] | None = None,
+    method: str = "95 % interval",
     above: float | None = None,
     below: float | None = None,
 ) -> Check:
     """A check from one of: `values`, one per seed; a `value` with its `spread` or `interval`; an exact `value`.
 
-    `spread` is half the width of a 95 % interval, `interval` a 95 % interval computed elsewhere (a bootstrap's).
+    `spread` is half the width of a 95 % interval, `interval` a 95 % interval computed elsewhere, `method` says how.
     """
     assert (value is None) != (values is None), f"check {name!r}: give either value or values"
     assert above is not None or below is not None, f"check {name!r}: without a bound nothing is checked"
@@ -91,7 +93,7 @@ def measured(
     if spread is not None:
         interval = (value - spread, value + spread)
     low, high = interval or (value, value)
-    return Check(name, float(value), (float(low), float(high)), "95 % interval" if interval else "exact", above, below)
+    return Check(name, float(value), (float(low), float(high)), method if interval else "exact", above, below)
 
 
 def verdict(checks: Iterable[Check]) -> str:
