@@ -187,7 +187,7 @@ def test_micro_batches_add_up_to_the_whole_batch(accumulate):
     measured = differentiate(pieces, next_token, batch, ALONE, accumulate=accumulate)
     for p, q in zip(whole.parameters(), pieces.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-12, rtol=0)
-    assert measured.means["loss"] == pytest.approx(next_token(whole, batch).mean.item(), abs=1e-12)
+    assert measured.means["loss"] == pytest.approx(next_token(whole, batch).mean.item(), rel=1e-6)  # kept in float32
     assert measured.targets == (batch["targets"] != -100).sum()
 
 
