@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import oracles
 import pytest
+import safetensors.torch
+import torch
 from mutations import mutations, survives
 
 from allyouneed.core.errors import InputError
-from allyouneed.models.checkpoints.loading import load_module
+from allyouneed.models import gpt2, gpt_neo, llama
+from allyouneed.models.checkpoints import huggingface
+from allyouneed.models.checkpoints.loading import load_module, save
+from allyouneed.models.decoder import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +29,87 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_mutated_config(folder):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """A model that no other library has, in our own layout."""
+    folder = tmp_path_factory.mktemp("own")
+    save(llama.EXAMPLE.replace(embedding_scale=2.0).build(), folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == huggingface.OURS
+    return folder
+
+
+def used(folder: Path) -> Decoder:
+    """Load and ask for logits: what loads must also compute."""
+    module = load_module(folder)
+    module(torch.tensor([[1, 2, 3]]))
+    return module
+
+
+@pytest.mark.parametrize("layout", ["folder", "own"])
+def test_mutated_config(layout, request):
+    folder = request.getfixturevalue(layout)
     path = folder / "config.json"
     data = path.read_bytes()
     outcomes = [
-        survives(lambda _: load_module(folder), path, mutated, named=str(folder))
-        for mutated in mutations(data, 400, seed=1)
+        survives(lambda _: used(folder), path, mutated, named=str(folder)) for mutated in mutations(data, 400, seed=1)
     ]
     path.write_bytes(data)
     assert outcomes.count(False) > 100
-    load_module(folder)
+    used(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda config: config.update(num_layers=1), "2 layers"),
+        (lambda config: config.update(num_layers=3), "2 layers"),
+        (lambda config: config.update(dim="32"), "dim"),
+        (lambda config: config.update(tied=1), "tied"),
+        (lambda config: config.update(blocks=[]), "blocks"),
+        (lambda config: config.pop("vocab_size"), "vocab_size"),
+        (lambda config: config["norm"].update(epz=1), "epz"),
+        (lambda config: config["blocks"][0]["mixer"].update(num_heads=0), "num_heads"),
+        (lambda config: config["blocks"][0].update(mixer=config["norm"]), "mixer"),
+    ],
+)
+def test_wrong_fields_of_our_own_layout(own, change, named):
+    path = own / "config.json"
+    data = path.read_text()
+    described = json.loads(data)
+    change(described["config"])
+    path.write_text(json.dumps(described))
+    try:
+        with pytest.raises(InputError, match=named) as raised:
+            load_module(own)
+    finally:
+        path.write_text(data)
+    assert "config.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layout", ["folder", "own"])
+def test_a_tensor_too_many_is_refused(layout, request, tmp_path):
+    """A bias that is passed over would give other logits without a word."""
+    folder = request.getfixturevalue(layout)
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors") | {"layers.0.extra.bias": torch.zeros(3)}
+    safetensors.torch.save_file(tensors, tmp_path / "copy" / "model.safetensors")
+    with pytest.raises(InputError, match=r"layers\.0\.extra\.bias"):
+        load_module(tmp_path / "copy")
+
+
+def test_rates_of_dropout_are_read_by_their_own_names(tmp_path):
+    for theirs, module in ((oracles.gpt2(resid_pdrop=0.1, attn_pdrop=0.2, embd_pdrop=0.3), gpt2),):
+        theirs.save_pretrained(tmp_path)
+        config = load_module(tmp_path).config
+        assert config.dropout == 0.3 and config.blocks[0].dropout == 0.1 and config.blocks[0].mixer.dropout == 0.2
+        assert config == module.with_dropout(config, branches=0.1, attention=0.2, embeddings=0.3)
+
+
+def test_what_another_layout_cannot_say_is_kept_in_ours(tmp_path):
+    """GPT-Neo's layout has as many banded layers as dense ones."""
+    save(gpt_neo.EXAMPLE.replace(num_layers=3).build(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == huggingface.OURS
+    assert load_module(tmp_path).config.num_layers == 3
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ POSITIONS = {
     for part in (Positions, *Positions.__subclasses__())
 }
 POST_NORM = llama.EXAMPLE.replace(blocks=(llama.EXAMPLE.blocks[0].replace(placement=PostNorm()),))
-CONFIGS = {**FAMILIES, **POSITIONS, "post norm": POST_NORM}
+SCALED = llama.EXAMPLE.replace(embedding_scale=3.0)
+CONFIGS = {**FAMILIES, **POSITIONS, "post norm": POST_NORM, "scaled embeddings": SCALED}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

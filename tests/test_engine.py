@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.data.tokenizers import byte_tokenizer
+from allyouneed.data.tokenizers import byte_tokenizer, train_bpe
+from allyouneed.generate.beams import beam_search
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.local import LocalModel
@@ -168,3 +169,55 @@ def test_too_long_a_prompt_says_by_how_much(lm):
         lm.score(["x" * 90], ["y" * 11])
     with pytest.raises(InputError, match="no chat template"):
         lm.chat([{"role": "user", "content": "Hi"}])
+
+
+MERGING = "aaaa bbbb aaaa bbbb abab aabb " * 40
+
+
+def test_scores_where_prompt_and_continuation_merge():
+    """Tokens that bridge the two, and whole continuations that outgrow one pass, count once."""
+    tokenizer = train_bpe([MERGING], 280)
+    torch.manual_seed(0)
+    module = llama.architecture(vocab_size=280, context=600, dim=16, num_layers=1, num_heads=2).build().eval()
+    lm = LocalModel(module, tokenizer, "merging")
+    pairs = [
+        ("aa", "aa bbbb"),
+        ("bbbb a", "aaa"),
+        ("abab", " aabb"),
+        ("x", ""),
+        ("bbbb", " ab" * 180),
+        ("bbbb", " ba" * 190),
+    ]
+    assert any(tokenizer.encode(p) != tokenizer.encode(p + c)[: len(tokenizer.encode(p))] for p, c in pairs)
+    for (prompt, continuation), found in zip(pairs, lm.score(*map(list, zip(*pairs, strict=True))), strict=True):
+        alone, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + continuation)
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole))
+        )
+        start = shared or 1  # nothing comes before the first token: a begin token stands in for it
+        ids = torch.tensor([whole if shared else [lm._first_token(), *whole]])
+        logprobs = module(ids).logits[0].double().log_softmax(-1)
+        expected = sum(logprobs[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1]))
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_the_context_cannot_hold_is_refused_everywhere(lm):
+    ids = list(range(90))
+    with pytest.raises(InputError, match="by 4"):
+        beam_search(lm.engine, ids, max_new_tokens=10, beams=2)
+    with pytest.raises(InputError, match="beams=0"):
+        beam_search(lm.engine, ids, max_new_tokens=1, beams=0)
+    with pytest.raises(InputError, match="by 4"):
+        lm.embed(["x" * 100])
+
+
+def test_a_tokenizer_of_another_model_is_refused(lm):
+    module = llama.EXAMPLE.build()
+    with pytest.raises(InputError, match=r"257 tokens, the model 53"):
+        LocalModel(module, byte_tokenizer(), "mixed up")
+
+
+def test_the_smallest_temperatures_are_greedy(lm):
+    greedy = lm.complete(["abc"], Sampling(max_new_tokens=8, ignore_eos=True, temperature=0))[0].text
+    almost = lm.complete(["abc"], Sampling(max_new_tokens=8, ignore_eos=True, temperature=1e-30, seed=1))[0].text
+    assert almost == greedy

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from allyouneed.core.errors import InputError
 from allyouneed.data.chronicle import Chronicle
 from allyouneed.data.worlds import Markov, Recall
 from allyouneed.evaluate.tasks import tasks
@@ -88,3 +89,16 @@ def test_tasks_are_well_formed(task):
         assert len(set(question.options)) == len(question.options) == round(1 / task.chance)
     places = [question.answer for question in task.questions]
     assert max(map(places.count, set(places))) < 0.75 * len(places)  # the place of the answer tells nothing
+
+
+def test_the_chronicle_says_when_its_questions_run_out():
+    with pytest.raises(InputError, match=r"questions=500: only \d+ lines of 'sums'"):
+        Chronicle.Config().build().questions("sums", 500, seed=0)
+
+
+def test_a_sum_is_kept_out_with_its_mirror_image():
+    world = Chronicle.Config().build()
+    text = world.text(400_000, seed=0)
+    for line, _ in world.questions("sums", 40, seed=0):
+        a, _, b, make = line.beginning.split()
+        assert f" {b} and {a} {make}" not in text and f" {a} and {b} {make}" not in text

@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from allyouneed.core.errors import InputError, unknown
+from allyouneed.core.errors import InputError, brief, unknown
 
 TAG = "type"  # key under which JSON names a configuration's class
 
@@ -178,7 +178,7 @@ def _from_json(value: Any) -> Any:
         if name not in cls.__dataclass_fields__:
             raise unknown(f"field of {value[TAG]}", name, cls.__dataclass_fields__)
         if not _accepts(hints[name], found):
-            raise InputError(f"{value[TAG]}: {name} is {str(found)[:60]}; expected {_describe(hints[name])}")
+            raise InputError(f"{value[TAG]}: {name} is {brief(found)}; expected {_describe(hints[name])}")
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in fields and _needed(f)]
     if missing:
         raise InputError(f"{value[TAG]}: field {missing[0]!r} is missing")
@@ -208,14 +208,14 @@ def _accepts(hint: Any, value: Any) -> bool:
 def _find_class(name: Any) -> Any:
     """The configuration class called `module:Qualified.Name`, looked for inside this package only."""
     if not isinstance(name, str) or name.count(":") != 1:
-        raise InputError(f"config type {name!r} is not of the form module:Class")
+        raise InputError(f"config type {brief(name)} is not of the form module:Class")
     module, _, qualname = name.partition(":")
     try:
         found: Any = importlib.import_module(f"allyouneed.{module}")
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError):
-        raise InputError(f"config type {name!r} is not one of this version of allyouneed") from None
+        raise InputError(f"config type {brief(name)} is not one of this version of allyouneed") from None
     if not (isinstance(found, type) and issubclass(found, Config)):
-        raise InputError(f"config type {name!r} is not a configuration")
+        raise InputError(f"config type {brief(name)} is not a configuration")
     return found

@@ -29,6 +29,18 @@ def about(source: object) -> Iterator[None]:
         raise (error if str(source) in str(error) else InputError(f"{source}: {error}")) from None
 
 
+def brief(value: object) -> str:
+    """A value as a message shows it: in one line, and short whatever its size.
+
+    >>> brief("a" * 1000)[-9:], brief([0] * 1000)
+    ('aaaaaa...', 'a list of 1000')
+    """
+    if isinstance(value, dict | list | tuple) and len(value) > 4:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = repr(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """An `InputError` for a `name` that is not among the `known` ones, naming the nearest of them.
 
@@ -36,10 +48,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     "unknown paper 'alibbi'; did you mean 'alibi'?"
     """
     choices = sorted(set(known))
-    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name[:60], choices, n=3, cutoff=0.5)
     if near:
         mend = "did you mean " + " or ".join(repr(n) for n in near) + "?"
     else:
         shown = choices[:12]
         mend = "known: " + ", ".join(shown) + (f" and {len(choices) - 12} more" if len(choices) > 12 else "")
-    return InputError(f"unknown {kind} {name!r}; {mend}")
+    return InputError(f"unknown {kind} {brief(name)}; {mend}")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, brief
 from allyouneed.data.templates import run
 
 KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
@@ -47,15 +47,15 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     accepted = ", ".join(KEYS)
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise InputError(f"messages[{i}]: is {_show(message)}; an object is accepted, with keys {accepted}")
+            raise InputError(f"messages[{i}]: is {brief(message)}; an object is accepted, with keys {accepted}")
         odd = [key for key in message if key not in KEYS]
         if odd:
-            raise InputError(f"messages[{i}]: has the key {_show(odd[0])}; accepted keys: {accepted}")
+            raise InputError(f"messages[{i}]: has the key {brief(odd[0])}; accepted keys: {accepted}")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
-            raise InputError(f"messages[{i}]: role is {_show(role)}; a name like 'user' is needed")
+            raise InputError(f"messages[{i}]: role is {brief(role)}; a name like 'user' is needed")
         if not isinstance(content, str | list) and not (content is None and "tool_calls" in message):
-            raise InputError(f"messages[{i}]: content is {_show(content)}; text or a list of parts is needed")
+            raise InputError(f"messages[{i}]: content is {brief(content)}; text or a list of parts is needed")
 
 
 def _dump(value: Any) -> str:
@@ -63,8 +63,3 @@ def _dump(value: Any) -> str:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"messages: hold what JSON has no form for: {error}") from None
-
-
-def _show(value: Any) -> str:
-    text = repr(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, brief
 from allyouneed.data.patterns import refusal
 
 MOST_IDS = 1 << 24  # ids lie below
@@ -58,7 +58,7 @@ def build(spec: Any, name: str) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     for token in spec["added_tokens"]:
         if backend.token_to_id(token["content"]) != token["id"]:
-            raise InputError(f"{name}: added token {_show(token['content'])} has an id that is not free: {token['id']}")
+            raise InputError(f"{name}: added token {brief(token['content'])} has an id that is not free: {token['id']}")
     with guarded(name):
         ids = backend.encode("A b\u00e9 1\n").ids
         backend.decode([i for i in ids if i < MOST_IDS])
@@ -91,7 +91,7 @@ def _checked(spec: Any) -> dict[str, Any]:
     model = dict(_dict(fields.get("model"), "model"))
     kind = model.setdefault("type", _guess_type(model))
     if not isinstance(kind, str) or kind not in _MODELS:
-        raise _FaultError(f"model: type {_show(kind)}; accepted: {', '.join(_MODELS)}")
+        raise _FaultError(f"model: type {brief(kind)}; accepted: {', '.join(_MODELS)}")
     _MODELS[kind](model)
     for slot in _KINDS:
         _check_parts(fields.get(slot), slot)
@@ -99,7 +99,7 @@ def _checked(spec: Any) -> dict[str, Any]:
     for token in _list(added, "added_tokens"):
         if not isinstance(_dict(token, "added_tokens").get("content"), str) or not token["content"]:
             raise _FaultError("added_tokens: a token has no 'content'")
-        _id(token.get("id"), f"added_tokens: {_show(token['content'])}")
+        _id(token.get("id"), f"added_tokens: {brief(token['content'])}")
     return fields | {"model": model, "added_tokens": added, "truncation": None, "padding": None}
 
 
@@ -118,24 +118,24 @@ def _check_bpe(model: dict[str, Any]) -> None:
     model["dropout"] = None
     prefix = model.get("continuing_subword_prefix") or ""
     if not isinstance(prefix, str):
-        raise _FaultError(f"model: continuing_subword_prefix is {_show(prefix)}; a string is accepted")
+        raise _FaultError(f"model: continuing_subword_prefix is {brief(prefix)}; a string is accepted")
     for i, merge in enumerate(_list(model.get("merges"), "model: merges")):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if isinstance(merge, str) and merge.startswith("#version"):
             continue
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise _FaultError(f"model: merge {i} is {_show(merge)}; two tokens are accepted")
+            raise _FaultError(f"model: merge {i} is {brief(merge)}; two tokens are accepted")
         left, right = pair
         whole = left + right.removeprefix(prefix)
         if left not in vocab or right not in vocab or whole not in vocab or not right.startswith(prefix):
-            raise _FaultError(f"model: merge {i}, {_show(merge)}, is of tokens that are not in the vocabulary")
+            raise _FaultError(f"model: merge {i}, {brief(merge)}, is of tokens that are not in the vocabulary")
 
 
 def _check_wordpiece(model: dict[str, Any]) -> None:
     _check_unknown(model, _check_vocab(model), needed=True)
     longest = model.get("max_input_chars_per_word")
     if type(longest) is not int or not 0 < longest <= LONGEST_WORD:
-        raise _FaultError(f"model: max_input_chars_per_word is {_show(longest)}; 1 to {LONGEST_WORD} is accepted")
+        raise _FaultError(f"model: max_input_chars_per_word is {brief(longest)}; 1 to {LONGEST_WORD} is accepted")
 
 
 def _check_wordlevel(model: dict[str, Any]) -> None:
@@ -146,12 +146,12 @@ def _check_unigram(model: dict[str, Any]) -> None:
     vocab = _list(model.get("vocab"), "model: vocab")
     for i, entry in enumerate(vocab):
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise _FaultError(f"model: vocab: entry {i} is {_show(entry)}; a token and its score are accepted")
+            raise _FaultError(f"model: vocab: entry {i} is {brief(entry)}; a token and its score are accepted")
         if not isinstance(entry[1], int | float) or not abs(entry[1]) < 1e30:
-            raise _FaultError(f"model: vocab: token {_show(entry[0])} has the score {_show(entry[1])}")
+            raise _FaultError(f"model: vocab: token {brief(entry[0])} has the score {brief(entry[1])}")
     unknown = model.get("unk_id")
     if type(unknown) is not int or not 0 <= unknown < len(vocab):
-        raise _FaultError(f"model: unk_id is {_show(unknown)}; an id of the vocabulary is accepted")
+        raise _FaultError(f"model: unk_id is {brief(unknown)}; an id of the vocabulary is accepted")
 
 
 _MODELS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -167,9 +167,9 @@ def _check_vocab(model: dict[str, Any]) -> dict[str, int]:
     owners: dict[int, str] = {}
     for token, i in vocab.items():
         if type(i) is not int or not 0 <= i < MOST_IDS:
-            _id(i, f"model: vocab: {_show(token)}")
+            _id(i, f"model: vocab: {brief(token)}")
         if owners.setdefault(i, token) is not token:
-            raise _FaultError(f"model: vocab: {_show(owners[i])} and {_show(token)} have the same id {i}")
+            raise _FaultError(f"model: vocab: {brief(owners[i])} and {brief(token)} have the same id {i}")
     return vocab
 
 
@@ -178,7 +178,7 @@ def _check_unknown(model: dict[str, Any], vocab: dict[str, int], *, needed: bool
     if token is None and not needed:
         return
     if not isinstance(token, str) or token not in vocab:
-        raise _FaultError(f"model: unk_token is {_show(token)}, which is not in the vocabulary")
+        raise _FaultError(f"model: unk_token is {brief(token)}, which is not in the vocabulary")
 
 
 def _check_parts(root: Any, slot: str) -> None:
@@ -188,7 +188,7 @@ def _check_parts(root: Any, slot: str) -> None:
         part, seen = _dict(waiting.pop(), slot), seen + 1
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in _KINDS[slot].split():
-            raise _FaultError(f"{slot}: type {_show(kind)}; accepted: {', '.join(_KINDS[slot].split())}")
+            raise _FaultError(f"{slot}: type {brief(kind)}; accepted: {', '.join(_KINDS[slot].split())}")
         where = f"{slot}: {kind}"
         if kind == "Sequence":
             waiting += _list(part.get(_CHILDREN[slot]), f"{where}: {_CHILDREN[slot]}")
@@ -204,23 +204,23 @@ def _check_pattern(part: dict[str, Any], where: str) -> None:
     pattern = _dict(part.get("pattern"), f"{where}: pattern")
     expression, literal = pattern.get("Regex"), pattern.get("String")
     if len(pattern) != 1 or not isinstance(expression or literal, str) or not (expression or literal):
-        raise _FaultError(f"{where}: pattern is {_show(pattern)}; a 'String' or a 'Regex' with text is accepted")
+        raise _FaultError(f"{where}: pattern is {brief(pattern)}; a 'String' or a 'Regex' with text is accepted")
     reason = refusal(expression) if isinstance(expression, str) else None
     if reason:
-        raise _FaultError(f"{where}: Regex {_show(expression)} {reason}")
+        raise _FaultError(f"{where}: Regex {brief(expression)} {reason}")
 
 
 def _check_replace(part: dict[str, Any], where: str) -> int:
     _check_pattern(part, where)
     if not isinstance(part.get("content"), str):
-        raise _FaultError(f"{where}: content is {_show(part.get('content'))}; a string is accepted")
+        raise _FaultError(f"{where}: content is {brief(part.get('content'))}; a string is accepted")
     return max(1, len(part["content"]))
 
 
 def _check_prepend(part: dict[str, Any], where: str) -> None:
     text = part.get("prepend")
     if not isinstance(text, str) or not 0 < len(text) <= MOST_GROWTH:
-        raise _FaultError(f"{where}: prepend is {_show(text)}; 1 to {MOST_GROWTH} characters are accepted")
+        raise _FaultError(f"{where}: prepend is {brief(text)}; 1 to {MOST_GROWTH} characters are accepted")
 
 
 def _check_precompiled(part: dict[str, Any], where: str) -> None:
@@ -237,13 +237,13 @@ def _check_precompiled(part: dict[str, Any], where: str) -> None:
 
 def _check_fixed_length(part: dict[str, Any], where: str) -> None:
     if type(part.get("length")) is not int or part["length"] < 1:
-        raise _FaultError(f"{where}: length is {_show(part.get('length'))}; 1 or more is accepted")
+        raise _FaultError(f"{where}: length is {brief(part.get('length'))}; 1 or more is accepted")
 
 
 def _check_strip(part: dict[str, Any], where: str) -> None:
     start, stop = part.get("start"), part.get("stop")
     if type(start) is not int or not 0 <= start <= MOST_GROWTH or type(stop) is not int or stop != 0:
-        raise _FaultError(f"{where}: start {_show(start)}, stop {_show(stop)}; a small start and stop 0 are accepted")
+        raise _FaultError(f"{where}: start {brief(start)}, stop {brief(stop)}; a small start and stop 0 are accepted")
 
 
 def _check_template(part: dict[str, Any], where: str) -> None:
@@ -256,7 +256,7 @@ def _check_template(part: dict[str, Any], where: str) -> None:
             kind, fields = next(iter(_dict(piece, f"{where}: {side}").items()), (None, None))
             choices: Any = {"SpecialToken": known, "Sequence": sequences}.get(str(kind), ())
             if not isinstance(fields, dict) or str(fields.get("id")) not in choices:
-                raise _FaultError(f"{where}: {side} has the piece {_show(piece)}, which is not defined")
+                raise _FaultError(f"{where}: {side} has the piece {brief(piece)}, which is not defined")
 
 
 _PARTS: dict[tuple[str, str], Callable[[dict[str, Any], str], int | None]] = {
@@ -273,27 +273,19 @@ _PARTS: dict[tuple[str, str], Callable[[dict[str, Any], str], int | None]] = {
 
 def _dict(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _FaultError(f"{where}: is {_show(value)}; an object is accepted")
+        raise _FaultError(f"{where}: is {brief(value)}; an object is accepted")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise _FaultError(f"{where}: is {_show(value)}; a list is accepted")
+        raise _FaultError(f"{where}: is {brief(value)}; a list is accepted")
     return value
 
 
 def _id(value: Any, where: str) -> None:
     if type(value) is not int or not 0 <= value < MOST_IDS:
-        raise _FaultError(f"{where}: id {_show(value)}; 0 to {MOST_IDS - 1} is accepted")
-
-
-def _show(value: Any) -> str:
-    """A value for a message: short, and in one line."""
-    if isinstance(value, dict | list) and len(value) > 4:
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = repr(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise _FaultError(f"{where}: id {brief(value)}; 0 to {MOST_IDS - 1} is accepted")
 
 
 def _line(error: BaseException) -> str:

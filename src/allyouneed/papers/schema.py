@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, brief
 from allyouneed.papers import checks
 from allyouneed.papers.base import EVIDENCE, SIZES
 
@@ -105,12 +105,12 @@ _FIGURE: dict[str, Rule] = {"name": _WORDS, "caption": _STRING, "svg": _WORDS, "
 def _fields(where: str, value: Any, rules: dict[str, Rule]) -> None:
     """`value` is an object with exactly the fields of `rules`, each as its rule says."""
     if not isinstance(value, dict):
-        raise InputError(f"report: {where or 'the whole'}: expected an object, got {_short(value)}")
+        raise InputError(f"report: {where or 'the whole'}: expected an object, got {brief(value)}")
     for name, (fits, wanted) in rules.items():
         if name not in value:
             raise InputError(f"report: {where}{name} is missing; expected {wanted}")
         if not fits(value[name]):
-            raise InputError(f"report: {where}{name}: expected {wanted}, got {_short(value[name])}")
+            raise InputError(f"report: {where}{name}: expected {wanted}, got {brief(value[name])}")
     for name in value:
         if name not in rules:
             raise InputError(f"report: {where}{name} is no field of a report")
@@ -120,8 +120,3 @@ def _outcome(where: str, check: dict[str, Any]) -> None:
     passed = checks.Check.from_json(check).passed
     if check["passed"] is not passed:
         raise InputError(f"report: {where}passed: {check['passed']}, but interval and bound say {passed}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

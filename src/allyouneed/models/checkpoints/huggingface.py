@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from allyouneed.core import files
 from allyouneed.core.config import Config
-from allyouneed.core.errors import InputError, about, unknown
+from allyouneed.core.errors import InputError, about, brief, unknown
 from allyouneed.models import bloom, gpt2, gpt_neo, llama
 from allyouneed.models.checkpoints import weights
 from allyouneed.models.checkpoints.family import Family
@@ -89,6 +89,12 @@ def assemble(config: Decoder.Config, state: Mapping[str, Tensor], source: object
             raise InputError(
                 f"{source}: {name} has shape {list(state[name].shape)}, the configuration asks for {list(shape)}"
             )
+    places = model.state_dict()
+    strange = next((name for name in state if name not in places), None)
+    if strange:
+        raise InputError(
+            f"{source}: tensor {brief(strange)} has no place in this model, which would compute without it"
+        )
     model.load_state_dict({name: state[name].to(torch.float32) for name in expected}, strict=False, assign=True)
     retie(model)
     return model.eval()
