@@ -6,7 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -148,3 +150,25 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         assert first.stderr.read() == b""
         first.stderr.close()
         assert first.wait() in (0, 1)
+
+
+def test_chat_keeps_what_was_said_and_unsays_what_was_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from allyouneed.commands import models
+    from allyouneed.generate import load
+
+    class Model:
+        asked: ClassVar[list[list[str]]] = []
+
+        def chat_stream(self, messages: list[dict[str, str]], sampling: object) -> Iterator[str]:
+            self.asked.append([message["content"] for message in messages])
+            if messages[-1]["content"] == "too long":
+                raise InputError("prompt exceeds the context by 7")
+            yield from ("yes", "!")
+
+    monkeypatch.setattr(load, "load", lambda name: Model())
+    monkeypatch.setattr(models, "_messages", lambda: iter(["hello", "too long", "again"]))
+    code, out, err = run("chat", "--system", "be brief", capsys=capsys)
+    assert (code, err) == (0, "error: prompt exceeds the context by 7\n") and out.count("yes!") == 2
+    assert Model.asked[-1] == ["be brief", "hello", "yes!", "again"]
