@@ -260,6 +260,19 @@ def test_a_stopped_run_goes_on_where_it_was(fake: Any, tmp_path: Path) -> None:
     assert resumed == whole
 
 
+def test_a_run_that_somebody_works_on_is_not_taken_up(fake: Any) -> None:
+    inner: list[dict[str, Any]] = []
+
+    def meanwhile(mean: float, seed: int) -> None:
+        fake.BEFORE_WORK = lambda mean, seed: None
+        inner.append(runner.run("fake", seeds=2, quiet=True))
+
+    fake.BEFORE_WORK = meanwhile
+    outer = runner.run("fake", seeds=2, quiet=True)
+    assert outer["sittings"] == inner[0]["sittings"] == 1 and len(fake.DONE) == 8
+    assert len(runner.finished_runs(Path("runs/fake"))) == 2
+
+
 @pytest.mark.parametrize("change", ["fresh", "seeds", "override", "code", "finished"])
 def test_another_run_starts_anew(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     fake.BEFORE_WORK = stop_at(0.0, 1)

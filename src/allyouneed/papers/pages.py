@@ -19,7 +19,7 @@ _EVIDENCE = {
     "small world": "The models and the data are miniatures, trained here from nothing; "
     "what holds among them need not hold at the paper's size.",
     "real weights": "The model is a real pretrained one, small beside the paper's.",
-    "paper scale": "The paper's own configuration was run.",
+    "paper scale": "The published architecture and optimiser were run.",
 }
 _OUTCOME = {True: "passed", False: "failed", None: "undecided"}
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -49,15 +50,16 @@ def run(
         raise InputError(f"seeds: {seeds}, but a run needs at least 1")
     config = paper.sizes[size].override(*overrides)
     count = seeds or paper.seeds[size]
-    folder, sittings = _open_folder((out or RUNS) / slug, _identity(slug, size, config, count), fresh)
-    evidence = "paper scale" if size == "paper" else paper.evidence
-    report = Report(slug=slug, seeds=range(count), folder=folder, evidence=evidence, quiet=quiet)
-    if not quiet:
-        print(_opening(paper, slug, size, folder, sittings), file=sys.stderr, flush=True)
-    stated, started = _stated(slug, size, config, sittings), time.monotonic()
-    paper.run(config, report)
-    finished = _complete(stated, report, time.monotonic() - started)
-    _write(folder, finished)
+    identity = _identity(slug, size, config, count)
+    with _open_folder((out or RUNS) / slug, identity, fresh) as (folder, sittings):
+        evidence = "paper scale" if size == "paper" else paper.evidence
+        report = Report(slug=slug, seeds=range(count), folder=folder, evidence=evidence, quiet=quiet)
+        if not quiet:
+            print(_opening(paper, slug, size, folder, sittings), file=sys.stderr, flush=True)
+        stated, started = _stated(slug, size, config, sittings), time.monotonic()
+        paper.run(config, report)
+        finished = _complete(stated, report, time.monotonic() - started)
+        _write(folder, finished)
     if not quiet:
         _show(finished, folder)
     return finished
@@ -84,17 +86,43 @@ def _identity(slug: str, size: str, config: Config, seeds: int) -> dict[str, Any
     }
 
 
-def _open_folder(root: Path, identity: dict[str, Any], fresh: bool) -> tuple[Path, int]:
-    """The folder to work in and which sitting this is: of the newest unfinished run that is the same, or a new one."""
+@contextmanager
+def _open_folder(root: Path, identity: dict[str, Any], fresh: bool) -> Iterator[tuple[Path, int]]:
+    """The folder to work in and which sitting this is: of the newest unfinished run that is the same and that nobody
+    is working on, or a new one.
+    """
     for path in sorted(root.glob("*/config.json"), reverse=True):
         begun = read_json(path)
         sittings = begun.pop("sittings")
-        if not fresh and begun == identity and not (path.parent / "report.json").exists():
-            write_json(path, identity | {"sittings": sittings + 1})
-            return path.parent, sittings + 1
+        if fresh or begun != identity or (path.parent / "report.json").exists():
+            continue
+        with _claimed(path.parent) as free:
+            if free:
+                write_json(path, identity | {"sittings": sittings + 1})
+                yield path.parent, sittings + 1
+                return
     folder = _new_folder(root)
-    write_json(folder / "config.json", identity | {"sittings": 1})
-    return folder, 1
+    with _claimed(folder):
+        write_json(folder / "config.json", identity | {"sittings": 1})
+        yield folder, 1
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Whether the folder is ours until the end; the system lets go of it when the process dies."""
+    from filelock import FileLock, Timeout
+
+    (folder / "jobs").mkdir(exist_ok=True)
+    lock = FileLock(folder / "jobs" / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _new_folder(root: Path) -> Path:
@@ -110,7 +138,11 @@ def _new_folder(root: Path) -> Path:
 
 def _opening(paper: Paper, slug: str, size: str, folder: Path, sittings: int) -> str:
     minutes = paper.minutes.get(size)
-    estimate = f"about {minutes:g} min on two cores" if minutes else "the published configuration, which wants GPUs"
+    estimate = (
+        f"about {minutes:g} min on two cores"
+        if minutes
+        else "the published architecture and optimiser, which want GPUs"
+    )
     again = "; taking up the run that was stopped" if sittings > 1 else ""
     return f"{catalogue.find(slug).title}\n{slug}, size {size}: {estimate}; in {folder}{again}"
 
