@@ -86,7 +86,7 @@ class Config(core.Config):
     """Which model is asked, how often, and the margins of the verdict."""
 
     lm: str | None = "smollm2-135m-instruct"  # None: a random model, to try the machinery
-    shots: tuple[int, ...] = (0, 2, 8, 32)
+    shots: tuple[int, ...] = (0, 1, 4, 16, 32)
     questions: int = 12  # per task and seed
     normalisation: str = "per_token"
     world: Recall.Config
@@ -112,7 +112,7 @@ def _prompted(config: Config, report: Report) -> dict[str, list[dict[str, list[f
     _enough(config, everything, len(report.seeds))
 
     def work(arm: str, seed: int, folder: Path) -> dict[str, list[float]]:
-        return {task.name: [_accuracy(config, lm, task, k, arm, seed) for k in config.shots] for task in everything}
+        return {task.name: _accuracies(config, lm, task, arm, seed) for task in everything}
 
     found = report.repeat({RIGHT: RIGHT, LOTS: LOTS}, work)
     right, lots = ([_mean(seed) for seed in found[arm]] for arm in (RIGHT, LOTS))
@@ -150,8 +150,8 @@ def _enough(config: Config, everything: list[Task], seeds: int) -> None:
         )
 
 
-def _accuracy(config: Config, lm: LanguageModel, task: Task, k: int, arm: str, seed: int) -> float:
-    """The share of the seed's questions answered rightly after `k` examples drawn from the task's other questions."""
+def _accuracies(config: Config, lm: LanguageModel, task: Task, arm: str, seed: int) -> list[float]:
+    """For each k, the share of the seed's questions answered rightly after k of the task's other questions."""
     first = seed * config.questions
     asked = task.questions[first : first + config.questions]
     others = task.questions[:first] + task.questions[first + config.questions :]
@@ -159,8 +159,14 @@ def _accuracy(config: Config, lm: LanguageModel, task: Task, k: int, arm: str, s
     examples = [others[i] for i in order]
     if arm == LOTS:
         examples = [relabelled(example, seed) for example in examples]
-    prompts = [with_demonstrations(q, examples[:k], description=f"{task.description}\n\n") for q in asked]
-    return float(correct(prompts, score_options(lm, prompts, answer_context=None), config.normalisation).mean())
+    prompts = [
+        with_demonstrations(question, examples[:k], description=f"{task.description}\n\n")
+        for k in config.shots
+        for question in asked
+    ]
+    scores = score_options(lm, prompts, answer_context=None)  # in one call: what prompts share is read once
+    right = correct(prompts, scores, config.normalisation).reshape(len(config.shots), len(asked))
+    return [float(share) for share in right.mean(1)]
 
 
 def _from_scratch(config: Config, report: Report) -> dict[str, list[list[float]]]:
@@ -268,7 +274,6 @@ PAPER = Paper(
         # GPT-3's weights are not public; GPT-Neo's are those of its 2.7B, trained by others on the Pile
         "paper": Config(
             lm="EleutherAI/gpt-neo-2.7B",
-            shots=(0, 1, 4, 16, 32),
             questions=40,
             world=_WORLD,
             model=sized("175B"),
