@@ -17,6 +17,7 @@ Apart   0.4 million parameters instead of 1.5 billion; a made-up country instead
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ def _trained(config: Config, world: Chronicle, seed: int, folder: Path) -> dict[
         model.build(),
         next_token,
         Windows(torch.tensor(tokenizer.encode(text)), batch_size=config.rows, length=config.length, seed=seed),
-        config.training.replace(seed=seed, evaluate_every=max(1, config.training.steps // config.asked)),
+        config.training.replace(seed=seed, evaluate_every=math.ceil(config.training.steps / config.asked)),
         folder=folder,
         evaluate=evaluate,
         title="  train",
