@@ -75,7 +75,7 @@ def test_gradients_of_one_step(pair):
     assert abs(their_loss.item() - loss.item()) <= TOLERANCE
     rules = huggingface.FAMILIES[theirs.config.model_type].rules(ours.config)
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    mapped = huggingface.to_theirs(rules, ours.config.num_layers, gradients)
+    mapped = huggingface.to_theirs(rules, ours.config.layers, gradients)
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert set(mapped) == set(expected)
     for name, gradient in mapped.items():

@@ -1,6 +1,8 @@
-"""Self-attention. Positions and masks come from `Sight`, remembered tokens from a cache; neither is chosen here.
+"""Attention over the row itself and over a memory.
 
-Shapes: B rows, T queries, S keys, H heads, D = head_dim.
+Positions and masks come from `Sight`, remembered tokens from a cache; neither is chosen here.
+
+Shapes: B rows, T queries, S keys, M tokens of memory, H heads, D = head_dim.
 """
 
 from __future__ import annotations
@@ -71,13 +73,15 @@ class Attention(core.Configured, nn.Module):
         q, k = sight.turn(q), sight.turn(k)
         if cache is not None:
             k, v = cache.extend(k, v)
-        mask = sight.mask(self.window)
+        return self._attend(q, k, v, sight.mask(self.window), causal=sight.causal)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
         attended = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=None if mask is None else mask.to(q.dtype),
-            is_causal=mask is None and q.shape[2] > 1,
+            is_causal=causal and mask is None and q.shape[2] > 1,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
             enable_gqa=self.num_kv_heads < self.num_heads,
@@ -87,3 +91,31 @@ class Attention(core.Configured, nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads·D) -> (B, heads, T, D)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class CrossAttention(Attention):
+    """Queries of the row, keys and values of a memory that every query sees whole (Vaswani et al. 2017, sec. 3.2.3).
+
+    >>> import torch
+    >>> from allyouneed.nn.positions import Positions
+    >>> from allyouneed.nn.sight import Memory, whole_rows
+    >>> positions = Positions.Config().build(dim=8, num_heads=2, head_dim=4, context=16)
+    >>> x, memory = torch.randn(1, 3, 8), Memory(torch.randn(1, 5, 8))
+    >>> CrossAttention.Config(num_heads=2).build(8)(x, whole_rows(positions, x, memory=memory)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attention.Config):
+        """As of attention; there is no window on a memory."""
+
+    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, dim) -> (B, T, dim), reading `sight.memory`, whose keys and values a cache computes once."""
+        memory = sight.memory
+        assert memory is not None, "cross attention without a memory"
+
+        def project() -> tuple[Tensor, Tensor]:
+            return self._heads(self.k(memory.states)), self._heads(self.v(memory.states))
+
+        k, v = project() if cache is None else cache.recall(project)
+        return self._attend(self._heads(self.q(x)), k, v, memory.mask, causal=False)

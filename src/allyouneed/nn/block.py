@@ -1,4 +1,4 @@
-"""The block: a token mixer and a channel mixer, each on a residual branch with its norm."""
+"""Blocks: mixers over tokens, over a memory, over each token's dimensions, each on a residual branch with its norm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
-from allyouneed.nn.attention import Attention
+from allyouneed.nn.attention import Attention, CrossAttention
 from allyouneed.nn.caches import LayerCache
 from allyouneed.nn.ffn import MLP, GatedMLP
 from allyouneed.nn.norms import LayerNorm, Norm
@@ -60,3 +60,43 @@ class Block(core.Configured, nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+class ParallelBlock(Block):
+    """Both branches read the same stream: x + mixer(norm₁(x)) + channel(norm₂(x)) (Wang & Komatsuzaki 2021; Biderman
+    et al. 2023, sec. 2.2).
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Block.Config):
+        """As of the block; norms stand before both branches."""
+
+        placement: PreNorm = field(default_factory=PreNorm)
+
+    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        mixed = self._drop(self.mixer(self.mixer_norm(x), sight, cache))
+        return x + mixed + self._drop(self.channel(self.channel_norm(x)))
+
+
+class CrossBlock(Block):
+    """Three residual branches: `mixer` over the row, `cross` over a memory, `channel` (Vaswani et al. 2017, 3.1)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Block.Config):
+        """As of the block, and the reader of the memory."""
+
+        cross: CrossAttention.Config
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__(config, dim)
+        self.cross_norm, self.cross = config.norm.build(dim), config.cross.build(dim)
+
+    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
+        x = self.placement(x, self.cross_norm, lambda h: self._drop(self.cross(h, sight, cache)))
+        return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
+
+
+AnyBlock = Block.Config | ParallelBlock.Config | CrossBlock.Config

@@ -7,11 +7,13 @@ Shapes: B rows, H key/value heads, C capacity, T new tokens, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from allyouneed.nn.positions import Positions
-from allyouneed.nn.sight import Sight, branches
+from allyouneed.nn.sight import Memory, Sight, branches
 
 
 class Cache:
@@ -33,12 +35,14 @@ class Cache:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        memory: Memory | None = None,
     ) -> None:
         shape = (batch, num_kv_heads, capacity, head_dim)
         self.capacity = capacity
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.uniform: int | None = 0  # the length of every row, where they agree
         self.longest = 0
+        self.memory = memory
         self.layers = [
             LayerCache(
                 self, torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
@@ -60,7 +64,8 @@ class Cache:
             return branches(part, segments, self.uniform)
         queries = self.lengths[:, None] + torch.arange(length, device=self.lengths.device)
         keys = torch.arange(total, device=self.lengths.device).expand(len(self.lengths), -1)
-        return Sight(part, queries, keys, plain=self.uniform is not None and (length == 1 or self.uniform == 0))
+        plain = self.uniform is not None and (length == 1 or self.uniform == 0)
+        return Sight(part, queries, keys, plain=plain, memory=self.memory)
 
     def advance(self, counts: Tensor | int) -> None:
         """Keep `counts` (B,) of the tokens just written; one number where it is the same for every row."""
@@ -85,15 +90,17 @@ class Cache:
         lengths = self.lengths.tolist()
         self.longest = max(lengths, default=0)
         self.uniform = self.longest if lengths and min(lengths) == self.longest else None
+        self.memory = None if self.memory is None else self.memory.select(rows)
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.select(rows)
 
 
 class LayerCache:
-    """One layer's keys and values, each (B, H, C, D)."""
+    """One layer's keys and values, each (B, H, C, D), and those of a memory, (B, H, M, D), once they were asked for."""
 
     def __init__(self, cache: Cache, keys: Tensor, values: Tensor) -> None:
         self.cache, self.keys, self.values = cache, keys, values
+        self.recalled: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values (B, H, T, D) after each row's last; everything up to the longest row's end."""
@@ -107,3 +114,15 @@ class LayerCache:
             self.keys[rows, :, places] = keys.transpose(1, 2)
             self.values[rows, :, places] = values.transpose(1, 2)
         return self.keys[:, :, :total], self.values[:, :, :total]
+
+    def recall(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory, computed by `project` the first time."""
+        if self.recalled is None:
+            self.recalled = project()
+        return self.recalled
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only `rows`."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.recalled is not None:
+            self.recalled = (self.recalled[0][rows], self.recalled[1][rows])

@@ -207,6 +207,11 @@ class RelativeBias(Positions):
         return self.embedding(self.buckets(queries[:, :, None] - keys[:, None, :])).permute(0, 3, 1, 2)
 
 
+AnyPositions = (
+    Positions.Config | Learned.Config | Sinusoidal.Config | Rotary.Config | Alibi.Config | RelativeBias.Config
+)
+
+
 def _angles(positions: Tensor, dim: int, base: float) -> Tensor:
     """position · base^(−2i/dim) for i < dim/2: (B, T) -> (B, T, dim/2), float32."""
     frequencies = base ** -(torch.arange(0, dim, 2, device=positions.device).float() / dim)

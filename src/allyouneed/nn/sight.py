@@ -5,24 +5,48 @@ Computed once a pass from segments or a cache, read by every attention layer. Sh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from allyouneed.nn.positions import Positions
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder reads of another model: `states` (B, M, dim), and where rows are padded `mask` (B, 1, 1, M), 0 or
+    −inf, to be added to the scores.
+    """
+
+    states: Tensor
+    mask: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Memory:
+        """Keep only `rows` (n,), in that order, possibly repeated."""
+        return Memory(self.states[rows], None if self.mask is None else self.mask[rows])
+
+
 class Sight:
     """Positions of queries (B, T) and keys (B, S), and the mask that follows from them.
 
-    `plain` says that nothing restricts attention but the causal triangle, or for a single query nothing at all,
-    so that the fastest kernels may be used without a mask.
+    `plain` says that nothing restricts attention but, where `causal`, the triangle – for a single query nothing at
+    all –, so that the fastest kernels may be used without a mask.
     """
 
     def __init__(
-        self, part: Positions, queries: Tensor, keys: Tensor, *, visible: Tensor | None = None, plain: bool = False
+        self,
+        part: Positions,
+        queries: Tensor,
+        keys: Tensor,
+        *,
+        visible: Tensor | None = None,
+        plain: bool = False,
+        causal: bool = True,
+        memory: Memory | None = None,
     ) -> None:
         self.part, self.queries, self.keys = part, queries, keys
-        self.visible, self.plain = visible, plain
+        self.visible, self.plain, self.causal, self.memory = visible, plain, causal, memory
         self.rotation = part.rotation(queries)
         self._masks: dict[int | None, Tensor | None] = {}
 
@@ -33,7 +57,7 @@ class Sight:
     def mask(self, window: int | None) -> Tensor | None:
         """What to add to the scores, (B, 1 or H, T, S) with −inf where a query may not look; None for `plain` sight.
 
-        A `window` of w lets a query see itself and the w − 1 tokens before it.
+        A `window` of w lets a query see itself and the w − 1 tokens before it, and after it where sight is not causal.
         """
         if window not in self._masks:
             self._masks[window] = self._build_mask(window)
@@ -45,30 +69,42 @@ class Sight:
         if self.plain and reaches_all and bias is None:
             return None
         distance = self.queries[:, None, :, None] - self.keys[:, None, None, :]
-        seen = distance >= 0
+        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
-            seen &= distance < window
+            seen &= distance.abs() < window
         if self.visible is not None:
             seen &= self.visible
         scores = torch.zeros((), device=seen.device) if bias is None else bias
         return torch.where(seen, scores, float("-inf"))
 
 
-def within_segments(part: Positions, segments: Tensor) -> Sight:
+def within_segments(part: Positions, segments: Tensor, *, causal: bool = True, memory: Memory | None = None) -> Sight:
     """Sight for packed or padded rows: `segments` (B, T) numbers the documents of a row from 1; 0 is padding.
 
-    A token sees the tokens of its own document up to itself; positions count from 0 in each document. Padding sees
-    itself, so that no row of scores is empty.
+    A token sees the tokens of its own document, where `causal` up to itself; positions count from 0 in each document.
+    Padding sees itself, so that no row of scores is empty.
     """
     positions = places(segments)
-    return Sight(part, positions, positions, visible=_own_documents(segments))
+    return Sight(part, positions, positions, visible=_own_documents(segments), causal=causal, memory=memory)
+
+
+def prefixed(part: Positions, segments: Tensor, prefix: Tensor) -> Sight:
+    """Sight of a prefix language model (Raffel et al. 2020, sec. 3.2.1): within `prefix` (B, T, true where a token
+    belongs to its document's) tokens see each other both ways, the others see what comes before them.
+    """
+    positions = places(segments)
+    index = torch.arange(segments.shape[1], device=segments.device)
+    before = index[:, None] >= index
+    both = (prefix[:, :, None] & prefix[:, None, :])[:, None]
+    return Sight(part, positions, positions, visible=_own_documents(segments) & (before | both), causal=False)
 
 
 def branches(part: Positions, segments: Tensor, length: int) -> Sight:
     """Sight for alternatives that continue the same `length` cached tokens: each sees these and its own document."""
     positions = length + places(segments)
     cached = torch.arange(length, device=segments.device).expand(len(segments), -1)
-    own = _own_documents(segments)
+    index = torch.arange(segments.shape[1], device=segments.device)
+    own = _own_documents(segments) & (index[:, None] >= index)
     before = own.new_ones((*own.shape[:-1], length))
     return Sight(part, positions, torch.cat((cached, positions), 1), visible=torch.cat((before, own), -1))
 
@@ -86,14 +122,13 @@ def places(segments: Tensor) -> Tensor:
 
 
 def _own_documents(segments: Tensor) -> Tensor:
-    """Which token sees which by order and document alone: (B, T) -> (B, 1, T, T)."""
-    index = torch.arange(segments.shape[1], device=segments.device)
+    """Which token sees which by document alone: (B, T) -> (B, 1, T, T)."""
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    real = (segments != 0)[:, None, :, None] | torch.eye(len(index), dtype=torch.bool, device=segments.device)
-    return same & real & (index[:, None] >= index)
+    itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
+    return same & ((segments != 0)[:, None, :, None] | itself)
 
 
-def whole_rows(part: Positions, ids: Tensor) -> Sight:
+def whole_rows(part: Positions, ids: Tensor, *, causal: bool = True, memory: Memory | None = None) -> Sight:
     """Sight for rows of ids (B, T, …) that are one document each."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-    return Sight(part, positions, positions, plain=True)
+    return Sight(part, positions, positions, plain=True, causal=causal, memory=memory)

@@ -29,11 +29,11 @@ def load(file: GGUF, *, packed: bool) -> Decoder:
     family = family_named(str(file.metadata.get("general.architecture")), FAMILIES, file.path)
     config = family.read(Fields(_facts(file), file.path))
     rules = family.rules(config)
-    check_layers(rules, config.num_layers, file.tensors, file.path)
+    check_layers(rules, config.layers, file.tensors, file.path)
     left_packed = {name for name, info in file.tensors.items() if packed and _packable(info)}
-    tensors = to_ours(rules, config.num_layers, _Dequantised(file, left_packed), file.path)
+    tensors = to_ours(rules, config.layers, _Dequantised(file, left_packed), file.path)
     model = assemble(config, tensors, file.path)
-    for rule in expand(rules, config.num_layers):
+    for rule in expand(rules, config.layers):
         if rule.theirs in left_packed:
             _pack(model, rule, file)
     return model

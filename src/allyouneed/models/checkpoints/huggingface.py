@@ -49,10 +49,10 @@ def load(folder: Path) -> Decoder:
     family = FAMILIES[model_type]
     config = family.read(fields)
     rules = family.rules(config)
-    check_layers(rules, config.num_layers, tensors, source)
+    check_layers(rules, config.layers, tensors, source)
     if rules[0].theirs not in tensors:
         tensors = _with_prefix(rules, tensors)
-    return assemble(config, to_ours(rules, config.num_layers, tensors, folder), source)
+    return assemble(config, to_ours(rules, config.layers, tensors, folder), source)
 
 
 def save(module: Decoder, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -65,7 +65,7 @@ def save(module: Decoder, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> 
             described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(
                 module.config
             )
-            state = to_theirs(family.rules(module.config), module.config.num_layers, state)
+            state = to_theirs(family.rules(module.config), module.config.layers, state)
             break
     else:
         described = {"model_type": OURS, "config": module.config.to_json()}
@@ -96,24 +96,19 @@ def assemble(config: Decoder.Config, state: Mapping[str, Tensor], source: object
             f"{source}: tensor {brief(strange)} has no place in this model, which would compute without it"
         )
     model.load_state_dict({name: state[name].to(torch.float32) for name in expected}, strict=False, assign=True)
-    retie(model)
+    model.retie()
     return model.eval()
 
 
-def retie(model: Decoder) -> None:
-    """Make the head share the embedding's tensor again after either was replaced."""
-    if model.config.tied:
-        model.head.weight = model.embedding.weight
-
-
-def check_layers(rules: Iterable[Rule], num_layers: int, names: Iterable[str], source: object) -> None:
+def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], names: Iterable[str], source: object) -> None:
     """Refuse a number of layers other than that of the weights, before anything is built by it."""
-    pattern = next(rule.theirs for rule in rules if "{i}" in rule.theirs)
-    before, _, after = pattern.partition("{i}")
-    suffix_of = before.split(".", 1)[-1]  # checkpoints of the bare model leave out the first part of the name
-    held = sum(name.endswith(after) and suffix_of in name for name in names)
-    if held != num_layers:
-        raise InputError(f"{source}: {num_layers} layers, but the weights hold {held}")
+    for sign, num_layers in layers.items():
+        pattern = next(rule.theirs for rule in rules if f"{{{sign}}}" in rule.theirs)
+        before, _, after = pattern.partition(f"{{{sign}}}")
+        suffix_of = before.split(".", 1)[-1]  # checkpoints of the bare model leave out the first part of the name
+        held = sum(name.endswith(after) and suffix_of in name for name in names)
+        if held != num_layers:
+            raise InputError(f"{source}: {num_layers} layers, but the weights hold {held}")
 
 
 def _with_prefix(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

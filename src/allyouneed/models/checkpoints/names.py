@@ -1,6 +1,7 @@
 """Rules between the names and layouts of our tensors and those of other people's checkpoints, read in both directions.
 
-A rule ties one tensor of theirs to one or more of ours; `{i}` stands for the number of the layer. The layouts differ in
+A rule ties one tensor of theirs to one or more of ours; `{i}` stands for the number of the layer (of a model with two
+stacks, `{j}` for that of the second). The layouts differ in
 three ways: transposed (GPT-2 stores matrices input × output), fused (queries, keys and values in one), and permuted
 (GGUF stores the rotary pairs of LLaMA's queries and keys next to each other). Fusing and permuting only ever move
 whole rows, so that rules without a transposition serve blocks of quantised bytes as well.
@@ -33,10 +34,10 @@ class Rule:
     join: Join = lambda parts: parts[0]
     optional: bool = False  # left out of many checkpoints (a tied head)
 
-    def at(self, layer: int) -> Rule:
+    def at(self, sign: str, layer: int) -> Rule:
         """The rule for one layer."""
-        ours = tuple(name.replace("{i}", str(layer)) for name in self.ours)
-        return Rule(ours, self.theirs.replace("{i}", str(layer)), self.split, self.join, self.optional)
+        ours = tuple(name.replace(f"{{{sign}}}", str(layer)) for name in self.ours)
+        return Rule(ours, self.theirs.replace(f"{{{sign}}}", str(layer)), self.split, self.join, self.optional)
 
 
 def same(ours: str, theirs: str, *, optional: bool = False) -> Rule:
@@ -94,22 +95,25 @@ def paired(ours: str, theirs: str, num_heads: int) -> Rule:
     return Rule((ours,), theirs, split, join)
 
 
-def expand(rules: Iterable[Rule], num_layers: int) -> Iterator[Rule]:
-    """The rules with `{i}` replaced by each layer's number."""
+def expand(rules: Iterable[Rule], layers: Mapping[str, int]) -> Iterator[Rule]:
+    """The rules with `{i}` replaced by each layer's number, i being a key of `layers`."""
     for rule in rules:
-        if "{i}" in rule.theirs:
-            yield from (rule.at(layer) for layer in range(num_layers))
-        else:
+        sign = next((sign for sign in layers if f"{{{sign}}}" in rule.theirs), None)
+        if sign is None:
             yield rule
+        else:
+            yield from (rule.at(sign, layer) for layer in range(layers[sign]))
 
 
-def to_ours(rules: Iterable[Rule], num_layers: int, theirs: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+def to_ours(
+    rules: Iterable[Rule], layers: Mapping[str, int], theirs: Mapping[str, Tensor], source: object
+) -> dict[str, Tensor]:
     """Our tensors from their checkpoint.
 
     Raises:
         InputError: a tensor is missing, or cannot be divided as the rule asks.
     """
-    rules = list(expand(rules, num_layers))
+    rules = list(expand(rules, layers))
     known = {rule.theirs for rule in rules}
     strange = [name for name in theirs if name not in known and not name.endswith(COMPUTED)]
     if strange:
@@ -133,10 +137,10 @@ def to_ours(rules: Iterable[Rule], num_layers: int, theirs: Mapping[str, Tensor]
     return found
 
 
-def to_theirs(rules: Iterable[Rule], num_layers: int, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_theirs(rules: Iterable[Rule], layers: Mapping[str, int], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their checkpoint from our tensors."""
     return {
         rule.theirs: rule.join([ours[name] for name in rule.ours])
-        for rule in expand(rules, num_layers)
+        for rule in expand(rules, layers)
         if not rule.optional or all(name in ours for name in rule.ours)
     }

@@ -1,0 +1,139 @@
+"""Encoder and decoder: one stack reads the source both ways, the other writes the target and looks at what was read.
+
+Shapes: B rows, M tokens of source, T tokens of target, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from allyouneed import core
+from allyouneed.models.decoder import Output
+from allyouneed.models.stack import Stack
+from allyouneed.nn.caches import Cache
+from allyouneed.nn.sight import Memory, whole_rows, within_segments
+
+
+class EncoderDecoder(core.Configured, nn.Module):
+    """p(target | source), token by token (Vaswani et al. 2017, sec. 3.1; Raffel et al. 2020, sec. 2.1)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """Both stacks share one embedding, and where `tied` the head does too."""
+
+        encoder: Stack.Config
+        decoder: Stack.Config
+        tied: bool = True
+        head_scale: float = 1.0  # what the decoder's output is multiplied by before the head (T5, tied: 1/√dim)
+        head_bias: bool = False
+
+        def num_parameters(self) -> int:
+            """Counted on the meta device, so that any size can be asked for."""
+            with torch.device("meta"):
+                return sum(p.numel() for p in self.build().parameters())
+
+        @property
+        def layers(self) -> dict[str, int]:
+            """How many layers each sign stands for in the names of tensors."""
+            return {"i": self.encoder.num_layers, "j": self.decoder.num_layers}
+
+        @property
+        def context(self) -> int:
+            """The longest target it is meant for."""
+            return self.decoder.context
+
+        @property
+        def vocab_size(self) -> int:
+            """Of source and target alike."""
+            return self.decoder.vocab_size
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        if (config.encoder.vocab_size, config.encoder.dim) != (config.decoder.vocab_size, config.decoder.dim):
+            raise core.InputError("encoder and decoder share an embedding: vocab_size and dim must be the same")
+        self.config = config
+        self.encoder, self.decoder = config.encoder.build(), config.decoder.build()
+        self.head = nn.Linear(config.decoder.dim, config.decoder.vocab_size, bias=config.head_bias)
+        self.retie()
+        config.encoder.initialise.apply(self.encoder, config.encoder.num_layers)
+        config.decoder.initialise.apply(self.decoder, config.decoder.num_layers)
+
+    def retie(self) -> None:
+        """Make embeddings and head share one tensor, also after one of them was replaced."""
+        self.decoder.embedding.weight = self.encoder.embedding.weight
+        if self.config.tied:
+            self.head.weight = self.encoder.embedding.weight
+
+    def forward(
+        self,
+        source: Tensor,
+        ids: Tensor,
+        source_segments: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Output:
+        """Source ids (B, M) and target ids (B, T) -> logits (B, T, V) of each next target token.
+
+        Args:
+            source: what is read.
+            ids: what has been written, beginning with the start token.
+            source_segments: (B, M), 1, or 0 for padding.
+            segments: (B, T), the same for the target.
+        """
+        memory = self.remember(source, source_segments)
+        if segments is None:
+            sight = whole_rows(self.decoder.positions, ids, memory=memory)
+        else:
+            sight = within_segments(self.decoder.positions, segments, memory=memory)
+        return Output(self.predict(self.decoder.read(ids, sight)))
+
+    def remember(self, source: Tensor, segments: Tensor | None = None) -> Memory:
+        """What the decoder sees of a source (B, M)."""
+        if segments is None:
+            return Memory(self.encoder.read(source, whole_rows(self.encoder.positions, source, causal=False)))
+        states = self.encoder.read(source, within_segments(self.encoder.positions, segments, causal=False))
+        padding = (segments == 0)[:, None, None, :]
+        mask = torch.zeros((), device=states.device).masked_fill(padding, float("-inf"))
+        return Memory(states, mask)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """(…, dim) -> logits (…, V)."""
+        logits: Tensor = self.head(self.config.head_scale * hidden)
+        return logits
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+
+class Answering:
+    """The decoder of a model that has read its sources, as what the engine generates with: a module that continues ids.
+
+    >>> # Engine(Answering(model, source, segments), eos_ids).steps([[start]] * len(source), samplings)
+    """
+
+    def __init__(self, model: EncoderDecoder, source: Tensor, segments: Tensor | None = None) -> None:
+        self.model, self.config, self.device = model, model.config, model.device
+        with torch.inference_mode():
+            self.memory = model.remember(source.to(self.device), segments)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for a target of each source."""
+        assert batch == len(self.memory.states), f"{batch} targets of {len(self.memory.states)} sources"
+        return self.model.decoder.new_cache(batch, capacity, self.memory)
+
+    def hidden(self, ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """(B, T) -> (B, T, dim)."""
+        assert cache is not None
+        return self.model.decoder.read(ids, cache.sight(self.model.decoder.positions, ids.shape[1], segments), cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(…, dim) -> logits (…, V)."""
+        return self.model.predict(hidden)
+
+    def __call__(self, ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None) -> Output:
+        """(B, T) -> logits (B, T, V)."""
+        return Output(self.head(self.hidden(ids, segments, cache)))

@@ -1,0 +1,102 @@
+"""A stack: embeddings, blocks and a last norm. Decoders, encoders and both sides of a translator are stacks.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allyouneed import core
+from allyouneed.nn.block import AnyBlock
+from allyouneed.nn.caches import Cache
+from allyouneed.nn.initialise import Normal
+from allyouneed.nn.norms import LayerNorm, NoNorm, Norm
+from allyouneed.nn.positions import AnyPositions, Rotary
+from allyouneed.nn.sight import Memory, Sight
+
+
+class Stack(core.Configured, nn.Module):
+    """From token ids to a vector a token; who sees whom is said by the caller."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """`blocks` are laid in turn, again and again, until there are `num_layers` (GPT-3 alternates two kinds)."""
+
+        vocab_size: int
+        context: int  # the longest sequence it is meant for; only learned positions cannot go beyond
+        dim: int
+        num_layers: int
+        blocks: tuple[AnyBlock, ...]
+        positions: AnyPositions = field(default_factory=Rotary.Config)
+        embedding_scale: float = 1.0  # what embeddings are multiplied by (Vaswani et al. 2017, sec. 3.4: √dim)
+        embedding_norm: Norm = field(default_factory=NoNorm.Config)
+        norm: Norm = field(default_factory=LayerNorm.Config)
+        dropout: float = 0.0  # of the embeddings
+        initialise: Normal = field(default_factory=Normal)
+
+        def num_parameters(self) -> int:
+            """Counted on the meta device, so that any size can be asked for."""
+            with torch.device("meta"):
+                return sum(p.numel() for p in self.build().parameters())
+
+        @property
+        def layers(self) -> dict[str, int]:
+            """How many layers each sign stands for in the names of tensors (`models.checkpoints.names`)."""
+            return {"i": self.num_layers}
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        if not config.blocks or config.num_layers < 0:
+            raise core.InputError(f"blocks={config.blocks}, num_layers={config.num_layers}; at least one kind of block")
+        mixer = config.blocks[0].mixer
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.positions = config.positions.build(
+            dim=config.dim, num_heads=mixer.num_heads, head_dim=mixer.head_dim_of(config.dim), context=config.context
+        )
+        self.embedding_norm = config.embedding_norm.build(config.dim)
+        kinds = config.blocks
+        self.blocks = nn.ModuleList(kinds[i % len(kinds)].build(config.dim) for i in range(config.num_layers))
+        self.norm = config.norm.build(config.dim)
+
+    def read(self, ids: Tensor, sight: Sight, cache: Cache | None = None) -> Tensor:
+        """Token ids (B, T) -> (B, T, dim)."""
+        return self.follow(self.embed(ids, sight), sight, cache)
+
+    def embed(self, ids: Tensor, sight: Sight) -> Tensor:
+        """Token ids and their positions as vectors: (B, T) -> (B, T, dim)."""
+        x = self.embedding(ids)
+        if self.config.embedding_scale != 1.0:
+            x = self.config.embedding_scale * x
+        return self.positions.embed(x, sight.queries)
+
+    def follow(self, x: Tensor, sight: Sight, cache: Cache | None = None) -> Tensor:
+        """Embeddings with their positions -> what the blocks make of them: (B, T, dim) -> (B, T, dim)."""
+        x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            x = block(x, sight, None if cache is None else cache.layers[i])
+        return self.norm(x)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def new_cache(self, batch: int, capacity: int, memory: Memory | None = None) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` tokens."""
+        mixer = self.config.blocks[0].mixer
+        return Cache(
+            num_layers=self.config.num_layers,
+            batch=batch,
+            num_kv_heads=mixer.num_kv_heads or mixer.num_heads,
+            capacity=capacity,
+            head_dim=mixer.head_dim_of(self.config.dim),
+            dtype=next(self.parameters()).dtype,
+            device=self.device,
+            memory=memory,
+        )
