@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,25 @@ def survives(load: Callable[[Path], Any], path: Path, data: bytes, named: str | 
     memory than twice the file and 200 MB.
     """
     path.write_bytes(data)
+    with bounded(len(data)):
+        try:
+            load(path)
+        except InputError as error:
+            message = str(error)
+            assert "\n" not in message and len(message) < 2000, f"not one line: {message[:200]!r}"
+            assert (named or path.name) in message, f"does not name {named or path.name}: {message[:200]!r}"
+            return False
+    return True
+
+
+@contextmanager
+def bounded(size: int) -> Iterator[None]:
+    """What is done inside takes at most 2 s and no more memory than twice `size` bytes and 200 MB."""
     memory, started = _memory(fresh=True), time.process_time()
-    try:
-        load(path)
-        loaded = True
-    except InputError as error:
-        loaded, message = False, str(error)
-        assert "\n" not in message and len(message) < 2000, f"not one line: {message[:200]!r}"
-        assert (named or path.name) in message, f"does not name {named or path.name}: {message[:200]!r}"
+    yield
     seconds, grown = time.process_time() - started, _memory() - memory
     assert seconds <= SECONDS, f"took {seconds:.1f} s"
-    assert grown <= 2 * len(data) + SLACK, f"took {grown >> 20} MiB for a file of {len(data)} bytes"
-    return loaded
+    assert grown <= 2 * size + SLACK, f"took {grown >> 20} MiB for a file of {size} bytes"
 
 
 def _flip(data: bytes, randomness: random.Random) -> bytes:

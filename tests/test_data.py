@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mutations import mutations
+from mutations import mutations, survives
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import generator
@@ -99,20 +97,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_mutated_files_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
     path = written(tmp_path / "data.jsonl", *RECORDS)
-    refused, peak = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number, data in enumerate(mutations(path.read_bytes(), 400, seed=0)):
-        mutated = tmp_path / "mutated.jsonl"
-        mutated.write_bytes(data)
-        began = time.process_time()
-        try:
-            list(jsonl.read(mutated))
-        except InputError as error:
-            refused += 1
-            assert str(error).startswith(f"{mutated}: line "), number
-            assert len(str(error).splitlines()) == 1, number
-        assert time.process_time() - began < 2, number
-    assert refused > 100
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 << 10  # KiB
+    outcomes = [
+        survives(lambda damaged: list(jsonl.read(damaged)), tmp_path / "mutated.jsonl", mutated, named="jsonl: line ")
+        for mutated in mutations(path.read_bytes(), 400, seed=0)
+    ]
+    assert outcomes.count(False) > 100
 
 
 def test_a_hundred_thousand_lines_are_not_held_in_memory(tmp_path: Path) -> None:

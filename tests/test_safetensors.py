@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from mutations import mutations
+from mutations import bounded, mutations, survives
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import generator
@@ -153,14 +152,10 @@ def test_hostile_files(kind: str, tmp_path: Path) -> None:
 
 
 def refused_in_one_line(path: Path, said: str) -> None:
-    began, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError, match=said) as error:
+    with bounded(path.stat().st_size), pytest.raises(InputError, match=said) as error:
         read_safetensors(path)
     assert str(error.value).startswith(f"{path}: ")
     assert len(str(error.value).splitlines()) == 1
-    assert time.process_time() - began < 2
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10
-    assert grown <= 2 * path.stat().st_size + (200 << 20)
 
 
 @pytest.mark.parametrize("part", [b"[],", b"{},", b'{"":0},'])
@@ -179,21 +174,11 @@ def test_missing_files(tmp_path: Path) -> None:
 
 def test_mutated_files(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "good.safetensors", {k: v for k, v in tensors().items() if k in ("layer.3", "half")})
-    refused, peak = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number, data in enumerate(mutations((tmp_path / "good.safetensors").read_bytes(), 400, seed=1)):
-        path = tmp_path / "mutated.safetensors"
-        path.write_bytes(data)
-        began = time.process_time()
-        try:
-            for tensor in read_safetensors(path).values():
-                tensor.float().sum()
-        except InputError as error:
-            refused += 1
-            assert str(error).startswith(f"{path}: "), number
-            assert len(str(error).splitlines()) == 1, number
-        assert time.process_time() - began < 2, number
-    assert refused > 100
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 << 10  # KiB
+    outcomes = [
+        survives(lambda path: [t.float().sum() for t in read_safetensors(path).values()], tmp_path / "bad", mutated)
+        for mutated in mutations((tmp_path / "good.safetensors").read_bytes(), 400, seed=1)
+    ]
+    assert outcomes.count(False) > 100
 
 
 @pytest.fixture
@@ -226,18 +211,12 @@ def test_hostile_indexes(index: object, said: str, sharded: Path) -> None:
 
 
 def test_mutated_indexes(sharded: Path) -> None:
-    refused = 0
-    for number, data in enumerate(mutations((sharded / INDEX).read_bytes(), 400, seed=2)):
-        (sharded / INDEX).write_bytes(data)
-        began = time.process_time()
-        try:
-            read_sharded(sharded)
-        except InputError as error:
-            refused += 1
-            assert str(error).startswith(str(sharded)), number
-            assert len(str(error).splitlines()) == 1, number
-        assert time.process_time() - began < 2, number
-    assert refused > 100
+    data = (sharded / INDEX).read_bytes()
+    outcomes = [
+        survives(lambda _: read_sharded(sharded), sharded / INDEX, mutated, named=str(sharded))
+        for mutated in mutations(data, 400, seed=2)
+    ]
+    assert outcomes.count(False) > 100
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:

@@ -7,7 +7,6 @@ not read. A tensor under several names is stored once, the other names in the fi
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -108,7 +107,7 @@ def check(path: Path) -> None:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        header = files.parse_json(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: header is not JSON: {str(error).splitlines()[0][:120]}") from None
     if not isinstance(header, dict):
