@@ -87,7 +87,7 @@ def run(config: Config, report: Report) -> None:
     found = report.repeat(arms, work)
     speeds = report.job("speed", lambda folder: _speeds(config))
     flops = {name: _record(config, report, name, *arm) for name, arm in arms.items()}
-    report.arm("speed", **speeds)
+    report.table("tokens generated per second, one prompt at a time, in turn", speeds)
     excess = {name: [one["excess"][-1] for one in values] for name, values in found.items()}
     report.check(
         f"excess loss, {LARGE_SHORT} minus {SMALL_LONG}",
@@ -102,7 +102,7 @@ def run(config: Config, report: Report) -> None:
         values=[a - b for a, b in zip(excess[SMALL_HALF], excess[SMALL_LONG], strict=True)],
         above=config.improving,
     )
-    ratios = speeds["ratios"]
+    ratios = [row["ratio"] for row in speeds]
     report.check(
         "tokens generated per second, small over large",
         statistics.median(ratios),
@@ -191,7 +191,7 @@ def _trained(
     }
 
 
-def _speeds(config: Config) -> dict[str, Any]:
+def _speeds(config: Config) -> list[dict[str, float]]:
     """Tokens a second that each model generates, one prompt at a time, in turn; and their ratio each time.
 
     Seven times, the first to warm up: lowest and highest of six enclose the median with 97 % confidence.
@@ -204,10 +204,10 @@ def _speeds(config: Config) -> dict[str, Any]:
             started = time.perf_counter()
             produced = sum(1 for _ in engine.steps([[0, 1, 2]], [sampling]))
             rates[name].append(produced / (time.perf_counter() - started))
-    ratios = [small / large for small, large in zip(rates["small"][1:], rates["large"][1:], strict=True)]
-    return {f"{name}_tokens_per_second": round(statistics.median(values), 1) for name, values in rates.items()} | {
-        "ratios": ratios
-    }
+    return [
+        {"small": round(small, 1), "large": round(large, 1), "ratio": round(small / large, 3)}
+        for small, large in zip(rates["small"][1:], rates["large"][1:], strict=True)
+    ]
 
 
 def _figure(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
