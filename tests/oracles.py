@@ -21,6 +21,12 @@ def gpt2(**changes: object) -> transformers.PreTrainedModel:
     return _random(transformers.GPT2LMHeadModel, transformers.GPT2Config(**(EVEN | sizes | changes)))
 
 
+def gpt(**changes: object) -> transformers.PreTrainedModel:
+    sizes = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    still = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    return _random(transformers.OpenAIGPTLMHeadModel, transformers.OpenAIGPTConfig(**(EVEN | sizes | still | changes)))
+
+
 def llama(**changes: object) -> transformers.PreTrainedModel:
     """Grouped heads, an untied head, odd sizes."""
     sizes = {
@@ -53,7 +59,7 @@ def gpt_neo(**changes: object) -> transformers.PreTrainedModel:
     return _random(transformers.GPTNeoForCausalLM, transformers.GPTNeoConfig(**(EVEN | sizes | changes)))
 
 
-ALL = {"gpt2": gpt2, "llama": llama, "bloom": bloom, "gpt_neo": gpt_neo}
+ALL = {"gpt": gpt, "gpt2": gpt2, "llama": llama, "bloom": bloom, "gpt_neo": gpt_neo}
 
 
 def _random(cls: type, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:

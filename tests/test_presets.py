@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from allyouneed.models import gpt2, llama
+from allyouneed.models import gpt, gpt2, llama
 from allyouneed.papers import alibi, gpt3
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
@@ -23,6 +23,10 @@ GPT3 = {
     "13B": 13.0e9,
     "175B": 175.0e9,
 }
+
+
+def test_gpt():
+    assert gpt.published().num_parameters() == 116_534_784  # the released model's; the paper prints no count
 
 
 @pytest.mark.parametrize("name", GPT2)

@@ -112,10 +112,19 @@ QKV = [f"blocks.{{i}}.mixer.{name}" for name in "qkv"]
 
 
 def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
-    theirs = "transformer.h.{i}"
     return (
         same("embedding.weight", "transformer.wte.weight"),
         same("positions.embedding.weight", "transformer.wpe.weight"),
+        *block_rules(),
+        *both("norm", "transformer.ln_f"),
+        same("head.weight", "lm_head.weight", optional=config.tied),
+    )
+
+
+def block_rules() -> tuple[Rule, ...]:
+    """The names of a block's tensors, which GPT and GPT-2 share."""
+    theirs = "transformer.h.{i}"
+    return (
         *both("blocks.{i}.mixer_norm", f"{theirs}.ln_1"),
         transposed_thirds((f"{name}.weight" for name in QKV), f"{theirs}.attn.c_attn.weight"),
         thirds((f"{name}.bias" for name in QKV), f"{theirs}.attn.c_attn.bias"),
@@ -126,8 +135,6 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
         same("blocks.{i}.channel.up.bias", f"{theirs}.mlp.c_fc.bias"),
         transposed("blocks.{i}.channel.out.weight", f"{theirs}.mlp.c_proj.weight"),
         same("blocks.{i}.channel.out.bias", f"{theirs}.mlp.c_proj.bias"),
-        *both("norm", "transformer.ln_f"),
-        same("head.weight", "lm_head.weight", optional=config.tied),
     )
 
 

@@ -30,7 +30,7 @@ class Family:
         """Whether this layout can say all of `config`: what it writes, it reads back."""
         try:
             again = self.read(Fields(self.write(config), self.model_type))
-        except (ValueError, AttributeError):  # a part that this family has no field for
+        except (ValueError, AttributeError, KeyError):  # a part that this family has no field for
             return False
         return _computation(again.to_json()) == _computation(config.to_json())
 
@@ -62,4 +62,4 @@ ACTIVATIONS = {
 
 def activation_name(ours: str) -> str:
     """transformers' name of one of our activations."""
-    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
+    return {name: theirs for theirs, name in reversed(ACTIVATIONS.items())}[ours]
