@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from allyouneed import core
 from allyouneed.nn.block import AnyBlock
 from allyouneed.nn.caches import Cache
-from allyouneed.nn.initialise import Normal
+from allyouneed.nn.initialise import Initialise, Normal
 from allyouneed.nn.norms import LayerNorm, NoNorm, Norm
 from allyouneed.nn.positions import AnyPositions, Rotary
 from allyouneed.nn.sight import Memory, Sight
@@ -37,7 +37,7 @@ class Stack(core.Configured, nn.Module):
         embedding_norm: Norm = field(default_factory=NoNorm.Config)
         norm: Norm = field(default_factory=LayerNorm.Config)
         dropout: float = 0.0  # of the embeddings
-        initialise: Normal = field(default_factory=Normal)
+        initialise: Initialise = field(default_factory=Normal)
 
         def num_parameters(self) -> int:
             """Counted on the meta device, so that any size can be asked for."""

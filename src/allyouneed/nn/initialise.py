@@ -28,3 +28,23 @@ class Normal(core.Config):
                 nn.init.normal_(module.weight, std=self.std * (shrink if ends_branch else 1.0))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Xavier(core.Config):
+    """U(−a, a), a = √(6/(inputs + outputs)), for matrices (Glorot & Bengio 2010, eq. 16), N(0, 1/dim) for embeddings,
+    zero for biases: what the first Transformers began with.
+    """
+
+    def apply(self, model: nn.Module, num_layers: int) -> None:
+        """Initialise every linear layer and embedding of `model` in place, from torch's global generator."""
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+
+
+Initialise = Normal | Xavier
