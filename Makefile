@@ -37,7 +37,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.run: $(VENV)/.torch pyproject.toml
-	$(PIP) -e .
+	$(PIP) -e '.[translate]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run

@@ -98,6 +98,25 @@ class Languages(core.Configured):
         last = translation[-1] if translation else PAD
         return last if self.first_ending <= last < self.first_compound else None
 
+    def name(self, word: int) -> str:
+        """A word of either language in letters, its kind first: `noun3`, `NOUN3` for its translation.
+
+        >>> world = Languages.Config().build()
+        >>> noun = world.first_noun + 3
+        >>> world.name(noun), world.name(world.meaning[noun])
+        ('noun3', 'NOUN3')
+        """
+        if word < SPECIAL:
+            return ("-", "start", "end")[word]
+        if word >= self.first_compound:
+            return f"ADJECTIVE0+NOUN{word - self.first_compound}"
+        if word >= self.first_ending:
+            return f"ENDING{word - self.first_ending}"
+        here = next((ours for ours, theirs in self.meaning.items() if theirs == word), word)
+        kind = self._kind(here)
+        number = here - {"noun": self.first_noun, "verb": self.first_verb, "adjective": self.first_adjective}[kind]
+        return f"{kind if here == word else kind.upper()}{number}"
+
     def _kind(self, word: int) -> str:
         if word >= self.first_adjective:
             return "adjective"

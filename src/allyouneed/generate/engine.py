@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from allyouneed.core.errors import InputError
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.sampling import Sampler
-from allyouneed.models.decoder import Decoder
 from allyouneed.nn.caches import Cache
 
 
@@ -29,13 +29,32 @@ class Step:
     finish_reason: str | None  # "stop" or "length" with a request's last token
 
 
+class Continues(Protocol):
+    """What the engine generates with: a decoder, or one that has read its source."""
+
+    config: Any  # with `context` and `vocab_size`
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        """An empty cache for `batch` rows of up to `capacity` tokens."""
+
+    def hidden(self, ids: Tensor, segments: Tensor | None = None, cache: Any = None) -> Tensor:
+        """(B, T) -> (B, T, dim), writing to the cache."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(…, dim) -> logits (…, V)."""
+
+
 Stop = Callable[[int, int], bool]  # (request, token just produced) -> whether the request ends here
 
 
 class Engine:
     """Generates with one module; holds no state between calls, so that any number of calls may follow one another."""
 
-    def __init__(self, module: Decoder, eos_ids: Sequence[int] = ()) -> None:
+    def __init__(self, module: Continues, eos_ids: Sequence[int] = ()) -> None:
         self.module, self.eos_ids = module, frozenset(eos_ids)
 
     @torch.inference_mode()
@@ -94,9 +113,9 @@ class Engine:
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One more token a row: (R,) -> (R, V)."""
-        logits = self.module(tokens[:, None].to(self.module.device), cache=cache).logits[:, 0].float().cpu()
+        hidden = self.module.hidden(tokens[:, None].to(self.module.device), cache=cache)
         cache.advance(1)
-        return logits
+        return self.module.head(hidden[:, 0]).float().cpu()
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Refuse a prompt that is empty, or that the context cannot hold together with what is asked for."""

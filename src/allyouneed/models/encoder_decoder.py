@@ -133,7 +133,3 @@ class Answering:
     def head(self, hidden: Tensor) -> Tensor:
         """(…, dim) -> logits (…, V)."""
         return self.model.predict(hidden)
-
-    def __call__(self, ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None) -> Output:
-        """(B, T) -> logits (B, T, V)."""
-        return Output(self.head(self.hidden(ids, segments, cache)))

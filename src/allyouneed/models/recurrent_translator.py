@@ -122,7 +122,3 @@ class Answering:
         """(B, T) -> (B, T, dim)."""
         assert cache is not None
         return self.model.write(ids, cache)
-
-    def __call__(self, ids: Tensor, segments: Tensor | None = None, cache: State | None = None) -> Output:
-        """(B, T) -> logits (B, T, V)."""
-        return Output(self.head(self.hidden(ids, segments, cache)))

@@ -109,6 +109,11 @@ class CrossAttention(Attention):
     class Config(Attention.Config):
         """As of attention; there is no window on a memory."""
 
+    def weights(self, x: Tensor, memory: Tensor) -> Tensor:
+        """How much each query of x (B, T, dim) looks at each token of a memory (B, M, dim): (B, H, T, M)."""
+        q, k = self._heads(self.q(x)), self._heads(self.k(memory))
+        return (q @ k.transpose(-1, -2) * (self.scale or self.head_dim**-0.5)).softmax(-1)
+
     def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim), reading `sight.memory`, whose keys and values a cache computes once."""
         memory = sight.memory

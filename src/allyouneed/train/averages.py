@@ -1,12 +1,16 @@
-"""The exponential moving average of a module's weights."""
+"""Averages of a module's weights: a moving one along the training, and the mean of its last checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from allyouneed.core.errors import InputError
+from allyouneed.train import checkpoints
 
 
 class Ema:
@@ -44,3 +48,23 @@ class Ema:
     def _swap(self) -> None:
         for name, parameter in self.watched.items():
             parameter.data, self.weights[name] = self.weights[name], parameter.data
+
+
+def mean_of_last(folder: Path, count: int = 5) -> dict[str, Tensor]:
+    """The mean of the weights in the last checkpoints of a run, by name (Vaswani et al. 2017, sec. 6.1: 5 of them).
+
+    Args:
+        folder: the run's, as `train` was given it.
+        count: how many checkpoints; the run must have kept that many (`Training.keep`).
+
+    Raises:
+        InputError: there are fewer, or one cannot be read.
+    """
+    paths = checkpoints.Checkpoints(folder / "checkpoints").paths()[-count:]
+    if len(paths) < count:
+        raise InputError(f"{folder}: {len(paths)} checkpoints, {count} are to be averaged; keep more of them")
+    total: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in checkpoints.read(path)["model"].items():
+            total[name] = total[name] + tensor / count if name in total else tensor / count
+    return total
