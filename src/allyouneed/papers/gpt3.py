@@ -87,7 +87,7 @@ class Config(core.Config):
 
     lm: str | None = "smollm2-135m-instruct"  # None: a random model, to try the machinery
     shots: tuple[int, ...] = (0, 1, 4, 16, 32)
-    questions: int = 12  # per task and seed
+    questions: int = 9  # per task and seed
     normalisation: str = "per_token"
     world: Recall.Config
     model: Decoder.Config
