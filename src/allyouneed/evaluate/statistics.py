@@ -10,6 +10,7 @@ Which interval when:
   of a perfect score would have no width.
 - `student_t`: the mean of a few runs with different seeds, when the question is what another seed would have given. It
   says nothing of other items.
+- `median`: timings, of which some are disturbed; assumes nothing but that they are independent.
 """
 
 from __future__ import annotations
@@ -141,6 +142,26 @@ def student_t(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
     data = np.asarray(values, dtype=np.float64)
     half = t_quantile((1 + confidence) / 2, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data))
     return Interval(float(data.mean()), float(data.mean() - half), float(data.mean() + half))
+
+
+def median(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """The median and two of the values that enclose the true one with at least that confidence, by the binomial law of
+    how many lie below it (Conover 1999, sec. 3.2).
+
+    >>> median(range(21))
+    Interval(estimate=10.0, low=5.0, high=15.0)
+
+    Raises:
+        InputError: too few values for that confidence (95 % takes six).
+    """
+    ordered, n = sorted(map(float, values)), len(values)
+    below, rank = 0.0, -1  # the chance that at most `rank` values lie below the true median
+    while rank < n and (below + math.comb(n, rank + 1) / 2**n) <= (1 - confidence) / 2:
+        rank += 1
+        below += math.comb(n, rank) / 2**n
+    if rank < 0:
+        raise InputError(f"median: {n} values are too few for a confidence of {confidence:g}")
+    return Interval(float(np.median(ordered)), ordered[rank], ordered[n - 1 - rank])
 
 
 def t_quantile(p: float, freedom: int) -> float:

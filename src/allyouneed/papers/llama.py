@@ -33,6 +33,7 @@ from allyouneed.data.batches import Generated
 from allyouneed.data.packing import Batch
 from allyouneed.data.worlds import Markov
 from allyouneed.evaluate.perplexity import token_nll
+from allyouneed.evaluate.statistics import median
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 from allyouneed.models import llama
@@ -61,6 +62,7 @@ class Config(core.Config):
     length: int = 96
     tested: int = 256  # rows held out
     generated: int = 128  # tokens, to measure speed
+    timings: int = 15
     reaches: float = 0.0  # excess of large, short minus that of small, long: above
     dearer: float = 1.0  # training FLOPs, small, long over large, short: above
     faster: float = 1.2  # tokens a second, small over large: above
@@ -87,7 +89,8 @@ def run(config: Config, report: Report) -> None:
     found = report.repeat(arms, work)
     speeds = report.job("speed", lambda folder: _speeds(config))
     flops = {name: _record(config, report, name, *arm) for name, arm in arms.items()}
-    report.table("tokens generated per second, one prompt at a time, in turn", speeds)
+    medians = {name: round(statistics.median(row[name] for row in speeds), 2) for name in speeds[0]}
+    report.table("tokens generated per second, one prompt at a time, in turn: medians", [medians])
     excess = {name: [one["excess"][-1] for one in values] for name, values in found.items()}
     report.check(
         f"excess loss, {LARGE_SHORT} minus {SMALL_LONG}",
@@ -102,12 +105,12 @@ def run(config: Config, report: Report) -> None:
         values=[a - b for a, b in zip(excess[SMALL_HALF], excess[SMALL_LONG], strict=True)],
         above=config.improving,
     )
-    ratios = [row["ratio"] for row in speeds]
+    ratio = median([row["ratio"] for row in speeds])
     report.check(
         "tokens generated per second, small over large",
-        statistics.median(ratios),
-        interval=(min(ratios), max(ratios)),
-        method=f"median, lowest and highest of {len(ratios)} timings on one machine",
+        ratio.estimate,
+        interval=(ratio.low, ratio.high),
+        method=f"95 % interval of the median of {len(speeds)} timings on one machine",
         above=config.faster,
     )
     _figure(report, found)
@@ -194,12 +197,12 @@ def _trained(
 def _speeds(config: Config) -> list[dict[str, float]]:
     """Tokens a second that each model generates, one prompt at a time, in turn; and their ratio each time.
 
-    Seven times, the first to warm up: lowest and highest of six enclose the median with 97 % confidence.
+    The first time is to warm up.
     """
     engines = {name: Engine(model.build().eval()) for name, model in (("small", config.small), ("large", config.large))}
     sampling = Sampling(max_new_tokens=config.generated, seed=0)
     rates: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(7):
+    for _ in range(1 + config.timings):
         for name, engine in engines.items():
             started = time.perf_counter()
             produced = sum(1 for _ in engine.steps([[0, 1, 2]], [sampling]))
@@ -270,6 +273,7 @@ PAPER = Paper(
             rates=(4e-3,),
             tested=8,
             generated=8,
+            timings=6,
         ),
         "laptop": Config(
             small=_model(48, 3, 4, 32),
