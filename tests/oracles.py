@@ -59,7 +59,22 @@ def gpt_neo(**changes: object) -> transformers.PreTrainedModel:
     return _random(transformers.GPTNeoForCausalLM, transformers.GPTNeoConfig(**(EVEN | sizes | changes)))
 
 
-ALL = {"gpt": gpt, "gpt2": gpt2, "llama": llama, "bloom": bloom, "gpt_neo": gpt_neo}
+def gpt_neox(**changes: object) -> transformers.PreTrainedModel:
+    """Three heads of 16, of which 4 are turned; an odd hidden size."""
+    sizes = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 77,
+        "max_position_embeddings": 64,
+    }
+    return _random(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**(EVEN | sizes | changes)))
+
+
+ALL = {"gpt": gpt, "gpt2": gpt2, "llama": llama, "bloom": bloom, "gpt_neo": gpt_neo, "gpt_neox": gpt_neox}
+
+# parameters that transformers calls otherwise in its files than in memory
+ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 
 
 def _random(cls: type, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:

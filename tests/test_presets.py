@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from allyouneed.models import gpt, gpt2, llama
+from allyouneed.core.errors import InputError
+from allyouneed.models import gpt, gpt2, gpt_neox, llama
 from allyouneed.papers import alibi, gpt3
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
@@ -22,6 +23,17 @@ GPT3 = {
     "6.7B": 6.7e9,
     "13B": 13.0e9,
     "175B": 175.0e9,
+}
+# Pythia: table 1's non-embedding parameters, and those of the released checkpoints as their project lists them
+PYTHIA = {
+    "70M": (18_915_328, 70_426_624),
+    "160M": (85_056_000, 162_322_944),
+    "410M": (302_311_424, 405_334_016),
+    "1B": (805_736_448, 1_011_781_632),
+    "1.4B": (1_208_602_624, 1_414_647_808),
+    "2.8B": (2_517_652_480, 2_775_208_960),
+    "6.9B": (6_444_163_072, 6_857_302_016),
+    "12B": (11_327_027_200, 11_846_072_320),
 }
 
 
@@ -44,6 +56,18 @@ def test_gpt3(name):
     assert abs(gpt3.sized(name).num_parameters() / GPT3[name] - 1) < 0.025
     windows = [block.mixer.window for block in gpt3.sized(name).blocks]
     assert windows == [None, 256]
+
+
+@pytest.mark.parametrize("name", PYTHIA)
+def test_pythia(name):
+    config, (without_embeddings, whole) = gpt_neox.sized(name), PYTHIA[name]
+    assert config.num_parameters() == whole
+    assert whole - 2 * config.vocab_size * config.dim == without_embeddings
+
+
+def test_pythia_has_eight_sizes():
+    with pytest.raises(InputError, match=r"'1\.4B'"):
+        gpt_neox.sized("1.3B")
 
 
 def test_alibi():

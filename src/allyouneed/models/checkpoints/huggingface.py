@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from allyouneed.core import files
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, about, brief, unknown
-from allyouneed.models import bloom, gpt, gpt2, gpt_neo, llama
+from allyouneed.models import bloom, gpt, gpt2, gpt_neo, gpt_neox, llama
 from allyouneed.models.checkpoints import weights
 from allyouneed.models.checkpoints.family import Family
 from allyouneed.models.checkpoints.fields import LARGEST, Fields
@@ -25,7 +25,14 @@ from allyouneed.models.decoder import Decoder
 
 FAMILIES = {
     family.model_type: family
-    for family in (gpt.HUGGING_FACE, gpt2.HUGGING_FACE, llama.HUGGING_FACE, bloom.HUGGING_FACE, gpt_neo.HUGGING_FACE)
+    for family in (
+        gpt.HUGGING_FACE,
+        gpt2.HUGGING_FACE,
+        llama.HUGGING_FACE,
+        bloom.HUGGING_FACE,
+        gpt_neo.HUGGING_FACE,
+        gpt_neox.HUGGING_FACE,
+    )
 }
 OURS = "allyouneed"
 
