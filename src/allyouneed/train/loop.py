@@ -83,6 +83,7 @@ def train(
     folder: Path | str | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     callbacks: Iterable[Callback] = (),
+    snapshot: Callable[[int, nn.Module], None] | None = None,
     resume: bool = True,
     title: str = "train",
     quiet: bool = False,
@@ -99,6 +100,8 @@ def train(
         folder: where `metrics.jsonl` and `checkpoints/` go; None: nothing is written.
         evaluate: what to measure now and then, on every rank, without gradients and in eval mode; joins the log.
         callbacks: told of each row that is logged, on the first rank.
+        snapshot: handed the step and the module before the first step and after every one, on the first rank, to keep
+            what it likes; after a kill it may be handed a step again, with the same weights.
         resume: go on from the newest checkpoint in `folder`, bit for bit; False removes those there.
         title: what the progress line calls the run.
         quiet: no progress line.
@@ -117,12 +120,16 @@ def train(
             run.take_up(checkpoints)
         if checkpoints is not None and writes:
             checkpoints.tidy(run.step) if resume else checkpoints.clear()
+        if snapshot is not None and writes:
+            snapshot(run.step, module)
         with (
             Journal(folder if writes else None, run.step, callbacks if writes else ()) as journal,
             Progress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,
         ):
             while run.step < training.steps:
                 row = run.advance()
+                if snapshot is not None and writes:
+                    snapshot(run.step, module)  # before the checkpoint, so that none is missing after a kill
                 progress.update(loss=row["loss"], **{f"{run.unit}/s": int(run.seen / row["seconds"])})
                 if evaluate is not None and run.due(training.evaluate_every):
                     journal.record(row | run.evaluated(evaluate))

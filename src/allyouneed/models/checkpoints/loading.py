@@ -14,21 +14,23 @@ from allyouneed.models.decoder import Decoder
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
 
 
-def load_module(name: str | Path, *, packed: bool = False) -> Decoder:
+def load_module(name: str | Path, *, packed: bool = False, step: int | None = None) -> Decoder:
     """The model of a checkpoint as a module in evaluation mode.
 
     Args:
         name: a material's name, a folder in the Hugging Face layout, a hub id (`org/name`) or a `.gguf` file.
         packed: compute from a GGUF's quantised blocks instead of float32 copies; such weights are frozen.
+        step: of a model that was kept along its training: the folder `step<k>` in the folder `name` (`train.suite`),
+            or the hub's revision of that name, as Pythia has them.
 
     Raises:
-        InputError: nothing of that name, or its files are broken.
+        InputError: nothing of that name, no checkpoint of that step, or its files are broken.
 
     >>> load_module("no-such-model")
     Traceback (most recent call last):
     allyouneed.core.errors.InputError: ...
     """
-    path = open_checkpoint(name)
+    path = open_checkpoint(name) if step is None else _open_step(name, step)
     return ggml.load(GGUF.open(path), packed=packed) if path.is_file() else huggingface.load(path)
 
 
@@ -57,18 +59,38 @@ def open_checkpoint(name: str | Path) -> Path:
     path = Path(name)
     if path.is_dir() or path.is_file():
         return path
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/")) and not str(name).endswith(".gguf"):
+    if _is_hub_id(name):
         return _from_hub(str(name))
     return materials.path(str(name))
 
 
-def _from_hub(name: str) -> Path:
+def _open_step(name: str | Path, step: int) -> Path:
+    """The folder of one step of a run that was kept along its training."""
+    path = Path(name)
+    if not path.is_dir() and _is_hub_id(name):
+        return _from_hub(str(name), revision=f"step{step}")
+    if (path / f"step{step}").is_dir():
+        return path / f"step{step}"
+    numbers = (found.name.removeprefix("step") for found in path.glob("step*") if found.is_dir())
+    kept = sorted(int(number) for number in numbers if number.isdecimal())
+    if not kept:
+        raise InputError(f"{name}: step {step} is asked for, but this is no folder with checkpoints by step (step512)")
+    nearest = [*[k for k in kept if k < step][-1:], *[k for k in kept if k > step][:1]]
+    raise InputError(f"{name}: no checkpoint of step {step}; the nearest: {' and '.join(map(str, nearest))}")
+
+
+def _is_hub_id(name: str | Path) -> bool:
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/")) and not str(name).endswith(".gguf")
+
+
+def _from_hub(name: str, revision: str | None = None) -> Path:
     """A model's folder from the Hugging Face Hub, through its cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:160] or type(error).__name__
-        raise InputError(f"{name}: no such folder here, and the hub did not give it: {reason}") from None
+        asked = name if revision is None else f"{name} at {revision}"
+        raise InputError(f"{asked}: no such folder here, and the hub did not give it: {reason}") from None
