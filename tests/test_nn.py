@@ -11,7 +11,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from allyouneed.core.errors import InputError
 from allyouneed.nn.attention import Attention
-from allyouneed.nn.norms import LayerNorm, RMSNorm
+from allyouneed.nn.initialise import Xavier
+from allyouneed.nn.norms import LayerNorm, RMSNorm, weight_normalised
 from allyouneed.nn.positions import Alibi, Positions, RelativeBias, Rotary, Sinusoidal
 from allyouneed.nn.sight import Sight, whole_rows, within_segments
 
@@ -115,3 +116,22 @@ def test_impossible_heads_are_refused():
         Attention.Config(num_heads=5).build(24)
     with pytest.raises(InputError, match="num_kv_heads=3 does not divide num_heads=4"):
         Attention.Config(num_heads=4, num_kv_heads=3).build(24)
+
+
+@torch.no_grad()
+def test_xavier_begins_matrices_by_their_sides_and_ends_tied_heads_as_embeddings():
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({"wide": torch.nn.Linear(300, 700), "embedding": torch.nn.Embedding(900, 400)})
+    module["head"] = torch.nn.Linear(400, 900, bias=False)
+    module["head"].weight = module["embedding"].weight
+    Xavier().apply(module, 1)
+    assert abs(module["wide"].weight.std().item() / (2 / 1000) ** 0.5 - 1) <= 0.01
+    assert abs(module["head"].weight.std().item() / 400**-0.5 - 1) <= 0.01
+    assert module["wide"].bias.abs().max() == 0
+
+
+@torch.no_grad()
+def test_weight_normalised_rows_are_torchs():
+    torch.manual_seed(0)
+    v, gain = torch.randn(5, 7), torch.randn(5)
+    assert (weight_normalised(v, gain) - torch._weight_norm(v, gain[:, None], 0)).abs().max() <= 1e-6

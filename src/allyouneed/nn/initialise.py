@@ -32,18 +32,19 @@ class Normal(core.Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Xavier(core.Config):
-    """U(−a, a), a = √(6/(inputs + outputs)), for matrices (Glorot & Bengio 2010, eq. 16), N(0, 1/dim) for embeddings,
-    zero for biases: what the first Transformers began with.
+    """N(0, 2/(in + out)) for matrices (Glorot & Bengio 2010, eq. 12; Xiong et al. 2020, sec. 3.3), N(0, 1/dim) for
+    embeddings, zero for biases.
     """
 
     def apply(self, model: nn.Module, num_layers: int) -> None:
         """Initialise every linear layer and embedding of `model` in place, from torch's global generator."""
         for module in model.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                nn.init.xavier_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
+        for module in model.modules():  # last, so that a tied head is an embedding
+            if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
 
 

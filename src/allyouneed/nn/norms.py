@@ -51,6 +51,50 @@ class RMSNorm(core.Configured, nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class BatchNorm(core.Configured, nn.Module):
+    """y = g ⊙ (x − μ)/σ + b, with μ and σ of each dimension over all rows of the batch (Ioffe & Szegedy 2015, alg. 1).
+
+    In eval mode μ and σ are running averages of what training saw. In training a row's output depends on the others,
+    and where a batch's tokens are rows, a token's on later ones.
+
+    >>> BatchNorm.Config().build(8)(torch.randn(2, 3, 8)).shape
+    torch.Size([2, 3, 8])
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """`eps` is added to the variance, `momentum` is the newest batch's share in the running averages, `gain` is
+        what g begins with (inside recurrent nets 0.1, Cooijmans et al. 2017, sec. 4).
+        """
+
+        eps: float = 1e-5
+        momentum: float = 0.1
+        gain: float = 1.0
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.eps, self.momentum = config.eps, config.momentum
+        self.weight, self.bias = nn.Parameter(torch.full((dim,), config.gain)), nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim).
+
+        Raises:
+            InputError: training on a single row, whose variance is zero.
+        """
+        rows = x.flatten(0, -2)
+        if self.training and len(rows) < 2:
+            raise core.InputError("batch norm over 1 row: its variance is 0; use more rows a batch, or layer norm")
+        mean, var = self.running_mean, self.running_var
+        y = F.batch_norm(rows, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return y.view_as(x)
+
+
 class NoNorm(core.Configured, nn.Identity):
     """The identity, where an architecture has no norm."""
 
@@ -62,4 +106,13 @@ class NoNorm(core.Configured, nn.Identity):
         super().__init__()
 
 
-Norm = LayerNorm.Config | RMSNorm.Config | NoNorm.Config
+def weight_normalised(v: Tensor, gain: Tensor) -> Tensor:
+    """The matrix with rows wᵢ = gᵢ vᵢ/‖vᵢ‖ (Salimans & Kingma 2016, eq. 2): (out, in), (out) -> (out, in).
+
+    >>> weight_normalised(torch.tensor([[3.0, 4.0]]), torch.tensor([10.0])).tolist()
+    [[6.0, 8.0]]
+    """
+    return gain[:, None] * v / v.norm(dim=1, keepdim=True)
+
+
+Norm = LayerNorm.Config | RMSNorm.Config | BatchNorm.Config | NoNorm.Config

@@ -1,0 +1,73 @@
+"""A language model of recurrent cells: embedding, layers, head.
+
+Shapes: B rows, T tokens, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from allyouneed import core
+from allyouneed.models.decoder import Output
+from allyouneed.nn import recurrent
+
+
+class RecurrentModel(core.Configured, nn.Module):
+    """A causal language model that remembers what came before in its cells' states (Mikolov et al. 2010).
+
+    >>> from allyouneed.nn.recurrent import LSTM, Recurrent
+    >>> config = RecurrentModel.Config(vocab_size=11, dim=8, layers=Recurrent.Config(cell=LSTM.Config()))
+    >>> config.build()(torch.tensor([[1, 2, 3]])).logits.shape
+    torch.Size([1, 3, 11])
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """The sizes and the layers; `tied`: the head is the transposed embedding (Press & Wolf 2017)."""
+
+        vocab_size: int
+        dim: int
+        layers: recurrent.Recurrent.Config
+        tied: bool = False
+
+        def num_parameters(self) -> int:
+            """Counted on the meta device, so that any size can be asked for."""
+            with torch.device("meta"):
+                return sum(p.numel() for p in self.build().parameters())
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = config.layers.build(config.dim)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        for matrix in (self.embedding.weight, self.head.weight):
+            nn.init.normal_(matrix, std=config.dim**-0.5)
+        self.retie()
+
+    def retie(self) -> None:
+        """Make the head share the embedding's tensor, also after either was replaced."""
+        if self.config.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Output:
+        """Token ids (B, T) -> logits. `segments` (B, T) numbers the documents of a row, each of which begins anew; 0 is
+        padding. None: each row is one document.
+        """
+        begins = None
+        if segments is not None:
+            begins = torch.ones_like(segments, dtype=torch.bool)
+            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        hidden, _ = self.read(ids, begins=begins)
+        return Output(self.head(hidden))
+
+    def read(
+        self, ids: Tensor, states: list[recurrent.State] | None = None, begins: Tensor | None = None
+    ) -> tuple[Tensor, list[recurrent.State]]:
+        """What the head sees, (B, T, dim), and the states to go on from; arguments as of `nn.recurrent.Recurrent`."""
+        hidden: Tensor
+        hidden, after = self.layers(self.embedding(ids), states, begins)
+        return hidden, after
