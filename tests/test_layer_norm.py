@@ -1,0 +1,36 @@
+"""Table 1 of the layer norm paper, cell by cell: what leaves the output as it was, and what does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from allyouneed.papers.layer_norm import CHANGES, METHODS, difference, steps_ratio
+
+# Ba et al. 2016, table 1
+PRINTED = {
+    #               matrix: scaled, shifted | vector scaled | data: scaled, shifted | one case scaled
+    "batch norm": (True, False, True, True, True, False),
+    "weight norm": (True, False, True, False, False, False),
+    "layer norm": (True, True, False, True, False, True),
+}
+ORDER = ("weight matrix scaled", "weight matrix shifted", "weight vector scaled", "data scaled", "data shifted",
+         "one case scaled")  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", METHODS)
+def test_invariances_are_those_of_table_1(method: str, change: str) -> None:
+    moved = [difference(method, change, seed) for seed in range(20)]
+    if PRINTED[method][ORDER.index(change)]:
+        assert max(moved) <= 1e-6
+    else:
+        assert min(moved) >= 0.01
+
+
+def test_steps_are_compared_at_the_lowest_loss_that_both_reach() -> None:
+    fast, slow = {"steps": [5, 10, 20], "loss": [4.0, 2.0, 2.5]}, {"steps": [5, 10, 20], "loss": [4.0, 3.5, 3.0]}
+    assert steps_ratio(fast, slow) == pytest.approx(7.5 / 20)
+    assert steps_ratio(slow, fast) == pytest.approx(20 / 7.5)
+    assert steps_ratio(fast, fast) == 1.0
+    never = {"steps": [5, 10, 20], "loss": [9.0, 9.0, 9.0]}
+    assert steps_ratio(fast, never) == 1.0  # at their first measurement both are there
