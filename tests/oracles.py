@@ -71,10 +71,61 @@ def gpt_neox(**changes: object) -> transformers.PreTrainedModel:
     return _random(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**(EVEN | sizes | changes)))
 
 
+def t5(**changes: object) -> transformers.PreTrainedModel:
+    """Stacks of unequal height, heads that do not divide the width, few buckets that reach not far."""
+    sizes = {
+        "d_model": 48,
+        "d_kv": 10,
+        "d_ff": 77,
+        "num_layers": 3,
+        "num_decoder_layers": 2,
+        "num_heads": 5,
+        "relative_attention_num_buckets": 12,
+        "relative_attention_max_distance": 20,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = _random(transformers.T5ForConditionalGeneration, transformers.T5Config(**(EVEN | sizes | changes)))
+    with torch.no_grad():
+        model.shared.weight *= 5  # T5's embeddings are large, its head divides by √dim
+    return model
+
+
+def t5_1_1() -> transformers.PreTrainedModel:
+    """Gated GELU, and a head that is not the embedding, which the class itself cannot be told."""
+    model = t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.shared.weight))
+    return model
+
+
+def marian(**changes: object) -> transformers.PreTrainedModel:
+    """Stacks of unequal height, width and heads."""
+    sizes = {
+        "d_model": 48,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 6,
+        "encoder_ffn_dim": 77,
+        "decoder_ffn_dim": 65,
+        "activation_function": "swish",
+        "scale_embedding": True,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": None,
+    }
+    model = _random(transformers.MarianMTModel, transformers.MarianConfig(**(EVEN | sizes | changes)))
+    model.final_logits_bias.normal_(0.0, 0.5)
+    return model
+
+
 ALL = {"gpt": gpt, "gpt2": gpt2, "llama": llama, "bloom": bloom, "gpt_neo": gpt_neo, "gpt_neox": gpt_neox}
 
 # parameters that transformers calls otherwise in its files than in memory
 ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
+TRANSLATORS = {"t5": t5, "t5 1.1": t5_1_1, "marian": marian}
 
 
 def _random(cls: type, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
@@ -83,6 +134,8 @@ def _random(cls: type, config: transformers.PretrainedConfig) -> transformers.Pr
     model = cls(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # sines and cosines
             norm = "norm" in name or "ln_" in name
             parameter.normal_(1.0 if norm and name.endswith("weight") else 0.0, 0.2 if norm else 0.1)
     return model

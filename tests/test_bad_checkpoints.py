@@ -65,6 +65,7 @@ def test_mutated_config(layout, request):
         (lambda config: config.update(num_layers=3), "2 layers"),
         (lambda config: config.update(dim="32"), "dim"),
         (lambda config: config.update(tied=1), "tied"),
+        (lambda config: config["blocks"][0].update(dropout=-1), "dropout"),
         (lambda config: config.update(blocks=[]), "blocks"),
         (lambda config: config.pop("vocab_size"), "vocab_size"),
         (lambda config: config["norm"].update(epz=1), "epz"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import gpt, gpt2, gpt_neox, llama
+from allyouneed.models import gpt, gpt2, gpt_neox, llama, marian, t5
 from allyouneed.papers import alibi, gpt3
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
@@ -35,6 +35,21 @@ PYTHIA = {
     "6.9B": (6_444_163_072, 6_857_302_016),
     "12B": (11_327_027_200, 11_846_072_320),
 }
+# T5: the released checkpoints' counts
+T5 = {
+    ("small", "1.0"): 60_506_624,
+    ("base", "1.0"): 222_903_552,
+    ("large", "1.0"): 737_668_096,
+    ("3B", "1.0"): 2_851_598_336,
+    ("11B", "1.0"): 11_307_321_344,
+    ("small", "1.1"): 76_961_152,
+    ("base", "1.1"): 247_577_856,
+    ("large", "1.1"): 783_150_080,
+    ("3B", "1.1"): 2_849_757_184,
+    ("11B", "1.1"): 11_135_332_352,
+}
+# The Transformer: Vaswani et al. 2017, table 3
+TRANSFORMER = {"base": 65e6, "big": 213e6}
 
 
 def test_gpt():
@@ -68,6 +83,16 @@ def test_pythia(name):
 def test_pythia_has_eight_sizes():
     with pytest.raises(InputError, match=r"'1\.4B'"):
         gpt_neox.sized("1.3B")
+
+
+@pytest.mark.parametrize("name", T5, ids=" ".join)
+def test_t5(name):
+    assert t5.sized(name[0], version=name[1]).num_parameters() == T5[name]
+
+
+@pytest.mark.parametrize("name", TRANSFORMER)
+def test_transformer(name):
+    assert abs(marian.sized(name).num_parameters() / TRANSFORMER[name] - 1) < 0.035
 
 
 def test_alibi():

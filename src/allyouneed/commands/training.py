@@ -102,11 +102,11 @@ def _model(
     """The module and tokenizer that `name` asks for."""
     from allyouneed.data.tokenizers import byte_tokenizer, train_bpe
     from allyouneed.models import bloom, gpt2, llama
-    from allyouneed.models.checkpoints.loading import load_module, load_tokenizer
+    from allyouneed.models.checkpoints.loading import load_decoder, load_tokenizer
 
     kind, _, family = name.partition(":")
     if kind != "new":
-        return load_module(name), load_tokenizer(name)
+        return load_decoder(name), load_tokenizer(name)
     makers: dict[str, Any] = {"gpt2": gpt2.architecture, "llama": llama.architecture, "bloom": bloom.architecture}
     if family not in makers:
         raise unknown("architecture", family, makers)

@@ -24,7 +24,7 @@ def load(name: str | Path, *, packed: bool = True) -> LanguageModel:
 
         return RemoteModel(str(name))
     from allyouneed.generate.local import LocalModel
-    from allyouneed.models.checkpoints.loading import load_module, load_tokenizer, open_checkpoint
+    from allyouneed.models.checkpoints.loading import load_decoder, load_tokenizer, open_checkpoint
 
     path = open_checkpoint(name)
-    return LocalModel(load_module(path, packed=packed), load_tokenizer(path), str(name))
+    return LocalModel(load_decoder(path, packed=packed), load_tokenizer(path), str(name))

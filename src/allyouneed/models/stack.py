@@ -37,6 +37,7 @@ class Stack(core.Configured, nn.Module):
         embedding_norm: Norm = field(default_factory=NoNorm.Config)
         norm: Norm = field(default_factory=LayerNorm.Config)
         dropout: float = 0.0  # of the embeddings
+        norm_dropout: float = 0.0  # of what the last norm gives (Raffel et al. 2020, sec. 2.1)
         initialise: Initialise = field(default_factory=Normal)
 
         def num_parameters(self) -> int:
@@ -80,7 +81,7 @@ class Stack(core.Configured, nn.Module):
         x = F.dropout(self.embedding_norm(x), self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
             x = block(x, sight, None if cache is None else cache.layers[i])
-        return self.norm(x)
+        return F.dropout(self.norm(x), self.config.norm_dropout, self.training)
 
     @property
     def device(self) -> torch.device:

@@ -35,16 +35,17 @@ class MLP(core.Configured, nn.Module):
         hidden_dim: int
         activation: str = "gelu_tanh"
         bias: bool = True
+        dropout: float = 0.0  # of the hidden layer (Raffel et al. 2020, sec. 2.1)
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.activation = _activation(config.activation)
+        self.activation, self.dropout = _activation(config.activation), config.dropout
         self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) -> (…, dim)."""
-        return self.out(self.activation(self.up(x)))
+        return self.out(F.dropout(self.activation(self.up(x)), self.dropout, self.training))
 
 
 class GatedMLP(core.Configured, nn.Module):
@@ -62,17 +63,19 @@ class GatedMLP(core.Configured, nn.Module):
         hidden_dim: int
         activation: str = "silu"
         bias: bool = False
+        dropout: float = 0.0  # of the hidden layer
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.activation = _activation(config.activation)
+        self.activation, self.dropout = _activation(config.activation), config.dropout
         self.gate = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) -> (…, dim)."""
-        return self.out(self.activation(self.gate(x)) * self.up(x))
+        hidden = self.activation(self.gate(x)) * self.up(x)
+        return self.out(F.dropout(hidden, self.dropout, self.training))
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from allyouneed import core
+from allyouneed.nn.attention import Attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,4 +50,27 @@ class Xavier(core.Config):
                 nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
 
 
-Initialise = Normal | Xavier
+@dataclass(frozen=True, kw_only=True)
+class FanIn(core.Config):
+    """N(0, 1/inputs) for matrices, N(0, 1) for embeddings of tokens, zero for biases, as the authors' code of T5 has it
+    (Mesh TensorFlow; the paper does not say). Where attention does not divide its scores by √head_dim, the queries'
+    matrix is divided by it instead. Learned biases of scores begin as N(0, 1/dim).
+    """
+
+    def apply(self, model: nn.Module, num_layers: int) -> None:
+        """Initialise every linear layer and embedding of `model` in place, from torch's global generator."""
+        dim = next(m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=dim**-0.5 if name.endswith("positions.embedding") else 1.0)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in model.modules():
+            if isinstance(module, Attention) and module.scale == 1.0:
+                with torch.no_grad():
+                    module.q.weight /= module.head_dim**0.5
+
+
+Initialise = Normal | Xavier | FanIn

@@ -98,6 +98,27 @@ class Sinusoidal(Positions):
         return x + torch.stack((angles.sin(), angles.cos()), -1).flatten(-2).to(x.dtype)
 
 
+class SinesThenCosines(Sinusoidal):
+    """The same numbers in another order: sines in the first half of the dimensions, cosines in the second.
+
+    So tensor2tensor, the authors' code, and Marian have it (Junczys-Dowmunt et al. 2018). It is no other model, but
+    other checkpoints.
+
+    >>> part = SinesThenCosines.Config().build(dim=8, num_heads=2, head_dim=4, context=16)
+    >>> part.embed(torch.zeros(1, 1, 8), torch.tensor([[0]])).tolist()
+    [[[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]]]
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Sinusoidal.Config):
+        """As of sinusoidal positions."""
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x + PE(position); any position, however far."""
+        angles = _angles(positions, self.dim, self.base)
+        return x + torch.cat((angles.sin(), angles.cos()), -1).to(x.dtype)
+
+
 class Rotary(Positions):
     """Queries and keys turned by an angle that grows with position (Su et al. 2021, sec. 3.2).
 
@@ -196,20 +217,49 @@ class RelativeBias(Positions):
 
     def buckets(self, distance: Tensor) -> Tensor:
         """The bucket of each distance query − key."""
-        exact = self.num_buckets // 2
-        distance = distance.clamp(min=0)
-        grown = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-        far = (exact + (grown * (self.num_buckets - exact)).long()).clamp(max=self.num_buckets - 1)
-        return torch.where(distance < exact, distance, far)
+        return _bucket(distance.clamp(min=0), self.num_buckets, self.max_distance)
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
         """E[bucket(query − key)]."""
         return self.embedding(self.buckets(queries[:, :, None] - keys[:, None, :])).permute(0, 3, 1, 2)
 
 
+class RelativeBiasBothWays(RelativeBias):
+    """The form of encoders: half of the buckets are for keys up to the query, the other half for those after it.
+
+    >>> part = RelativeBiasBothWays.Config().build(dim=8, num_heads=2, head_dim=4, context=16)
+    >>> part.buckets(torch.tensor([1, 0, -1])).tolist()
+    [1, 0, 17]
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(RelativeBias.Config):
+        """As of the causal form."""
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """The bucket of each distance query − key."""
+        half = self.num_buckets // 2
+        return torch.where(distance < 0, half, 0) + _bucket(distance.abs(), half, self.max_distance)
+
+
 AnyPositions = (
-    Positions.Config | Learned.Config | Sinusoidal.Config | Rotary.Config | Alibi.Config | RelativeBias.Config
+    Positions.Config
+    | Learned.Config
+    | Sinusoidal.Config
+    | SinesThenCosines.Config
+    | Rotary.Config
+    | Alibi.Config
+    | RelativeBias.Config
+    | RelativeBiasBothWays.Config
 )
+
+
+def _bucket(distance: Tensor, count: int, max_distance: int) -> Tensor:
+    """Distances from 0 on in `count` buckets: exact up to count/2, then logarithmic up to `max_distance`."""
+    exact = count // 2
+    grown = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (grown * (count - exact)).long()).clamp(max=count - 1)
+    return torch.where(distance < exact, distance, far)
 
 
 def _angles(positions: Tensor, dim: int, base: float) -> Tensor:

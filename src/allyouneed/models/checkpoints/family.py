@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.checkpoints.names import Rule
-from allyouneed.models.decoder import Decoder
+from allyouneed.models.stack import Stack
+
+C = TypeVar("C", bound=Config)  # the configuration of a model
 
 # What training chooses; it does not change what a trained model computes, and not every layout can say it.
-TRAINING_ONLY = ("dropout", "initialise", "context")
+TRAINING_ONLY = ("dropout", "norm_dropout", "initialise", "context")
+
+HEAD_STORED = "head_stored"  # what the weights tell `read` beside the fields of config.json: they hold an lm_head
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(Generic[C]):
     """One `model_type` of the Hugging Face layout, or one `general.architecture` of GGUF."""
 
     model_type: str
     architecture: str  # class name in config.json's `architectures`
-    read: Callable[[Fields], Decoder.Config]
-    write: Callable[[Decoder.Config], dict[str, Any]]
-    rules: Callable[[Decoder.Config], Sequence[Rule]]
-    example: Decoder.Config  # a small one of odd sizes, which the contract tests hold to what every model must do
+    read: Callable[[Fields], C]
+    write: Callable[[C], dict[str, Any]]
+    rules: Callable[[C], Sequence[Rule]]
+    example: C  # a small one of odd sizes, which the contract tests hold to what every model must do
 
-    def fits(self, config: Decoder.Config) -> bool:
+    def fits(self, config: C) -> bool:
         """Whether this layout can say all of `config`: what it writes, it reads back."""
         try:
             again = self.read(Fields(self.write(config), self.model_type))
@@ -42,8 +47,8 @@ def _computation(value: Any) -> Any:
     return [_computation(v) for v in value] if isinstance(value, list) else value
 
 
-def one_kind_of_block(config: Decoder.Config) -> Any:
-    """The block of a model that has but one kind."""
+def one_kind_of_block(config: Stack.Config) -> Any:
+    """The block of a model or stack that has but one kind."""
     if len(config.blocks) != 1:
         raise InputError("this layout has one kind of block for all layers")
     return config.blocks[0]

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from allyouneed.core import files
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, about, brief, unknown
-from allyouneed.models import bloom, gpt, gpt2, gpt_neo, gpt_neox, llama
+from allyouneed.models import bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, t5
 from allyouneed.models.checkpoints import weights
-from allyouneed.models.checkpoints.family import Family
+from allyouneed.models.checkpoints.family import HEAD_STORED, Family
 from allyouneed.models.checkpoints.fields import LARGEST, Fields
 from allyouneed.models.checkpoints.names import Rule, to_ours, to_theirs
 from allyouneed.models.decoder import Decoder
+from allyouneed.models.encoder_decoder import EncoderDecoder
 
-FAMILIES = {
+Model = Decoder | EncoderDecoder
+FAMILIES: dict[str, Family[Any]] = {
     family.model_type: family
     for family in (
         gpt.HUGGING_FACE,
@@ -32,12 +34,15 @@ FAMILIES = {
         bloom.HUGGING_FACE,
         gpt_neo.HUGGING_FACE,
         gpt_neox.HUGGING_FACE,
+        t5.HUGGING_FACE,
+        marian.HUGGING_FACE,
     )
 }
 OURS = "allyouneed"
+OWN_BLOCKS = {Decoder: {"i": "blocks."}, EncoderDecoder: {"i": "encoder.blocks.", "j": "decoder.blocks."}}
 
 
-def load(folder: Path) -> Decoder:
+def load(folder: Path) -> Model:
     """The model in a folder of the Hugging Face layout, in float32 and evaluation mode.
 
     Raises:
@@ -49,23 +54,25 @@ def load(folder: Path) -> Decoder:
     model_type = fields.choice("model_type", [*FAMILIES, OURS])
     if model_type == OURS:
         config = _own_config(fields)
-        held = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-        if len(held) != config.num_layers:
-            raise InputError(f"{source}: num_layers={config.num_layers}, but the weights hold {len(held)} layers")
+        for sign, prefix in OWN_BLOCKS[config.owner].items():
+            held = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
+            if len(held) != config.layers[sign]:
+                raise InputError(f"{source}: num_layers={config.layers[sign]}, but the weights hold {len(held)} layers")
         return assemble(config, tensors, source)
     family = FAMILIES[model_type]
-    config = family.read(fields)
+    stored = {HEAD_STORED: any(name.endswith("lm_head.weight") for name in tensors)}
+    config = family.read(Fields({**fields.values, **stored}, source))
     rules = family.rules(config)
     check_layers(rules, config.layers, tensors, source)
-    if rules[0].theirs not in tensors:
+    if rules[0].theirs not in tensors and rules[0].theirs.count(".") > 1:
         tensors = _with_prefix(rules, tensors)
     return assemble(config, to_ours(rules, config.layers, tensors, folder), source)
 
 
-def save(module: Decoder, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write config.json and weights; `transformers` loads them with the same outputs where it has such a model."""
     state = _state(module)
-    if "embedding.weight" not in state:
+    if not {"embedding.weight", "encoder.embedding.weight"} & set(state):
         raise InputError(f"{folder}: packed weights have no such layout; load the model with packed=False to save it")
     for family in FAMILIES.values():
         if family.fits(module.config):
@@ -81,7 +88,7 @@ def save(module: Decoder, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> 
     files.write_json(folder / "config.json", described | {"dtype": dtype})
 
 
-def assemble(config: Decoder.Config, state: Mapping[str, Tensor], source: object) -> Decoder:
+def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:
     """The model of `config` with the tensors of `state`; nothing is allocated before every shape agrees."""
     try:
         with about(source), torch.device("meta"):
@@ -113,7 +120,7 @@ def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], names: Iterab
         pattern = next(rule.theirs for rule in rules if f"{{{sign}}}" in rule.theirs)
         before, _, after = pattern.partition(f"{{{sign}}}")
         suffix_of = before.split(".", 1)[-1]  # checkpoints of the bare model leave out the first part of the name
-        held = sum(name.endswith(after) and suffix_of in name for name in names)
+        held = sum(name.endswith(after) and name.startswith((before, suffix_of)) for name in names)
         if held != num_layers:
             raise InputError(f"{source}: {num_layers} layers, but the weights hold {held}")
 
@@ -124,7 +131,7 @@ def _with_prefix(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> dict[s
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _own_config(fields: Fields) -> Decoder.Config:
+def _own_config(fields: Fields) -> Any:
     described = fields.values.get("config")
     if not isinstance(described, dict):
         raise fields.wrong("config", described, "the object that `save` writes")
@@ -134,8 +141,8 @@ def _own_config(fields: Fields) -> Decoder.Config:
             config = Config.from_json(described)
     except TypeError as error:
         raise InputError(f"{fields.source}: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, Decoder.Config):
-        raise fields.wrong("config", described.get("type"), "a decoder's configuration")
+    if getattr(config, "owner", None) not in OWN_BLOCKS:
+        raise fields.wrong("config", described.get("type"), "the configuration of a decoder, or encoder and decoder")
     return config
 
 
@@ -147,6 +154,8 @@ def _check_numbers(value: Any, fields: Fields, depth: int = 0) -> None:
             _check_numbers(child, fields, depth + 1)
         elif isinstance(child, int) and not -1 <= child <= LARGEST:
             raise fields.wrong(str(name), child, f"a number up to {LARGEST}")
+        if str(name).endswith("dropout") and isinstance(child, int | float) and not 0 <= child <= 1:
+            raise fields.wrong(str(name), child, "a number from 0 to 1")
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -154,7 +163,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def family_named(model_type: str, families: Mapping[str, Family], source: object) -> Family:
+def family_named(model_type: str, families: Mapping[str, Family[Any]], source: object) -> Family[Any]:
     """One of `families`, or the error that names the nearest."""
     if model_type not in families:
         raise InputError(f"{source}: {unknown('architecture', model_type, families)}")

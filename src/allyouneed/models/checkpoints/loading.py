@@ -14,7 +14,7 @@ from allyouneed.models.decoder import Decoder
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
 
 
-def load_module(name: str | Path, *, packed: bool = False, step: int | None = None) -> Decoder:
+def load_module(name: str | Path, *, packed: bool = False, step: int | None = None) -> huggingface.Model:
     """The model of a checkpoint as a module in evaluation mode.
 
     Args:
@@ -34,6 +34,18 @@ def load_module(name: str | Path, *, packed: bool = False, step: int | None = No
     return ggml.load(GGUF.open(path), packed=packed) if path.is_file() else huggingface.load(path)
 
 
+def load_decoder(name: str | Path, *, packed: bool = False) -> Decoder:
+    """The same where only a decoder will do.
+
+    Raises:
+        InputError: the checkpoint holds another kind of model.
+    """
+    module = load_module(name, packed=packed)
+    if not isinstance(module, Decoder):
+        raise InputError(f"{name}: reads a source and writes a target; a decoder is wanted, which continues a text")
+    return module
+
+
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer that belongs to a checkpoint, with its chat template."""
     path = open_checkpoint(name)
@@ -41,7 +53,11 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def save(
-    module: Decoder, folder: str | Path, tokenizer: Tokenizer | None = None, *, max_shard_bytes: int = 5 * 10**9
+    module: huggingface.Model,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the Hugging Face layout: config.json, safetensors, and the tokenizer's files where it is given.
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from allyouneed.core.errors import InputError
 
 # tensors that old checkpoints carry and every model computes for itself
-COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+COMPUTED = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "coder.embed_positions.weight",  # Marian's sines and cosines
+    ".EncDecAttention.relative_attention_bias.weight",  # T5's, which no implementation looks at
+)
 
 Split = Callable[[Tensor], Sequence[Tensor]]
 Join = Callable[[Sequence[Tensor]], Tensor]
@@ -33,16 +41,24 @@ class Rule:
     split: Split = lambda tensor: (tensor,)
     join: Join = lambda parts: parts[0]
     optional: bool = False  # left out of many checkpoints (a tied head)
+    again: bool = False  # a second name of what another rule has; read where it stands, and never written
 
     def at(self, sign: str, layer: int) -> Rule:
         """The rule for one layer."""
         ours = tuple(name.replace(f"{{{sign}}}", str(layer)) for name in self.ours)
-        return Rule(ours, self.theirs.replace(f"{{{sign}}}", str(layer)), self.split, self.join, self.optional)
+        return Rule(
+            ours, self.theirs.replace(f"{{{sign}}}", str(layer)), self.split, self.join, self.optional, self.again
+        )
 
 
 def same(ours: str, theirs: str, *, optional: bool = False) -> Rule:
     """Another name, nothing else."""
     return Rule((ours,), theirs, optional=optional)
+
+
+def again(ours: str, theirs: str) -> Rule:
+    """A second name under which some checkpoints hold the same tensor once more."""
+    return Rule((ours,), theirs, optional=True, again=True)
 
 
 def both(ours: str, theirs: str) -> tuple[Rule, Rule]:
@@ -133,7 +149,10 @@ def to_ours(
             raise InputError(
                 f"{source}: tensor {rule.theirs!r} of shape {list(tensor.shape)} cannot be divided as needed"
             )
-        found.update(zip(rule.ours, parts, strict=True))
+        for name, part in zip(rule.ours, parts, strict=True):
+            if rule.again and name in found and not torch.equal(found[name], part):
+                raise InputError(f"{source}: tensor {rule.theirs!r} is not the one that this model shares with it")
+            found[name] = part
     return found
 
 
@@ -142,5 +161,5 @@ def to_theirs(rules: Iterable[Rule], layers: Mapping[str, int], ours: Mapping[st
     return {
         rule.theirs: rule.join([ours[name] for name in rule.ours])
         for rule in expand(rules, layers)
-        if not rule.optional or all(name in ours for name in rule.ours)
+        if not rule.again and (not rule.optional or all(name in ours for name in rule.ours))
     }
