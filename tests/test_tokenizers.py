@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer as Theirs
 from allyouneed.core.errors import InputError
 from allyouneed.data import materials
 from allyouneed.data.patterns import refusal
-from allyouneed.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
+from allyouneed.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe, train_unigram
 from allyouneed.models.checkpoints.gguf import GGUF
 
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -157,6 +158,45 @@ def same_ids(ours: Tokenizer, theirs: Any, lines: list[str] = LINES) -> None:
 def streamed(tokenizer: Tokenizer, ids: list[int], skip: bool = True) -> str:
     stream = tokenizer.stream(skip_special_tokens=skip)
     return "".join([*map(stream.push, ids), stream.finish()])
+
+
+@pytest.fixture(scope="module")
+def unigram() -> Tokenizer:
+    return train_unigram(CORPUS, 900)
+
+
+def test_trained_unigram_is_t5s(unigram, tmp_path):
+    """The same vocabulary in `transformers`' T5Tokenizer; and what either saves, the other reads."""
+    model = json.loads(unigram._backend.to_str())["model"]
+    theirs = transformers.T5Tokenizer(vocab=[tuple(entry) for entry in model["vocab"]])
+    unigram.save(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    others = (
+        transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours"),
+        theirs,
+    )
+    again = Tokenizer.from_folder(tmp_path / "theirs")
+    assert (again.eos_ids, again.pad_id) == ((1,), 0)
+    for text in (*CORPUS[:20], "two  spaces\nand a line", "cut <extra_id_0> out <extra_id_99>", " ", "\u2603"):
+        text = unicodedata.normalize("NFKC", text)  # theirs leaves that to a table from a SentencePiece file
+        ids = unigram.encode(text, add_special_tokens=True)
+        assert ids[-1] == 1
+        assert again.encode(text, add_special_tokens=True) == ids
+        for other in others:
+            assert other.encode(text) == ids
+
+
+def test_trained_unigram(unigram):
+    assert [unigram.token(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]
+    top = unigram.vocab_size - 1
+    assert unigram.vocab_size <= 900
+    assert [unigram.token_id(f"<extra_id_{n}>") for n in (0, 1, 99)] == [top, top - 1, top - 99]
+    for text in CORPUS[:20]:
+        plain = " ".join(unicodedata.normalize("NFKC", text).split())
+        assert unigram.decode(unigram.encode(text)) == plain
+        assert len(unigram.encode(text)) < max(2, len(text))
+    with pytest.raises(InputError, match="vocab_size is 103; more than 100 sentinels and 3"):
+        train_unigram(CORPUS, 103)
 
 
 def test_smollm2_from_gguf_has_the_ids_of_transformers(smollm2: Path, smollm2_ours: Tokenizer) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from allyouneed.core.seeds import generator
-from allyouneed.data.languages import SPECIAL, Languages
-from allyouneed.data.pairs import bucketed, collate
+from allyouneed.data.languages import END, SPECIAL, START, Languages
+from allyouneed.data.pairs import apart, bucketed
 from allyouneed.objectives.translation import translation
 
 
@@ -41,10 +41,10 @@ def test_nothing_held_out_is_ever_trained_on(world):
 
 
 def test_batches_hold_every_pair_once_an_epoch(world):
-    pairs = world.pairs(200, seed=3)
-    batches = bucketed(pairs, tokens=300, start=1, end=2, seed=0)
+    pairs = [(source, (*target, END)) for source, target in world.pairs(200, seed=3)]
+    batches = bucketed(pairs, tokens=300, start=START, seed=0)
     drawn = [next(batches) for _ in range(len(batches.examples))]
-    told = sorted(tuple(row[row != -100].tolist()[:-1]) for batch in drawn for row in batch["targets"])
+    told = sorted(tuple(row[row != -100].tolist()) for batch in drawn for row in batch["targets"])
     assert told == sorted(target for _, target in pairs)
     for batch in drawn:
         assert batch["ids"].numel() <= 300 or len(batch["ids"]) == 1
@@ -58,11 +58,11 @@ def test_loss_is_the_equation_in_float64(smoothing):
     logits = torch.randn(2, 4, 11, generator=source, dtype=torch.double)
 
     class Fixed(torch.nn.Module):
-        def forward(self, *given):
+        def forward(self, *given, **named):
             self.logits = logits
             return self
 
-    batch = collate([([5, 6], [7, 3, 4]), ([5], [8])], start=1, end=2)
+    batch = apart([([5, 6], [7, 3, 4, END]), ([5], [8, END])], start=START)
     loss = translation(smoothing)(Fixed(), batch)
     logprobs = logits.log_softmax(-1)
     expected = plain = 0.0

@@ -272,6 +272,35 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[st
     return _with_end(json.loads(backend.to_str()), special_tokens, "bpe")
 
 
+def train_unigram(texts: Iterable[str], vocab_size: int, sentinels: int = 100) -> Tokenizer:
+    """A SentencePiece unigram vocabulary learned from `texts` and used as T5 does (Kudo 2018; Raffel et al. 2020, 2.2).
+
+    `<pad>` is 0, `</s>` 1, `<unk>` 2; the last `sentinels` ids are `<extra_id_0>` and so on, the highest first.
+    `add_special_tokens` ends a text. `vocab_size` counts everything; what the texts cannot fill stays out. Text is
+    normalised by NFKC and runs of spaces become one, so that decoding gives back the text up to that. The library adds
+    up in no fixed order, so that another run may give other last digits and swap tokens that are equally likely.
+
+    Raises:
+        InputError: `vocab_size` leaves no room for the sentinels and 3 special tokens.
+    """
+    if sentinels < 0 or vocab_size <= sentinels + 3:
+        raise InputError(f"vocab_size is {vocab_size}; more than {sentinels} sentinels and 3 special tokens are needed")
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=vocab_size - sentinels,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    backend = tokenizers.Tokenizer.from_str(json.dumps(vocabularies.unigram([("<unk>", 0.0)], unknown=0)))
+    with guarded("train_unigram"):
+        backend.train_from_iterator(texts, trainer)
+    model = json.loads(backend.to_str())["model"]
+    names = [f"<extra_id_{n}>" for n in reversed(range(sentinels))]
+    vocab = [*model["vocab"], *((name, 0.0) for name in names)]
+    spec = vocabularies.unigram(vocab, unknown=model["unk_id"], special=("<pad>", "</s>", "<unk>", *names), end="</s>")
+    return Tokenizer(spec, name="unigram", eos_ids=(1,), pad_id=0)
+
+
 def _with_end(spec: dict[str, Any], special_tokens: Sequence[str], name: str) -> Tokenizer:
     """A tokenizer whose first special token begins, ends and pads."""
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}

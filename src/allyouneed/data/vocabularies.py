@@ -1,7 +1,8 @@
 """Vocabularies in whatever form they come – GGUF metadata, tiktoken ranks, 256 bytes – as `tokenizer.json` values.
 
-Two kinds: byte-level BPE (GPT-2), whose tokens spell bytes with printable characters, and SentencePiece's BPE
-(LLaMA), whose tokens spell text with "▁" for a space and fall back to bytes. Tokenises nothing itself.
+Three kinds: byte-level BPE (GPT-2), whose tokens spell bytes with printable characters, and SentencePiece's BPE
+(LLaMA), whose tokens spell text with "▁" for a space and fall back to bytes, and its unigram (T5). Tokenises nothing
+itself.
 """
 
 from __future__ import annotations
@@ -97,6 +98,22 @@ def byte_level(
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [cut, bytes_only]}
     model = {"type": "BPE", "vocab": dict(vocab), "merges": list(merges), "ignore_merges": whole_words}
     return _spec(model, None, pre_tokenizer, bytes_only, added, _template(vocab, added, prefix, suffix))
+
+
+def unigram(
+    vocab: Sequence[Sequence[Any]], *, unknown: int, special: Sequence[str] = (), end: str | None = None
+) -> dict[str, Any]:
+    """SentencePiece's unigram: tokens and their log-probabilities, "▁" for the space before a word.
+
+    `special` are tokens of `vocab` found in a text before anything else; `end` is what `add_special_tokens` puts after
+    it.
+    """
+    ids = {entry[0]: i for i, entry in enumerate(vocab)}
+    model = {"type": "Unigram", "vocab": [list(entry) for entry in vocab], "unk_id": unknown, "byte_fallback": False}
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    words = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]}
+    added = [_added(ids[token], token) for token in special]
+    return _spec(model, {"type": "NFKC"}, words, spaces, added, _template(ids, added, [], [ids[end]] if end else []))
 
 
 def of_bytes(special_tokens: Sequence[str]) -> dict[str, Any]:

@@ -31,8 +31,10 @@ from torch import nn
 
 from allyouneed import core
 from allyouneed.core.seeds import seed_everything
+from allyouneed.data.batches import Epochs
 from allyouneed.data.languages import END, START, Languages
-from allyouneed.data.pairs import Pair, bucketed, collate
+from allyouneed.data.packing import Batch
+from allyouneed.data.pairs import Pair, apart, bucketed
 from allyouneed.evaluate.statistics import median
 from allyouneed.evaluate.translation import bleu
 from allyouneed.generate.beams import beam_search, gnmt
@@ -167,9 +169,8 @@ def _best_rate(config: Config, report: Report, world: Languages, kind: str) -> f
 
 
 def _trained(config: Config, world: Languages, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
-    pairs = world.pairs(config.pairs, seed)
     tested = world.pairs(config.tested, seed, held_out=True)
-    batch = collate(tested, start=START, end=END)
+    batch = apart(_ended(tested), start=START)
 
     @torch.inference_mode()
     def evaluate(module: nn.Module) -> dict[str, float]:
@@ -186,7 +187,7 @@ def _trained(config: Config, world: Languages, arm: Arm, seed: int, folder: Path
         save_every=every,
         keep=5,
     )
-    batches = bucketed(pairs, tokens=config.batch_tokens, start=START, end=END, seed=seed)
+    batches = _batches(config, world, seed)
     done = train(
         module, translation(arm.label_smoothing), batches, training, folder=folder, evaluate=evaluate, title="  train"
     )
@@ -202,9 +203,19 @@ def _trained(config: Config, world: Languages, arm: Arm, seed: int, folder: Path
     return found
 
 
+def _batches(config: Config, world: Languages, seed: int) -> Epochs[Batch]:
+    pairs = _ended(world.pairs(config.pairs, seed))
+    return bucketed(pairs, tokens=config.batch_tokens, start=START, seed=seed)
+
+
+def _ended(pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs with the end token that the model has to write."""
+    return [(source, (*target, END)) for source, target in pairs]
+
+
 def _times(config: Config, world: Languages, one: Arm, other: Arm) -> list[float]:
     """Time of a forward and backward pass of the other over that of the one, on the same batches, in turn."""
-    batches = bucketed(world.pairs(config.pairs, 0), tokens=config.batch_tokens, start=START, end=END, seed=0)
+    batches = _batches(config, world, 0)
     modules = [one.model.build(), other.model.build()]
     ratios = []
     for _ in range(3 + config.timings):
@@ -231,7 +242,7 @@ def _judged(config: Config, world: Languages, module: nn.Module, tested: Sequenc
 
 
 def _greedy(config: Config, module: nn.Module, sources: Sequence[Sequence[int]]) -> list[list[int]]:
-    batch = collate([(source, ()) for source in sources], start=START, end=END)
+    batch = apart([(source, [END]) for source in sources], start=START)
     written: list[list[int]] = [[] for _ in sources]
     sampling = Sampling(max_new_tokens=_room(config), temperature=0.0)
     engine = Engine(_answering(module)(module, batch["source"], batch["source_segments"]), eos_ids=[END])
@@ -244,7 +255,7 @@ def _greedy(config: Config, module: nn.Module, sources: Sequence[Sequence[int]])
 @torch.inference_mode()
 def _looks(module: EncoderDecoder, pair: Pair) -> dict[str, Any]:
     """One sentence, and how much each word of its translation looks at each of its words: mean over the last heads."""
-    batch = collate([pair], start=START, end=END)
+    batch = apart(_ended([pair]), start=START)
     cross, seen = module.decoder.blocks[-1].cross, []
     hook = cross.register_forward_pre_hook(
         lambda part, given: seen.append(part.weights(given[0], given[1].memory.states))

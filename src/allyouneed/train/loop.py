@@ -25,7 +25,7 @@ from allyouneed.train.checkpoints import Checkpoints, State, fill, weights
 from allyouneed.train.gradients import Batch, Objective, differentiate
 from allyouneed.train.interrupts import Stopped, watched
 from allyouneed.train.journal import Callback, Journal, Row
-from allyouneed.train.optimizers import AdamW
+from allyouneed.train.optimizers import Adafactor, AdamW
 from allyouneed.train.ranks import Ranks, join
 from allyouneed.train.schedules import Constant, Cosine, InverseSquareRoot, Linear
 
@@ -37,7 +37,7 @@ class Training(core.Config):
     """How long, how fast and how exactly to train. Rates, schedule and clipping are LLaMA's (sec. 2.3)."""
 
     steps: int
-    optimizer: AdamW.Config = field(default_factory=AdamW.Config)
+    optimizer: AdamW.Config | Adafactor.Config = field(default_factory=AdamW.Config)
     schedule: Constant | Linear | Cosine | InverseSquareRoot = field(default_factory=Cosine)
     clip: float | None = 1.0  # the largest norm of a step's gradient
     accumulate: int = 1  # micro-batches that a batch is computed in, to fit in memory; the result is the same

@@ -41,6 +41,38 @@ class AdamW(core.Configured, torch.optim.AdamW):
         )
 
 
+class Adafactor(core.Configured, torch.optim.Adafactor):
+    """Adam with the second moments of a matrix kept as one number a row and one a column, no first moments, and steps
+    as large as the weights are (Shazeer & Stern 2018, alg. 4 and 5).
+
+    A step changes a tensor by `lr` times its root mean square, but never by more than 1/√t: with a constant schedule
+    and T5's rate, 0.01, that is T5's own schedule, 1/√max(t, 10⁴) (Raffel et al. 2020, sec. 3.1.2).
+
+    >>> Adafactor.Config().build(nn.Linear(2, 2)).param_groups[0]["lr"]
+    0.01
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """The numbers of alg. 4 and its sec. 9; T5 shrinks no weights."""
+
+        lr: float = 1e-2  # the schedule's peak
+        decay: float = -0.8  # second moments: β₂ at step t is 1 − t^decay
+        eps: tuple[float, float] = (1e-30, 1e-3)  # least second moment, least root mean square of a tensor
+        clip: float = 1.0  # the largest root mean square of an update, before it is scaled
+        weight_decay: float = 0.0
+
+    def __init__(self, config: Config, module: nn.Module) -> None:
+        super().__init__(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=config.lr,
+            beta2_decay=config.decay,
+            eps=(config.eps[0] ** 0.5, config.eps[1]),  # torch squares the first; 1e-30² is 0 in float32, and 0/0 NaN
+            d=config.clip,
+            weight_decay=config.weight_decay,
+        )
+
+
 def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters that weight decay shrinks, and those it leaves alone.
 
