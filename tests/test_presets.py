@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import gpt, gpt2, gpt_neox, llama, marian, t5
+from allyouneed.models import gpt, gpt2, gpt_neox, llama, t5, transformer
 from allyouneed.papers import alibi, gpt3
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
@@ -92,7 +92,7 @@ def test_t5(name):
 
 @pytest.mark.parametrize("name", TRANSFORMER)
 def test_transformer(name):
-    assert abs(marian.sized(name).num_parameters() / TRANSFORMER[name] - 1) < 0.035
+    assert abs(transformer.sized(name).num_parameters() / TRANSFORMER[name] - 1) < 0.035
 
 
 def test_alibi():

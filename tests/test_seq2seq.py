@@ -311,7 +311,7 @@ def test_cached_equals_uncached(model, steps):
     cache = answering.new_cache(3, 9)
     pieces = []
     for piece in target.split(steps, 1):
-        pieces.append(answering(piece, cache=cache).logits)
+        pieces.append(answering.head(answering.hidden(piece, cache=cache)))
         cache.advance(piece.shape[1])
     close(torch.cat(pieces, 1), whole)
 
@@ -321,12 +321,12 @@ def test_rows_that_leave_take_their_sources_along(model):
     source, target = small(3, 11), small(3, 6, seed=1)
     answering = Answering(model, source)
     cache = answering.new_cache(3, 6)
-    answering(target[:, :5], cache=cache)
+    answering.hidden(target[:, :5], cache=cache)
     cache.advance(5)
     kept = torch.tensor([2, 0, 2])
     cache.select(kept)
     close(
-        answering(target[kept, 5:], cache=cache).logits[:, 0],
+        answering.head(answering.hidden(target[kept, 5:], cache=cache))[:, 0],
         model(source[kept], target[kept]).logits[:, -1],
     )
 

@@ -1,12 +1,11 @@
-"""The Transformer of 2017 (Vaswani et al.) and the shape in which Marian's translators keep it (Junczys-Dowmunt et al.
-2018): norms after each branch and none at the end, sinusoidal positions, one embedding for source, target and head.
+"""The shape in which Marian's translators keep the Transformer of 2017 (Junczys-Dowmunt et al. 2018): norms after each
+branch and none at the end, sinusoidal positions, one embedding for source, target and head.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.checkpoints.names import Rule, again, both, same
@@ -16,10 +15,7 @@ from allyouneed.nn.attention import Attention, CrossAttention
 from allyouneed.nn.block import Block, CrossBlock, PostNorm
 from allyouneed.nn.ffn import MLP
 from allyouneed.nn.norms import NoNorm
-from allyouneed.nn.positions import AnyPositions, SinesThenCosines, Sinusoidal
-
-# layers of each stack, heads, dim, hidden dim, dropout (Vaswani et al. 2017, table 3)
-SIZES = {"base": (6, 8, 512, 2048, 0.1), "big": (6, 16, 1024, 4096, 0.3)}
+from allyouneed.nn.positions import AnyPositions, SinesThenCosines
 
 
 def architecture(
@@ -31,6 +27,7 @@ def architecture(
     num_decoder_layers: int | None = None,
     num_heads: int,
     num_decoder_heads: int | None = None,
+    head_dim: int | None = None,
     hidden_dim: int,
     decoder_hidden_dim: int | None = None,
     activation: str = "relu",
@@ -57,7 +54,7 @@ def architecture(
         "norm": NoNorm.Config(),
         "dropout": dropout,
     }
-    heads: dict[str, Any] = {"bias": bias, "out_bias": bias, "dropout": attention_dropout}
+    heads: dict[str, Any] = {"head_dim": head_dim, "bias": bias, "out_bias": bias, "dropout": attention_dropout}
     parts: dict[str, Any] = {"placement": PostNorm(), "dropout": dropout}
     channel = MLP.Config(hidden_dim=hidden_dim, activation=activation, dropout=hidden_dropout)
     theirs = num_decoder_heads or num_heads
@@ -75,27 +72,6 @@ def architecture(
         ),
         tied=tied,
         head_bias=head_bias,
-    )
-
-
-def sized(name: str = "base", *, vocab_size: int = 37000) -> EncoderDecoder.Config:
-    """The paper's Transformer, `base` or `big`; English and German share 37000 tokens (sec. 5.1).
-
-    Its equations have no biases in attention, and sines and cosines take turns.
-    """
-    if name not in SIZES:
-        raise unknown("size of the Transformer", name, SIZES)
-    num_layers, num_heads, dim, hidden_dim, dropout = SIZES[name]
-    return architecture(
-        vocab_size=vocab_size,
-        dim=dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        hidden_dim=hidden_dim,
-        positions=Sinusoidal.Config(),
-        bias=False,
-        head_bias=False,
-        dropout=dropout,
     )
 
 
