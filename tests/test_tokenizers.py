@@ -6,6 +6,8 @@ import base64
 import json
 import random
 import shutil
+import subprocess
+import sys
 import time
 import unicodedata
 from collections.abc import Callable
@@ -24,7 +26,14 @@ from tokenizers import Tokenizer as Theirs
 from allyouneed.core.errors import InputError
 from allyouneed.data import materials
 from allyouneed.data.patterns import refusal
-from allyouneed.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe, train_unigram
+from allyouneed.data.tokenizers import (
+    BERT_TOKENS,
+    Tokenizer,
+    byte_tokenizer,
+    train_bpe,
+    train_unigram,
+    train_wordpiece,
+)
 from allyouneed.models.checkpoints.gguf import GGUF
 
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -640,3 +649,81 @@ def test_wrong_gguf_tokenizers_name_the_key(change: dict[str, Any], message: str
     with pytest.raises(InputError, match=message) as error:
         Tokenizer.from_gguf(file)
     assert "small.gguf" in str(error.value)
+
+
+# WordPiece
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    return materials.path("all-minilm-l6-v2")
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.txt"])
+def test_wordpiece_ids_are_theirs(minilm, form):
+    theirs = transformers.AutoTokenizer.from_pretrained(minilm)
+    ours = Tokenizer.from_folder(minilm) if form == "tokenizer.json" else Tokenizer.from_vocab_txt(minilm / form)
+    roles = ("pad", "cls", "sep", "mask")
+    for role in roles:
+        assert getattr(ours, f"{role}_id") == getattr(theirs, f"{role}_token_id")
+    for add in (False, True):
+        assert ours.encode_batch(BY_HAND, add_special_tokens=add) == theirs(BY_HAND, add_special_tokens=add).input_ids
+    for most in (2, 3, 7, 40):
+        shortened = theirs(BY_HAND, max_length=most, truncation=True).input_ids
+        assert ours.encode_batch(BY_HAND, add_special_tokens=True, most=most) == shortened
+    pairs = list(zip(BY_HAND, BY_HAND[::-1], strict=True))
+    for most in (3, 4, 9, 16, 512):
+        expected = theirs(
+            BY_HAND, BY_HAND[::-1], max_length=most, truncation="longest_first", return_token_type_ids=True
+        )
+        found = ours.encode_pairs(pairs, most=most)
+        assert [ids for ids, _ in found] == expected.input_ids
+        assert [types for _, types in found] == expected.token_type_ids
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        ours.encode_pairs([("fine", "\ud800")])
+
+
+def test_wordpiece_without_tokenizer_json(minilm, tmp_path):
+    shutil.copy(minilm / "vocab.txt", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "mask_token": "[MASK]"}')
+    cased = Tokenizer.from_folder(tmp_path)
+    assert cased.encode("Word") == [cased.token_id("[UNK]")] and cased.mask_id == cased.token_id("[MASK]")
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.from_folder(tmp_path).encode("Word") == [cased.token_id("word")]
+
+
+def test_wordpiece_round_trip(tmp_path):
+    texts = ["the quick brown fox jumps over the lazy dog", "Pack my box with five dozen liquor jugs", "naïve café"] * 3
+    ours = train_wordpiece(texts, 120)
+    assert [ours.token(i) for i in range(5)] == list(BERT_TOKENS) and ours.vocab_size <= 120
+    ours.save(tmp_path)
+    again, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for role in ("pad", "cls", "sep", "mask"):
+        assert getattr(ours, f"{role}_id") == getattr(again, f"{role}_id") == getattr(theirs, f"{role}_token_id")
+    for text in texts:
+        ids = ours.encode(text, add_special_tokens=True)
+        assert ids == again.encode(text, add_special_tokens=True) == theirs(text).input_ids
+        assert ours.token_id("[UNK]") not in ids
+    assert ours.decode(ours.encode("The lazy CAFÉ")) == "the lazy cafe"
+
+
+def test_wordpiece_is_the_same_in_every_process():
+    """The library's hash maps are seeded anew in each process, and its trainer would number pieces by them."""
+    code = (
+        "from allyouneed.data.tokenizers import train_wordpiece as t\n"
+        "w = t(['the reader reads and rereads the readable reading list of readers'], 70)\n"
+        "print([w.token(i) for i in range(w.vocab_size)])"
+    )
+    runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(4)}
+    assert len(runs) == 1 and len(runs.pop()) > 100
+
+
+def test_wordpiece_refuses(tmp_path):
+    with pytest.raises(InputError, match="the characters and the special tokens alone take"):
+        train_wordpiece(["abc def"], 6)
+    (tmp_path / "vocab.txt").write_text("[UNK]\na\nb\na\n")
+    with pytest.raises(InputError, match=r"vocab\.txt: line 4 "):
+        Tokenizer.from_vocab_txt(tmp_path / "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(InputError, match="unk_token"):
+        Tokenizer.from_folder(tmp_path)

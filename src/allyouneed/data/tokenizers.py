@@ -20,13 +20,16 @@ from allyouneed.data import vocabularies
 from allyouneed.data.tokenizer_json import build, guarded
 
 END_OF_TEXT = "<|endoftext|>"
+BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # what `train_wordpiece` begins its vocabulary with
 
 
 class Tokenizer:
     """A vocabulary with its rules.
 
     `vocab_size` is one more than the largest id. `bos_id`, `eos_ids` (any of which ends a text) and `pad_id` are what
-    the vocabulary says of them; `chat_template` is the Jinja template of its conversations.
+    the vocabulary says of them, and so are `cls_id`, `sep_id` and `mask_id`, which begin a text, end each of its
+    sentences and stand for a hidden token in vocabularies like BERT's; `chat_template` is the Jinja template of its
+    conversations.
 
     >>> tokenizer = byte_tokenizer()
     >>> tokenizer.encode("Hi"), tokenizer.decode([72, 105, 256]), tokenizer.vocab_size
@@ -41,6 +44,9 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
+        cls_id: int | None = None,
+        sep_id: int | None = None,
+        mask_id: int | None = None,
         chat_template: str | None = None,
     ) -> None:
         """`spec` is the JSON value of a `tokenizer.json`; `name` stands in messages.
@@ -55,7 +61,8 @@ class Tokenizer:
         self._bytes = {vocab[token] for token in (f"<0x{byte:02X}>" for byte in range(256)) if token in vocab}
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.bos_id, self.eos_ids, self.pad_id = bos_id, tuple(dict.fromkeys(eos_ids)), pad_id
-        self._check(i for i in (bos_id, *self.eos_ids, pad_id) if i is not None)
+        self.cls_id, self.sep_id, self.mask_id = cls_id, sep_id, mask_id
+        self._check(i for i in (bos_id, *self.eos_ids, pad_id, cls_id, sep_id, mask_id) if i is not None)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name}, vocab_size={self.vocab_size})"
@@ -70,16 +77,49 @@ class Tokenizer:
         """
         return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-        """The ids of each text."""
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False, most: int | None = None
+    ) -> list[list[int]]:
+        """The ids of each text; of a text with more than `most`, special tokens included, the end is left out."""
+        self._check_texts(texts)
+        with guarded(self.name):
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            rows = [encoding.ids for encoding in found]
+            for i, row in enumerate(rows):
+                if most is not None and len(row) > most:
+                    rows[i] = self._shortened(texts[i], add_special_tokens, most)
+        return rows
+
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, most: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """The ids of each two sentences with their special tokens, and the kind of each token: 0 in the first, 1 in
+        the second. Where they are more than `most`, the longer sentence loses its end, token by token.
+        """
+        self._check_texts([text for pair in pairs for text in pair])
+        with guarded(self.name):
+            backend, found = self._backend, []
+            for first, second in pairs:
+                sides = [backend.encode(text, add_special_tokens=False) for text in (first, second)]
+                if most is not None:
+                    _shorten(sides, most - backend.num_special_tokens_to_add(True))
+                whole = backend.post_process(sides[0], sides[1], True)
+                found.append((whole.ids, whole.type_ids))
+        return found
+
+    def _shortened(self, text: str, add_special_tokens: bool, most: int) -> list[int]:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encoding.truncate(max(0, most - special))
+        ids: list[int] = self._backend.post_process(encoding, None, add_special_tokens).ids
+        return ids
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
         for text in texts:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise InputError(f"text: character {error.start} is half a surrogate pair") from None
-        with guarded(self.name):
-            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
@@ -126,8 +166,9 @@ class Tokenizer:
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """The tokenizer of a checkpoint in the Hugging Face layout.
 
-        Reads tokenizer.json; special tokens from tokenizer_config.json, special_tokens_map.json and
-        generation_config.json, the template from chat_template.jinja or tokenizer_config.json, where they exist.
+        Reads tokenizer.json, or the vocab.txt of a BERT that has none; special tokens from tokenizer_config.json,
+        special_tokens_map.json and generation_config.json, the template from chat_template.jinja or
+        tokenizer_config.json, where they exist.
 
         Raises:
             InputError: a file missing or wrong; names it and the field.
@@ -171,6 +212,25 @@ class Tokenizer:
             raise InputError(f"{name}: {error.strerror}") from None
         return _with_end(vocabularies.from_ranks(data, name, split, special_tokens), special_tokens, name)
 
+    @classmethod
+    def from_vocab_txt(cls, path: str | Path, *, lowercase: bool = True) -> Tokenizer:
+        """BERT's WordPiece from a file with one token a line, whose number is its id (Devlin et al. 2019, sec. 3).
+
+        Where the file has them, [CLS], [SEP], [MASK] and [PAD] take their roles, and [CLS] and [SEP] are put around a
+        text; [UNK] it must have.
+
+        Raises:
+            InputError: names the file and the line.
+        """
+        path = Path(path)
+        tokens = [line.rstrip("\r") for line in read_text(path, limit=64 << 20).removesuffix("\n").split("\n")]
+        seen: set[str] = set()
+        for number, token in enumerate(tokens, 1):
+            if not token or token in seen:
+                raise InputError(f"{path}: line {number} is empty, or a token that stood there before")
+            seen.add(token)
+        return _wordpiece({token: i for i, token in enumerate(tokens)}, lowercase, str(path))
+
     def save(self, folder: str | Path) -> None:
         """Write the files that `from_folder` and transformers' AutoTokenizer read.
 
@@ -179,6 +239,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         named = {"bos_token": self.bos_token, "eos_token": self.eos_token, "pad_token": self.pad_token}
+        others = {"cls_token": self.cls_id, "sep_token": self.sep_id, "mask_token": self.mask_id}
+        named |= {key: None if i is None else self.token(i) for key, i in others.items()}
         named = {key: token for key, token in named.items() if token is not None}
         rules = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         write_text(folder / "tokenizer.json", self._backend.to_str())
@@ -301,6 +363,62 @@ def train_unigram(texts: Iterable[str], vocab_size: int, sentinels: int = 100) -
     return Tokenizer(spec, name="unigram", eos_ids=(1,), pad_id=0)
 
 
+def train_wordpiece(
+    texts: Iterable[str], vocab_size: int, *, lowercase: bool = True, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """A vocabulary of word pieces like BERT's: `BERT_TOKENS`, `special_tokens`, characters, pieces by frequency.
+
+    Pieces are joined by how often they stand together, as in BPE, where Wu et al. (2016, sec. 4.1) joined those that
+    raise the text's likelihood most; encoding takes the longest piece first, as theirs. The same texts give the same
+    ids.
+
+    Raises:
+        InputError: `vocab_size` leaves no room for the characters and the special tokens.
+
+    >>> tokenizer = train_wordpiece(["low lower lowest", "new newer newest"], 40)
+    >>> [tokenizer.token(i) for i in tokenizer.encode("Lower", add_special_tokens=True)]
+    ['[CLS]', 'lower', '[SEP]']
+    """
+    texts, special = list(texts), [*BERT_TOKENS, *special_tokens]
+    bare = build(vocabularies.wordpiece({token: i for i, token in enumerate(special)}, special, lowercase), "wordpiece")
+    normalizer, splitter = bare.normalizer, bare.pre_tokenizer
+    assert normalizer is not None and splitter is not None
+    starts: set[str] = set()
+    others: set[str] = set()
+    for text in texts:
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+            starts.add(word[0])
+            others.update(word[1:])
+    # known beforehand and in order: the trainer would number what continues a word as its hash map yields it
+    fixed = [*special, *sorted(starts), *sorted("##" + character for character in others)]
+    if vocab_size < len(fixed):
+        raise InputError(f"vocab_size is {vocab_size}; the characters and the special tokens alone take {len(fixed)}")
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=fixed, continuing_subword_prefix="##", show_progress=False
+    )
+    with guarded("train_wordpiece"):
+        bare.train_from_iterator(texts, trainer)
+    return _wordpiece(bare.get_vocab(with_added_tokens=True), lowercase, "wordpiece", special)
+
+
+def _wordpiece(vocab: dict[str, int], lowercase: bool, name: str, special: Sequence[str] = BERT_TOKENS) -> Tokenizer:
+    """A tokenizer whose special tokens have the roles that BERT gives them."""
+    special = [token for token in special if token in vocab]
+    spec = vocabularies.wordpiece(vocab, special, lowercase)
+    pad, cls, sep, mask = (vocab.get(f"[{role}]") for role in ("PAD", "CLS", "SEP", "MASK"))
+    return Tokenizer(spec, name=name, pad_id=pad, cls_id=cls, sep_id=sep, mask_id=mask)
+
+
+def _shorten(sides: list[Any], most: int) -> None:
+    """Cut the ends of two encodings until they have `most` tokens together, the longer always first, as the library
+    does.
+    """
+    shorter, longer = sorted(sides, key=lambda side: len(side.ids))  # stable: of equals the second counts as longer
+    kept = len(shorter.ids) if len(shorter.ids) + len(longer.ids) <= most else min(len(shorter.ids), most // 2)
+    shorter.truncate(kept)
+    longer.truncate(max(most - kept, 0))
+
+
 def _with_end(spec: dict[str, Any], special_tokens: Sequence[str], name: str) -> Tokenizer:
     """A tokenizer whose first special token begins, ends and pads."""
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -309,16 +427,21 @@ def _with_end(spec: dict[str, Any], special_tokens: Sequence[str], name: str) ->
 
 
 def _from_folder(folder: Path) -> Tokenizer:
-    spec_path = folder / "tokenizer.json"
-    if not spec_path.is_file():
-        raise InputError(f"{folder}: has no tokenizer.json; save the tokenizer in that form, as transformers does")
-    tokenizer = Tokenizer(read_json(spec_path), name=str(spec_path))
+    spec_path, vocab_path = folder / "tokenizer.json", folder / "vocab.txt"
     config_path = folder / "tokenizer_config.json"
     config = _read_object(folder / "special_tokens_map.json") | _read_object(config_path)
+    if spec_path.is_file():
+        tokenizer = Tokenizer(read_json(spec_path), name=str(spec_path))
+    elif vocab_path.is_file():
+        tokenizer = Tokenizer.from_vocab_txt(vocab_path, lowercase=config.get("do_lower_case", True) is not False)
+    else:
+        raise InputError(f"{folder}: has no tokenizer.json; save the tokenizer in that form, as transformers does")
     generation_path = folder / "generation_config.json"
     generation = _read_object(generation_path)
     tokenizer.bos_id = _named_id(tokenizer, config, "bos_token", config_path)
-    tokenizer.pad_id = _named_id(tokenizer, config, "pad_token", config_path, needed=False)
+    for role in ("pad", "cls", "sep", "mask"):
+        found = _named_id(tokenizer, config, f"{role}_token", config_path, needed=False)
+        setattr(tokenizer, f"{role}_id", getattr(tokenizer, f"{role}_id") if found is None else found)
     end = _named_id(tokenizer, config, "eos_token", config_path)
     others = generation.get("eos_token_id")
     others = others if isinstance(others, list) else [] if others is None else [others]

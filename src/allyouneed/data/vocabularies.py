@@ -1,8 +1,8 @@
 """Vocabularies in whatever form they come – GGUF metadata, tiktoken ranks, 256 bytes – as `tokenizer.json` values.
 
-Three kinds: byte-level BPE (GPT-2), whose tokens spell bytes with printable characters, and SentencePiece's BPE
-(LLaMA), whose tokens spell text with "▁" for a space and fall back to bytes, and its unigram (T5). Tokenises nothing
-itself.
+Four kinds: byte-level BPE (GPT-2), whose tokens spell bytes with printable characters; SentencePiece's BPE
+(LLaMA), whose tokens spell text with "▁" for a space and fall back to bytes; its unigram (T5); and WordPiece (BERT),
+which takes the longest piece that fits, "##" marking those that continue a word. Tokenises nothing itself.
 """
 
 from __future__ import annotations
@@ -120,6 +120,26 @@ def of_bytes(special_tokens: Sequence[str]) -> dict[str, Any]:
     """The 256 bytes, each its own id, and `special_tokens` from 256 on."""
     vocab = {character: byte for byte, character in enumerate(byte_characters())}
     return byte_level(vocab, [], split=None, added=added_tokens(special_tokens, first=256))
+
+
+def wordpiece(vocab: Mapping[str, int], special_tokens: Sequence[str], lowercase: bool) -> dict[str, Any]:
+    """BERT's word pieces: text cleaned and cut at spaces and punctuation, Chinese characters apart, accents dropped
+    with the case; [CLS] before and [SEP] after each sentence, where the vocabulary has both.
+    """
+    added = [_added(vocab[token], token) for token in special_tokens]
+    normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
+    model = {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": dict(vocab),
+    }
+    ends = _template(vocab, added, [vocab["[CLS]"]], [vocab["[SEP]"]]) if {"[CLS]", "[SEP]"} <= vocab.keys() else None
+    if ends is not None:  # one [CLS] for both sentences
+        ends["pair"] = ends["single"] + ends["pair"][len(ends["single"]) + 1 :]
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    return _spec(model, normalizer | {"lowercase": lowercase}, {"type": "BertPreTokenizer"}, decoder, added, ends)
 
 
 def from_gguf(file: Metadata) -> dict[str, Any]:
