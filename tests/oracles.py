@@ -121,6 +121,29 @@ def marian(**changes: object) -> transformers.PreTrainedModel:
     return model
 
 
+BERT = {
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 77,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0,
+    "attention_probs_dropout_prob": 0,
+}
+
+
+def bert(**changes: object) -> transformers.PreTrainedModel:
+    """With the heads of pre-training."""
+    return _random(transformers.BertForPreTraining, transformers.BertConfig(**(BERT | changes)))
+
+
+def bert_encoder(**changes: object) -> transformers.PreTrainedModel:
+    """The bare encoder with its pooler."""
+    return _random(transformers.BertModel, transformers.BertConfig(**(BERT | changes)))
+
+
 ALL = {"gpt": gpt, "gpt2": gpt2, "llama": llama, "bloom": bloom, "gpt_neo": gpt_neo, "gpt_neox": gpt_neox}
 
 # parameters that transformers calls otherwise in its files than in memory
@@ -136,6 +159,6 @@ def _random(cls: type, config: transformers.PretrainedConfig) -> transformers.Pr
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue  # sines and cosines
-            norm = "norm" in name or "ln_" in name
+            norm = "norm" in name.lower() or "ln_" in name
             parameter.normal_(1.0 if norm and name.endswith("weight") else 0.0, 0.2 if norm else 0.1)
     return model

@@ -1,4 +1,4 @@
-"""What every registered model and every kind of positions must do; a new one is tested by being registered."""
+"""What every registered decoder and every kind of positions must do; a new one is tested by being registered."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def with_heirs(kind: type) -> list[type]:
 
 
 FAMILIES = {
-    name: family.example
-    for name, family in huggingface.FAMILIES.items()
-    if isinstance(family.example, Decoder.Config)  # the others are held to theirs in test_seq2seq
+    family.model_type: family.example
+    for families in huggingface.FAMILIES.values()
+    for family in families
+    if isinstance(family.example, Decoder.Config)  # translators are held to theirs in test_seq2seq
 }
 POSITIONS = {
     f"positions {part.__name__}": llama.EXAMPLE.replace(positions=part.Config()) for part in with_heirs(Positions)

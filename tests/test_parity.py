@@ -83,7 +83,8 @@ def test_gradients_of_one_step(pair):
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
     loss.backward()
     assert abs(their_loss.item() - loss.item()) <= TOLERANCE
-    rules = huggingface.FAMILIES[theirs.config.model_type].rules(ours.config)
+    (family,) = huggingface.FAMILIES[theirs.config.model_type]
+    rules = family.rules(ours.config)
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     mapped = huggingface.to_theirs(rules, ours.config.layers, gradients)
     on_disk = oracles.ON_DISK.get(theirs.config.model_type, {})

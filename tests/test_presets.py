@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import gpt, gpt2, gpt_neox, llama, t5, transformer
+from allyouneed.models import bert, gpt, gpt2, gpt_neox, llama, t5, transformer
 from allyouneed.papers import alibi, gpt3
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
 GPT2 = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
+# BERT: the released uncased checkpoints' counts, encoder and pooler, then with the heads of pre-training
+BERT = {"base": (109_482_240, 110_106_428), "large": (335_141_888, 336_226_108)}
 # LLaMA: table 2
 LLAMA = {"7B": 6.7e9, "13B": 13.0e9, "33B": 32.5e9, "65B": 65.2e9}
 # GPT-3: table 2.1
@@ -59,6 +61,12 @@ def test_gpt():
 @pytest.mark.parametrize("name", GPT2)
 def test_gpt2(name):
     assert gpt2.sized(name).num_parameters() == GPT2[name]
+
+
+@pytest.mark.parametrize("name", BERT)
+def test_bert(name):
+    config = bert.sized(name)
+    assert (bert.encoder_of(config).num_parameters(), config.num_parameters()) == BERT[name]
 
 
 @pytest.mark.parametrize("name", LLAMA)

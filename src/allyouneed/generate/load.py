@@ -8,7 +8,7 @@ from allyouneed.generate.language_model import LanguageModel
 
 
 def load(name: str | Path, *, packed: bool = True) -> LanguageModel:
-    """A language model.
+    """A language model; an encoder can only be asked for vectors, and says so.
 
     Args:
         name: a material's name, a folder in the Hugging Face layout, a hub id (`org/name`), a `.gguf` file, or the URL
@@ -24,7 +24,12 @@ def load(name: str | Path, *, packed: bool = True) -> LanguageModel:
 
         return RemoteModel(str(name))
     from allyouneed.generate.local import LocalModel
-    from allyouneed.models.checkpoints.loading import load_decoder, load_tokenizer, open_checkpoint
+    from allyouneed.generate.local_encoder import LocalEncoder, Reading
+    from allyouneed.models.checkpoints.loading import as_decoder, load_module, load_tokenizer, open_checkpoint
+    from allyouneed.models.encoder import Encoder
 
     path = open_checkpoint(name)
-    return LocalModel(load_decoder(path, packed=packed), load_tokenizer(path), str(name))
+    module = load_module(path, packed=packed)
+    if isinstance(module, Encoder):
+        return LocalEncoder(module, load_tokenizer(path), str(name), Reading.of(path, module.config.context))
+    return LocalModel(as_decoder(module, name), load_tokenizer(path), str(name))

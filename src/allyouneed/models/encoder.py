@@ -40,6 +40,14 @@ class Encoder(Stack):
         """Token ids (B, T) -> (B, T, dim).
 
         Args:
+            ids, segments, types: as of `hidden`.
+        """
+        return self.hidden(ids, segments, types)
+
+    def hidden(self, ids: Tensor, segments: Tensor | None = None, types: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) -> (B, T, dim), whatever heads a subclass has on it.
+
+        Args:
             ids: token ids.
             segments: (B, T), the number of each token's document within its row, 0 for padding; None: one a row.
             types: (B, T), the kind of each token; None: all of kind 0.
@@ -90,7 +98,7 @@ class MaskedModel(Encoder):
 
     def forward(self, ids: Tensor, segments: Tensor | None = None, types: Tensor | None = None) -> MaskedOutput:  # type: ignore[override]
         """Token ids (B, T) -> logits of tokens and pairs."""
-        hidden = super().forward(ids, segments, types)
+        hidden = self.hidden(ids, segments, types)
         return MaskedOutput(self.tell(hidden), self.pairs(self.pool(hidden)))
 
     def tell(self, hidden: Tensor) -> Tensor:

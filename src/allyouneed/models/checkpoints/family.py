@@ -22,7 +22,9 @@ HEAD_STORED = "head_stored"  # what the weights tell `read` beside the fields of
 
 @dataclass(frozen=True)
 class Family(Generic[C]):
-    """One `model_type` of the Hugging Face layout, or one `general.architecture` of GGUF."""
+    """One `model_type` of the Hugging Face layout, or one of its architectures where they are several; or one
+    `general.architecture` of GGUF.
+    """
 
     model_type: str
     architecture: str  # class name in config.json's `architectures`
@@ -31,7 +33,7 @@ class Family(Generic[C]):
     rules: Callable[[C], Sequence[Rule]]
     example: C  # a small one of odd sizes, which the contract tests hold to what every model must do
 
-    def fits(self, config: C) -> bool:
+    def fits(self, config: Any) -> bool:
         """Whether this layout can say all of `config`: what it writes, it reads back."""
         try:
             again = self.read(Fields(self.write(config), self.model_type))

@@ -15,31 +15,38 @@ from torch import Tensor, nn
 
 from allyouneed.core import files
 from allyouneed.core.config import Config
-from allyouneed.core.errors import InputError, about, brief, unknown
-from allyouneed.models import bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, t5
+from allyouneed.core.errors import InputError, about, unknown
+from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, t5
 from allyouneed.models.checkpoints import weights
 from allyouneed.models.checkpoints.family import HEAD_STORED, Family
 from allyouneed.models.checkpoints.fields import LARGEST, Fields
-from allyouneed.models.checkpoints.names import Rule, to_ours, to_theirs
+from allyouneed.models.checkpoints.names import HOMELESS, SHOWN, Rule, listed, to_ours, to_theirs
 from allyouneed.models.decoder import Decoder
+from allyouneed.models.encoder import Encoder, MaskedModel
 from allyouneed.models.encoder_decoder import EncoderDecoder
 
-Model = Decoder | EncoderDecoder
-FAMILIES: dict[str, Family[Any]] = {
-    family.model_type: family
-    for family in (
-        gpt.HUGGING_FACE,
-        gpt2.HUGGING_FACE,
-        llama.HUGGING_FACE,
-        bloom.HUGGING_FACE,
-        gpt_neo.HUGGING_FACE,
-        gpt_neox.HUGGING_FACE,
-        t5.HUGGING_FACE,
-        marian.HUGGING_FACE,
-    )
-}
+Model = Decoder | Encoder | EncoderDecoder
+_FAMILIES: tuple[Family[Any], ...] = (
+    gpt.HUGGING_FACE,
+    gpt2.HUGGING_FACE,
+    llama.HUGGING_FACE,
+    bloom.HUGGING_FACE,
+    gpt_neo.HUGGING_FACE,
+    gpt_neox.HUGGING_FACE,
+    bert.ENCODER,
+    bert.PRETRAINING,
+    t5.HUGGING_FACE,
+    marian.HUGGING_FACE,
+)
+# By model_type; of several, the first of config.json's `architectures` says which.
+FAMILIES: dict[str, tuple[Family[Any], ...]] = {}
+for _family in _FAMILIES:
+    FAMILIES[_family.model_type] = (*FAMILIES.get(_family.model_type, ()), _family)
 OURS = "allyouneed"
-OWN_BLOCKS = {Decoder: {"i": "blocks."}, EncoderDecoder: {"i": "encoder.blocks.", "j": "decoder.blocks."}}
+OWN_BLOCKS: dict[type, dict[str, str]] = {
+    **{kind: {"i": "blocks."} for kind in (Decoder, Encoder, MaskedModel)},
+    EncoderDecoder: {"i": "encoder.blocks.", "j": "decoder.blocks."},
+}
 
 
 def load(folder: Path) -> Model:
@@ -50,7 +57,7 @@ def load(folder: Path) -> Model:
     """
     source = folder / "config.json"
     fields = Fields(files.read_json(source, limit=16 << 20), source)
-    tensors = weights.read_sharded(folder)
+    tensors: Mapping[str, Tensor] = weights.read_sharded(folder)
     model_type = fields.choice("model_type", [*FAMILIES, OURS])
     if model_type == OURS:
         config = _own_config(fields)
@@ -59,14 +66,32 @@ def load(folder: Path) -> Model:
             if len(held) != config.layers[sign]:
                 raise InputError(f"{source}: num_layers={config.layers[sign]}, but the weights hold {len(held)} layers")
         return assemble(config, tensors, source)
-    family = FAMILIES[model_type]
+    family = family_of(fields)
     stored = {HEAD_STORED: any(name.endswith("lm_head.weight") for name in tensors)}
     config = family.read(Fields({**fields.values, **stored}, source))
     rules = family.rules(config)
     check_layers(rules, config.layers, tensors, source)
-    if rules[0].theirs not in tensors and rules[0].theirs.count(".") > 1:
-        tensors = _with_prefix(rules, tensors)
+    tensors = _with_prefix(rules[0].theirs, tensors)
     return assemble(config, to_ours(rules, config.layers, tensors, folder), source)
+
+
+def family_of(fields: Fields) -> Family[Any]:
+    """The family that config.json names.
+
+    Raises:
+        InputError: no such `model_type`, or none of its families has the architecture.
+    """
+    families = FAMILIES[fields.choice("model_type", FAMILIES)]
+    if len(families) == 1:
+        return families[0]
+    named = fields.values.get("architectures")
+    first = named[0] if isinstance(named, list) and named else named
+    for family in families:
+        if family.architecture == first:
+            return family
+    raise fields.wrong(
+        "architectures", named, "first of all " + " or ".join(family.architecture for family in families)
+    )
 
 
 def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -74,7 +99,7 @@ def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> No
     state = _state(module)
     if not {"embedding.weight", "encoder.embedding.weight"} & set(state):
         raise InputError(f"{folder}: packed weights have no such layout; load the model with packed=False to save it")
-    for family in FAMILIES.values():
+    for family in (family for families in FAMILIES.values() for family in families):
         if family.fits(module.config):
             described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(
                 module.config
@@ -95,40 +120,45 @@ def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:
             model = config.build()
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{source}: no such model can be built: {str(error).splitlines()[0]}") from None
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, shape in expected.items():
-        if name not in state:
-            raise InputError(f"{source}: the weights have no tensor for {name}")
-        if tuple(state[name].shape) != shape:
-            raise InputError(
-                f"{source}: {name} has shape {list(state[name].shape)}, the configuration asks for {list(shape)}"
-            )
-    places = model.state_dict()
-    strange = next((name for name in state if name not in places), None)
-    if strange:
+    expected = dict(model.named_parameters())
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise InputError(f"{source}: the weights have no tensor for {listed(missing, expected)}")
+    wrong = [name for name in expected if state[name].shape != expected[name].shape]
+    if wrong:
+        asked = " and ".join(str(list(expected[name].shape)) for name in wrong[:SHOWN])
         raise InputError(
-            f"{source}: tensor {brief(strange)} has no place in this model, which would compute without it"
+            f"{source}: shapes disagree: the weights have {listed(wrong, state)}, the fields ask for {asked}"
         )
+    places = model.state_dict()
+    strange = [name for name in state if name not in places]
+    if strange:
+        raise InputError(f"{source}: the weights hold {listed(strange, state)}, {HOMELESS}")
     model.load_state_dict({name: state[name].to(torch.float32) for name in expected}, strict=False, assign=True)
     model.retie()
     return model.eval()
 
 
-def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], names: Iterable[str], source: object) -> None:
+def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], tensors: Mapping[str, Any], source: object) -> None:
     """Refuse a number of layers other than that of the weights, before anything is built by it."""
     for sign, num_layers in layers.items():
         pattern = next(rule.theirs for rule in rules if f"{{{sign}}}" in rule.theirs)
         before, _, after = pattern.partition(f"{{{sign}}}")
         suffix_of = before.split(".", 1)[-1]  # checkpoints of the bare model leave out the first part of the name
-        held = sum(name.endswith(after) and name.startswith((before, suffix_of)) for name in names)
+        held = sum(name.endswith(after) and (before in name or name.startswith(suffix_of)) for name in tensors)
         if held != num_layers:
-            raise InputError(f"{source}: {num_layers} layers, but the weights hold {held}")
+            found = "" if held else f", but {listed(list(tensors), tensors)}"
+            raise InputError(f"{source}: {num_layers} layers, but the weights hold {held}{found}")
 
 
-def _with_prefix(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as in the full model for a checkpoint of the bare one (`wte.weight`, not `transformer.wte.weight`)."""
-    prefix = next(iter(rules)).theirs.split(".", 1)[0] + "."
-    return {prefix + name: tensor for name, tensor in tensors.items()}
+def _with_prefix(first: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Names as in the full model, whose `first` tensor is known, for a checkpoint of the bare one (`wte.weight`, not
+    `transformer.wte.weight`).
+    """
+    prefix, _, bare = first.partition(".")
+    if first in tensors or bare not in tensors:
+        return tensors
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _own_config(fields: Fields) -> Any:
@@ -142,7 +172,7 @@ def _own_config(fields: Fields) -> Any:
     except TypeError as error:
         raise InputError(f"{fields.source}: {str(error).splitlines()[0]}") from None
     if getattr(config, "owner", None) not in OWN_BLOCKS:
-        raise fields.wrong("config", described.get("type"), "the configuration of a decoder, or encoder and decoder")
+        raise fields.wrong("config", described.get("type"), "the configuration of a model")
     return config
 
 

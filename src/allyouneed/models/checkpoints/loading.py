@@ -10,12 +10,13 @@ from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.models.checkpoints import ggml, huggingface
 from allyouneed.models.checkpoints.gguf import GGUF
 from allyouneed.models.decoder import Decoder
+from allyouneed.models.encoder import Encoder
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
 
 
 def load_module(name: str | Path, *, packed: bool = False, step: int | None = None) -> huggingface.Model:
-    """The model of a checkpoint as a module in evaluation mode.
+    """The model of a checkpoint as a module in evaluation mode: a decoder, an encoder, or both in one.
 
     Args:
         name: a material's name, a folder in the Hugging Face layout, a hub id (`org/name`) or a `.gguf` file.
@@ -40,10 +41,19 @@ def load_decoder(name: str | Path, *, packed: bool = False) -> Decoder:
     Raises:
         InputError: the checkpoint holds another kind of model.
     """
-    module = load_module(name, packed=packed)
-    if not isinstance(module, Decoder):
-        raise InputError(f"{name}: reads a source and writes a target; a decoder is wanted, which continues a text")
-    return module
+    return as_decoder(load_module(name, packed=packed), name)
+
+
+def as_decoder(module: huggingface.Model, name: object) -> Decoder:
+    """`module`, if it is a decoder.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    if isinstance(module, Decoder):
+        return module
+    does = "only reads" if isinstance(module, Encoder) else "reads a source and writes a target"
+    raise InputError(f"{name}: {does}; a decoder is wanted, which continues a text")
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

@@ -11,22 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, brief
 
 # tensors that old checkpoints carry and every model computes for itself
 COMPUTED = (
-    ".rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
+    *(".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"),
+    "embeddings.position_ids",
     "coder.embed_positions.weight",  # Marian's sines and cosines
     ".EncDecAttention.relative_attention_bias.weight",  # T5's, which no implementation looks at
 )
+SHOWN = 3  # tensors that a message names
+HOMELESS = "which have no place in this model: it would compute without them"
 
 Split = Callable[[Tensor], Sequence[Tensor]]
 Join = Callable[[Sequence[Tensor]], Tensor]
@@ -121,6 +121,16 @@ def expand(rules: Iterable[Rule], layers: Mapping[str, int]) -> Iterator[Rule]:
             yield from (rule.at(sign, layer) for layer in range(layers[sign]))
 
 
+def listed(names: Sequence[str], tensors: Mapping[str, Any] | None = None) -> str:
+    """The first few of `names` for a message, with the shapes that `tensors` have, and how many more there are.
+
+    >>> listed(["a", "b", "c", "d"], {name: torch.zeros(2) for name in "abcd"})
+    "'a' [2], 'b' [2], 'c' [2] and 1 more"
+    """
+    shown = [brief(name) + (f" {list(tensors[name].shape)}" if tensors else "") for name in names[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def to_ours(
     rules: Iterable[Rule], layers: Mapping[str, int], theirs: Mapping[str, Tensor], source: object
 ) -> dict[str, Tensor]:
@@ -132,14 +142,15 @@ def to_ours(
     rules = list(expand(rules, layers))
     known = {rule.theirs for rule in rules}
     strange = [name for name in theirs if name not in known and not name.endswith(COMPUTED)]
-    if strange:
-        raise InputError(f"{source}: tensor {strange[0]!r} has no place in this model, which would compute without it")
+    missing = [rule.theirs for rule in rules if rule.theirs not in theirs and not rule.optional]
+    if strange or missing:
+        faults = [f"lacks {listed(missing)}"] if missing else []
+        faults += [f"holds {listed(strange, theirs)}, {HOMELESS}"] if strange else []
+        raise InputError(f"{source}: {'; '.join(faults)}")
     found: dict[str, Tensor] = {}
     for rule in rules:
         if rule.theirs not in theirs:
-            if rule.optional:
-                continue
-            raise InputError(f"{source}: tensor {rule.theirs!r} is missing")
+            continue
         tensor = theirs[rule.theirs]
         try:
             parts = rule.split(tensor)
