@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,7 @@ class Member(core.Config):
     training: Training
 
 
-Save = Callable[[nn.Module, Path], None]  # writes a module into a folder
+Save = Callable[[Any, Path], object]  # writes a module into a folder
 
 
 @dataclass(frozen=True)
