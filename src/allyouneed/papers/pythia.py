@@ -73,6 +73,10 @@ class Config(core.Config):
 
 def run(config: Config, report: Report) -> None:
     """Train the suite with each seed, ask every kept step for the canaries, and judge the largest model at its end."""
+    if len(config.names) != len(config.members) or len({m.training.steps for m in config.members}) != 1:
+        raise core.InputError(
+            "names and members: a suite has one name for each size, and all sizes train as many steps"
+        )
     found = report.repeat({"suite": config}, _suite)["suite"]
     for name, member in zip(config.names, config.members, strict=True):
         tokens = member.training.steps * config.rows * config.length
@@ -262,15 +266,17 @@ def _member(dim: int, num_layers: int, steps: int, lr: float = 4e-3) -> Member:
 
 
 def _training(steps: int, lr: float) -> Training:
-    """GPT-NeoX's schedule: a hundredth of warm-up, a cosine to a tenth (Biderman et al. 2023, app. E); betas as in
-    `AdamW`.
+    """A hundredth of warm-up and a cosine to a tenth, as the published runs are configured; their betas, decay and
+    clipping are the defaults of `AdamW` and `Training`.
     """
     schedule = Cosine(warmup=max(1, steps // 100))
     return Training(steps=steps, optimizer=AdamW.Config(lr=lr), schedule=schedule, log_every=max(1, steps // 20))
 
 
 def _published(name: str, lr: float) -> Member:
-    """143,000 steps of 1024 rows of 2048 tokens (sec. 2.3), peak rates of table 1's sizes."""
+    """143,000 steps of 1024 rows of 2048 tokens (sec. 2.3) and each size's peak rate (table 1). Weights begin as
+    GPT-2's do; the published runs used two other ways for inner and for last matrices.
+    """
     return Member(model=gpt_neox.sized(name), training=_training(143_000, lr).replace(save_every=1000))
 
 
