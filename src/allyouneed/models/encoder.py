@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, V = vocab_size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ class Encoder(Stack):
         pooled: bool = False
 
     config: Config
+    causal: ClassVar[bool] = False  # true in a subclass that is to be the same model without its later tokens
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -53,9 +55,9 @@ class Encoder(Stack):
             types: (B, T), the kind of each token; None: all of kind 0.
         """
         if segments is None:
-            sight = whole_rows(self.positions, ids, causal=False)
+            sight = whole_rows(self.positions, ids, causal=self.causal)
         else:
-            sight = within_segments(self.positions, segments, causal=False)
+            sight = within_segments(self.positions, segments, causal=self.causal)
         x = self.embed(ids, sight)
         if self.types is not None:
             x = x + self.types(torch.zeros_like(ids) if types is None else types)
