@@ -6,17 +6,17 @@ Claim   Where every task is text in, text out, an encoder and a decoder that wer
         of a text are better, after fine-tuning on a mixture of tasks, than one stack of half the parameters for the
         same computation, be it a causal language model or a prefix language model; and each of the two choices helps
         by itself: the second stack, and spans instead of the rest of a text (table 2).
-Here    The chronicle of a small country is read as words. Each arm is pre-trained on it for as many steps of as many
-        texts, and fine-tuned on one examples-proportional mixture of four tasks with few examples each (sums,
+Here    The chronicle of a small country is read as words. Each arm is pre-trained on it with as many FLOPs, and
+        fine-tuned on one examples-proportional mixture of four tasks with few examples each (sums,
         translation, repetition, the first of a list), every source beginning with its task's name. The score is the
         share of answers that are right to the last word, greedily decoded, mean of tasks; the questions were in
         neither text nor mixture. Treatment: encoder and decoder, spans. Controls: the same, to write the rest of a
         split text; one stack, the prefix seen both ways, with either objective; one causal stack that predicts every
-        next word; and the treatment without pre-training. All have the same blocks, biases of distance and rates.
+        next word; and the treatment without pre-training. All have the same blocks and rates; the one
+        stack has the encoder's biases of distance.
 Apart   0.2 million parameters and 1.0 million words instead of 220 million and 34 billion tokens; a country whose
         every sentence shows a task instead of the web, and its tasks instead of GLUE, SuperGLUE, SQuAD, summaries and
-        translations; AdamW instead of Adafactor. One stack reads source and target, two stacks divide them, so that
-        computation agrees only about: the arms' FLOPs are in the report. A causal model is trained on every word it
+        translations; AdamW instead of Adafactor. A causal model is trained on every word it
         reads, spans on one in seven: in a training so short that may decide, and the run cannot show what would be
         so after one as long as the paper's.
 """
@@ -74,7 +74,7 @@ class Config(core.Config):
     """The model, its two trainings, what it reads, what it is asked, and the margin of the verdict."""
 
     model: EncoderDecoder.Config  # its vocabulary is set by the world
-    pretraining: Training
+    pretraining: Training  # its steps are the treatment's; the others get as many as cost the same
     finetuning: Training
     world: Chronicle.Config
     characters: int = 2_000_000
@@ -94,7 +94,9 @@ def run(config: Config, report: Report) -> None:
     found = report.repeat(ARMS, work)
     means = {name: [statistics.fmean(one["scores"].values()) for one in values] for name, values in found.items()}
     for name in ARMS:
-        report.arm(name, **{fact: found[name][0][fact] for fact in ("parameters", "pre-training FLOPs")})
+        report.arm(
+            name, **{fact: found[name][0][fact] for fact in ("parameters", "pre-training steps", "pre-training FLOPs")}
+        )
         if name != TREATMENT:
             report.check(
                 f"score, {TREATMENT} minus {name}",
@@ -131,20 +133,31 @@ def _scored(config: Config, shape: str, objective: str | None, seed: int, folder
     module = (model if shape == "two stacks" else _one_stack(model)).build()
     collate: Collate = partial(apart, start=PAD) if shape == "two stacks" else joined
     learn: Any = {"two stacks": target_given_source, "prefix": rest_given_prefix, "causal": next_token}[shape]
-    flops = 0
+    steps = flops = 0
     if objective is not None:
+        each = _flops(module, next(_texts(config, objective, tokens, collate, model.vocab_size - 1, seed)))
+        steps = round(_budget(config, model, tokens, seed) / each)
+        flops = steps * each
         batches = _texts(config, objective, tokens, collate, model.vocab_size - 1, seed)
-        flops = config.pretraining.steps * _flops(module, next(_texts(config, objective, tokens, collate, 1, seed)))
-        training = config.pretraining.replace(seed=seed)
+        training = config.pretraining.replace(seed=seed, steps=steps)
         train(module, learn, batches, training, folder=folder / "pretraining", title="  pre-train")
     mixture = Mixture(taught, batch_size=config.rows, collate=collate, seed=seed)
     training = config.finetuning.replace(seed=seed)
     train(module, learn, mixture, training, folder=folder / "finetuning", title="  fine-tune")
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
+        "pre-training steps": steps,
         "pre-training FLOPs": flops,
         "scores": {task: _score(module.eval(), shape, collate(pairs)) for task, pairs in asked.items()},
     }
+
+
+def _budget(config: Config, model: EncoderDecoder.Config, tokens: Tensor, seed: int) -> int:
+    """FLOPs of the treatment's pre-training, which are those of every arm."""
+    with torch.device("meta"):
+        module = model.build()
+    batch = next(_texts(config, "spans", tokens, partial(apart, start=PAD), model.vocab_size - 1, seed))
+    return config.pretraining.steps * _flops(module, batch)
 
 
 def _material(
@@ -203,7 +216,7 @@ def _one_stack(model: EncoderDecoder.Config) -> Decoder.Config:
 
 
 def _flops(module: nn.Module, batch: Batch) -> int:
-    """6 for each weight and token that meets it, forward and backward, head included; not attention's scores nor padding."""
+    """6 for each weight and token that meets it, forward and backward, not attention's scores nor padding."""
 
     def weights(part: nn.Module) -> int:
         return sum(p.numel() for name, p in part.named_parameters() if "embedding" not in name and p.dim() > 1)
