@@ -179,6 +179,18 @@ def nll_by_position(module: Model, windows: Tensor, *, batch: int = 4) -> Tensor
 
 
 @torch.inference_mode()
+def unigram_nll(tokens: Tensor, held_out: Tensor, *, vocab_size: int) -> float:
+    """The loss of one who knows how frequent each token is and nothing else, in nats per token of `held_out`.
+
+    Frequencies are those in `tokens` (N,), each token counted once more than it occurs (Laplace).
+
+    >>> round(unigram_nll(torch.tensor([0, 0]), torch.tensor([0, 1]), vocab_size=2), 4)  # 3/4 and 1/4
+    0.837
+    """
+    counts = torch.bincount(tokens.int(), minlength=vocab_size).double() + 1
+    return -(counts / counts.sum()).log()[held_out.long()].mean().item()
+
+
 def last_tokens_nll(module: Model, windows: Tensor, *, context: int, last: int = 1, batch: int = 4) -> Tensor:
     """The loss of the `last` tokens of each window, read with `context` tokens in view: (N, T + 1) -> (N, last).
 
