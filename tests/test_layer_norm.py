@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import math
+from pathlib import Path
 
-from allyouneed.papers.layer_norm import CHANGES, METHODS, difference, steps_ratio
+import pytest
+import torch
+
+from allyouneed.nn.norms import NoNorm
+from allyouneed.papers.layer_norm import CHANGES, METHODS, PAPER, Arm, _trained, difference, steps_ratio
 
 # Ba et al. 2016, table 1
 PRINTED = {
@@ -34,3 +39,13 @@ def test_steps_are_compared_at_the_lowest_loss_that_both_reach() -> None:
     assert steps_ratio(fast, fast) == 1.0
     never = {"steps": [5, 10, 20], "loss": [9.0, 9.0, 9.0]}
     assert steps_ratio(fast, never) == 1.0  # at their first measurement both are there
+
+
+def test_a_training_that_diverges_counts_as_the_uniform_guess(tmp_path: Path) -> None:
+    config = PAPER.sizes["smoke"]
+    arm = Arm(config.transformer.replace(norm=NoNorm.Config()), rows=4, steps=7)
+    bytes_ = torch.arange(400) % 256
+    found = _trained(config, arm, 1e30, (bytes_, bytes_), seed=0, folder=tmp_path / "diverged")
+    assert found == {"steps": [2, 4, 6, 7], "loss": [math.log(256)] * 4}
+    sound = _trained(config, arm, 1e-3, (bytes_, bytes_), seed=0, folder=tmp_path / "sound")
+    assert sound["steps"] == found["steps"] and max(sound["loss"]) < 6.0

@@ -22,6 +22,7 @@ Apart   Some 0.2 million parameters and 0.4 MB of text instead of the paper's si
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +226,7 @@ def _best_rate(
 def _trained(
     config: Config, arm: Arm, lr: float, text: tuple[Tensor, Tensor], seed: int, folder: Path
 ) -> dict[str, list[float]]:
-    """The loss on held-out windows along the training."""
+    """The loss on held-out windows along the training; all along the uniform guess's, if it ceased to be finite."""
     tokens, held_out = text
     starts = torch.linspace(0, len(held_out) - config.length - 1, config.tested).long()
     windows = held_out[starts[:, None] + torch.arange(config.length + 1)].long()
@@ -238,14 +239,23 @@ def _trained(
         return {"held out": loss}
 
     seed_everything(seed)
+    every = max(1, arm.steps // config.asked)
     training = config.training.replace(
         steps=arm.steps,
         seed=seed,
         optimizer=config.training.optimizer.replace(lr=lr),
-        evaluate_every=max(1, arm.steps // config.asked),
+        evaluate_every=every,
     )
     batches = Windows(tokens, batch_size=arm.rows, length=config.length, seed=seed)
-    done = train(arm.model.build(), next_token, batches, training, folder=folder, evaluate=evaluate, title="  train")
+    try:
+        done = train(
+            arm.model.build(), next_token, batches, training, folder=folder, evaluate=evaluate, title="  train"
+        )
+    except InputError as error:
+        if "the loss is" not in str(error):
+            raise
+        steps = sorted({*range(every, arm.steps, every), arm.steps})
+        return {"steps": steps, "loss": [math.log(arm.model.vocab_size)] * len(steps)}
     points = [row for row in done.history if "held out" in row]
     return {"steps": [row["step"] for row in points], "loss": [row["held out"] for row in points]}
 
@@ -317,6 +327,7 @@ def _figure(report: Report, found: dict[str, list[dict[str, list[float]]]]) -> N
                 steps, losses = found[name][0]["steps"], [one["loss"] for one in found[name]]
                 report.curve(name, steps, losses, x_label="step", y_label="loss (nats per byte)")
                 figures.band(axis, steps, losses, f"{norm}{size}", color, style=style)
+        axis.set_ylim(top=min(axis.get_ylim()[1], 6.0))  # the uniform guess is 5.5; what is far worse is cut off
         figures.describe(axis, title=kind, x="step", y="loss on held-out text (nats per byte)")
         figures.label_ends(axis)
     report.figure(figure, "Loss on held-out text by training step, each norm at its best rate; band: all seeds.")
