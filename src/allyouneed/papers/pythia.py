@@ -37,7 +37,7 @@ from allyouneed.evaluate.memorisation import arrivals, auc, memorised
 from allyouneed.evaluate.statistics import bootstrap
 from allyouneed.generate.engine import Engine
 from allyouneed.models import gpt_neox
-from allyouneed.models.checkpoints.loading import load_module, save
+from allyouneed.models.checkpoints.loading import as_decoder, load_module, save
 from allyouneed.models.decoder import Decoder
 from allyouneed.objectives.next_token import next_token
 from allyouneed.papers import figures
@@ -161,7 +161,7 @@ def _end(config: Config) -> int:
 
 
 def _ask(config: Config, folder: Path, step: int, canaries: Tensor) -> list[bool]:
-    engine = Engine(load_module(folder, step=step))
+    engine = Engine(as_decoder(load_module(folder, step=step), folder))
     found: list[bool] = memorised(engine, canaries, prompt=config.asked, continuation=config.asked).tolist()
     return found
 
