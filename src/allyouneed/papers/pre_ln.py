@@ -360,7 +360,7 @@ def _figure(
         figures.label_ends(axes)
     report.figure(
         figure,
-        "Left and middle: gradients at initialisation. Right: loss after training, by rate; best rates (pre-LN without, "
+        "Left and middle: gradients at initialisation. Right: loss after training; best rates (pre-LN without, "
         "post-LN with warm-up): " + ", ".join(f"{name} {lr:g}" for name, lr in best.items()) + ". Bands: all seeds.",
     )
 
