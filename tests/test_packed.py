@@ -6,6 +6,8 @@ import ctypes
 import multiprocessing
 import platform
 import stat
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -295,8 +297,10 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.folder() == Path.home() / ".cache/allyouneed/native"
 
 
-@pytest.mark.parametrize("library", ["libgomp"] if platform.system() == "Linux" else [])
-def test_torch_and_the_kernels_have_one_openmp_runtime(library: str) -> None:
-    assert native.library() is not None
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    assert len({line.split()[-1] for line in lines if library in line}) == 1
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_torch_and_the_kernels_have_one_openmp_runtime() -> None:
+    """In a process of its own: other packages bring runtimes of theirs."""
+    program = "import torch; from allyouneed.nn import native; assert native.library() is not None; "
+    program += "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert len(done.stdout.split()) == 1, done.stdout

@@ -11,7 +11,7 @@ Here    The chronicle of a small country, in documents of one hero each. Three a
         hidden. Each is then fine-tuned on the same labels: is a line that shows a task (a translation, a repetition,
         the first of a list) completed rightly, and are two sentences about the same hero. No such line stood in
         the text, whoever completed it. The bidirectional arms are judged by the vector of [CLS], the other by that of
-        its last token, the only one that has seen the sentence. A fourth arm is fine-tuned without having read anything.
+        its last token, the only one that has seen the sentence. A fourth arm is fine-tuned without having read.
 Apart   0.4 million parameters and some million tokens, instead of 110 million and 137 billion; a made-up country
         instead of books and Wikipedia, so that the sentences are short and their truth is known; one rate for all
         arms and no choice among several. The left-to-right arm learns from every token, the others from 15 %: at
