@@ -1,9 +1,11 @@
-"""Random models of `transformers`, small and of odd sizes, as oracles."""
+"""Random models: those of `transformers`, small and of odd sizes, as oracles; and ours."""
 
 from __future__ import annotations
 
 import torch
 import transformers
+
+from allyouneed.core.config import Config
 
 EVEN = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -149,6 +151,16 @@ ALL = {"gpt": gpt, "gpt2": gpt2, "llama": llama, "bloom": bloom, "gpt_neo": gpt_
 # parameters that transformers calls otherwise in its files than in memory
 ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 TRANSLATORS = {"t5": t5, "t5 1.1": t5_1_1, "marian": marian}
+
+
+def randomised(config: Config) -> torch.nn.Module:
+    """A model of ours with every parameter random, so that none can hide."""
+    torch.manual_seed(0)
+    module = config.build().eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
+    return module
 
 
 def _random(cls: type, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
@@ -38,13 +39,7 @@ CONFIGS = {**FAMILIES, **POSITIONS, "pre norm, no types": PRE_NORM}
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request) -> Encoder:
-    """Every parameter random, so that none can hide."""
-    torch.manual_seed(0)
-    module = CONFIGS[request.param].build().eval()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
-    return module
+    return oracles.randomised(CONFIGS[request.param])
 
 
 def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
