@@ -16,8 +16,8 @@ Apart   Some 0.2 million parameters and 0.4 MB of text instead of the paper's si
         year later, is not the paper's. Batch norm's running averages are one for all time steps. In the Transformer its
         rows are the tokens of the batch, so in training it sees a little of the future, which testing takes away. The
         runs at batch size 1 have more steps and fewer bytes than the others; they were made longer, and their check
-        divided in two, after a trial in which batch norm had not yet fallen behind. How long a step takes is not compared:
-        written in Python, an LSTM's norms cost what kernels would not. Where training ends up is not shown.
+        divided in two, after a trial in which batch norm had not yet fallen behind. How long a step takes is not
+        compared: written in Python, an LSTM's norms cost what kernels would not. Where training ends is not shown.
 """
 
 from __future__ import annotations
