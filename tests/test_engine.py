@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.data.tokenizers import byte_tokenizer, train_bpe
+from allyouneed.data.tokenizer_training import train_bpe
+from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate.beams import beam_search
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling

@@ -11,7 +11,8 @@ from allyouneed.core.errors import InputError
 from allyouneed.data.batches import Generated
 from allyouneed.data.masked import MaskedPairs, Masking, mask
 from allyouneed.data.packing import IGNORED
-from allyouneed.data.tokenizers import byte_tokenizer, train_wordpiece
+from allyouneed.data.tokenizer_training import train_wordpiece
+from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.models import bert
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.objectives.masked import masked, masked_and_pairs

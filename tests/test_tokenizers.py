@@ -26,13 +26,11 @@ from tokenizers import Tokenizer as Theirs
 from allyouneed.core.errors import InputError
 from allyouneed.data import materials
 from allyouneed.data.patterns import refusal
+from allyouneed.data.tokenizer_training import train_bpe, train_unigram, train_wordpiece
 from allyouneed.data.tokenizers import (
     BERT_TOKENS,
     Tokenizer,
     byte_tokenizer,
-    train_bpe,
-    train_unigram,
-    train_wordpiece,
 )
 from allyouneed.models.checkpoints.gguf import GGUF
 
@@ -710,7 +708,7 @@ def test_wordpiece_round_trip(tmp_path):
 def test_wordpiece_is_the_same_in_every_process():
     """The library's hash maps are seeded anew in each process, and its trainer would number pieces by them."""
     code = (
-        "from allyouneed.data.tokenizers import train_wordpiece as t\n"
+        "from allyouneed.data.tokenizer_training import train_wordpiece as t\n"
         "w = t(['the reader reads and rereads the readable reading list of readers'], 70)\n"
         "print([w.token(i) for i in range(w.vocab_size)])"
     )

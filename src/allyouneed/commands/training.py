@@ -100,7 +100,8 @@ def _model(
     name: str, texts: list[str], dim: int, layers: int, heads: int, length: int, vocab: int
 ) -> tuple[Decoder, Tokenizer]:
     """The module and tokenizer that `name` asks for."""
-    from allyouneed.data.tokenizers import byte_tokenizer, train_bpe
+    from allyouneed.data.tokenizer_training import train_bpe
+    from allyouneed.data.tokenizers import byte_tokenizer
     from allyouneed.models import bloom, gpt2, llama
     from allyouneed.models.checkpoints.loading import load_decoder, load_tokenizer
 

@@ -1,24 +1,31 @@
-"""Data files: JSON lines of the field's four kinds, and plain text. Read as they stream, or by line number.
+"""Data files: JSON lines of the field's kinds, and plain text. Read as they stream, or by line number.
 
     {"text": "…"}                                        Text
     {"messages": [{"role": "user", "content": "…"}, …]}  Chat
     {"prompt": "…", "completion": "…"}                   Completion
     {"prompt": "…", "chosen": "…", "rejected": "…"}      Preference
+    {"text": "…", "label": "…"}                          Labelled
+    {"text": "…", "text_pair": "…", "label": "…"}        LabelledPair
+    {"context": "…", "choices": ["…", …], "label": 0}    Choices
+    {"context": "…", "question": "…", "answers": {…}}    Spans, as of SQuAD: {"text": ["…"], "answer_start": [0]}
+    {"tokens": ["…", …], "tags": ["…", …]}               Tagged
 
-Prompts and answers may be strings or lists of messages; further keys are passed over. Nothing is tokenised here.
+Prompts and answers may be strings or lists of messages, labels and tags strings or whole numbers; further keys are
+passed over. Nothing is tokenised here.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, about
 
+Made = TypeVar("Made")
 Message = dict[str, str]  # role and content
 Turns = str | list[Message]
 ROLES = ("system", "user", "assistant", "tool")
@@ -56,9 +63,52 @@ class Preference:
     rejected: Turns
 
 
-Record = Text | Chat | Completion | Preference
-Kind = type[Text] | type[Chat] | type[Completion] | type[Preference]
-KINDS: tuple[Kind, ...] = (Text, Chat, Completion, Preference)
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its class."""
+
+    text: str
+    label: str | int
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """Two texts and the class of the pair."""
+
+    text: str
+    text_pair: str
+    label: str | int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A text, several that may follow it, and the number of the right one, from 0."""
+
+    context: str
+    choices: list[str]
+    label: int
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A text, a question about it, and passages of it that answer: `text` and, in characters, `answer_start`."""
+
+    context: str
+    question: str
+    answers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Words and the tag of each."""
+
+    tokens: list[str]
+    tags: list[str | int]
+
+
+Record = Text | Chat | Completion | Preference | Labelled | LabelledPair | Choices | Spans | Tagged
+Kind = type[Record]
+KINDS: tuple[Kind, ...] = (Text, Chat, Completion, Preference)  # what language models are trained on
 
 
 def read(path: Path | str, kinds: Sequence[Kind] = KINDS) -> Iterator[Record]:
@@ -70,6 +120,33 @@ def read(path: Path | str, kinds: Sequence[Kind] = KINDS) -> Iterator[Record]:
     path = Path(path)
     for number, _, line in _lines(path):
         yield parse(line, kinds, f"{path}: line {number}")
+
+
+def made(
+    path: Path | str, kinds: Sequence[Kind], make: Callable[[Any], Made], *, bad: list[str] | None = None
+) -> list[Made]:
+    """What `make` makes of each record of a file. Its `InputError`s get file and line put before them.
+
+    Args:
+        path: the file.
+        kinds: the kinds of records accepted.
+        make: called with each record.
+        bad: where it is given, errors of lines are added to it, and the lines left out.
+
+    Raises:
+        InputError: as of `read`, or what `make` raised.
+    """
+    path, found = Path(path), []
+    for number, _, line in _lines(path):
+        where = f"{path}: line {number}"
+        try:
+            with about(where):
+                found.append(make(parse(line, kinds, where)))
+        except InputError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+    return found
 
 
 class Lines(Sequence[Record]):
@@ -187,16 +264,64 @@ def _shown(found: dict[str, Any]) -> str:
 
 
 def _check(name: str, value: Any, where: str) -> None:
-    """Refuse a field that is neither text nor, where that may be, a conversation."""
+    """Refuse a value that a field of this name cannot have."""
+    strings = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    if name in _PLAIN:
+        accepted, fits = _PLAIN[name]
+        if not fits(value):
+            raise _not_accepted(name, value, accepted, where)
+        for text in strings:
+            if isinstance(text, str):
+                _check_text(name, text, where)
+        return
     if isinstance(value, str) and name != "messages":
         _check_text(name, value, where)
         return
-    if name == "text" or not isinstance(value, list) or not value:
-        accepted = {"text": "a string", "messages": "a list of messages"}.get(name, "a string or a list of messages")
-        shown = "an empty list" if value == [] else f"of type {type(value).__name__}"
-        raise InputError(f"{where}: field {name!r} is {shown}; accepted: {accepted}")
+    if not isinstance(value, list) or not value:
+        accepted = "a list of messages" if name == "messages" else "a string or a list of messages"
+        raise _not_accepted(name, value, accepted, where)
     for number, message in enumerate(value):
         _check_message(f"{name}[{number}]", message, where)
+
+
+def _not_accepted(name: str, value: Any, accepted: str, where: str) -> InputError:
+    shown = "an empty list" if value == [] else f"of type {type(value).__name__}"
+    return InputError(f"{where}: field {name!r} is {shown}; accepted: {accepted}")
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(of, value))
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_answers(value: Any) -> bool:
+    """SQuAD's: as many texts as places."""
+    if not isinstance(value, dict):
+        return False
+    texts, places = value.get("text"), value.get("answer_start")
+    whole = _is_list(texts, _is_string) and _is_list(places, lambda place: type(place) is int)
+    return whole and len(value["text"]) == len(value["answer_start"])
+
+
+# what fields of a plain form are, and whether a value is that; all other fields are text or a conversation
+_PLAIN: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a string", _is_string),
+    "text_pair": ("a string", _is_string),
+    "context": ("a string", _is_string),
+    "question": ("a string", _is_string),
+    "label": ("a string or a whole number", _is_label),
+    "choices": ("a list of strings", lambda value: _is_list(value, _is_string)),
+    "tokens": ("a list of strings", lambda value: _is_list(value, _is_string)),
+    "tags": ("a list of strings or whole numbers", lambda value: _is_list(value, _is_label)),
+    "answers": ('{"text": ["…"], "answer_start": [0]}, lists of one length', _are_answers),
+}
 
 
 def _check_message(name: str, message: Any, where: str) -> None:

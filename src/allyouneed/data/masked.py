@@ -109,7 +109,7 @@ class MaskedPairs(Generated):
     Raises:
         InputError: fewer than two documents of two sentences, or a tokenizer without these tokens.
 
-    >>> from allyouneed.data.tokenizers import train_wordpiece
+    >>> from allyouneed.data.tokenizer_training import train_wordpiece
     >>> texts = [["one two", "three four"], ["a b", "c d"]]
     >>> tokenizer = train_wordpiece([" ".join(text) for text in texts], 60)
     >>> documents = [tokenizer.encode_batch(text) for text in texts]

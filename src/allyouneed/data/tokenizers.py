@@ -12,15 +12,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, read_text, write_json, write_text
 from allyouneed.data import vocabularies
 from allyouneed.data.tokenizer_json import build, guarded
 
 END_OF_TEXT = "<|endoftext|>"
-BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # what `train_wordpiece` begins its vocabulary with
+BERT_TOKENS = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+)  # what `tokenizer_training.train_wordpiece` begins its vocabulary with
 
 
 class Tokenizer:
@@ -106,6 +110,51 @@ class Tokenizer:
                 whole = backend.post_process(sides[0], sides[1], True)
                 found.append((whole.ids, whole.type_ids))
         return found
+
+    def locate(self, text: str, pair: str) -> tuple[list[int], list[int], list[tuple[int, int] | None]]:
+        """As `encode_pairs` for one pair, and for each token of the second text the characters (first, end) it stands
+        for; None for all others.
+        """
+        self._check_texts([text, pair])
+        with guarded(self.name):
+            whole = self._backend.encode(text, pair, add_special_tokens=True)
+        of = whole.sequence_ids
+        return whole.ids, whole.type_ids, [p if of[i] == 1 else None for i, p in enumerate(whole.offsets)]
+
+    def framed(self, start: str, between: str, end: str) -> Tokenizer:
+        """This vocabulary and three special tokens, which `add_special_tokens` puts around a text, and between two
+        (Radford et al. 2018, sec. 3.3). Tokens it has already keep their ids.
+
+        >>> tokenizer = byte_tokenizer().framed("<s>", "<$>", "<e>")
+        >>> tokenizer.encode("A", add_special_tokens=True), tokenizer.encode_pairs([("A", "B")])[0][0]
+        ([257, 65, 259], [257, 65, 258, 66, 259])
+        """
+        tokens = {token: self.token_id(token) for token in (start, between, end)}
+        spec = json.loads(self._backend.to_str())
+        free = iter(range(self.vocab_size, self.vocab_size + 3))
+        ids = {token: next(free) if known is None else known for token, known in tokens.items()}
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        spec["added_tokens"] += [
+            {"id": i, "content": token} | plain for token, i in ids.items() if tokens[token] is None
+        ]
+        first, second, *frame = (
+            *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"),
+            *({"SpecialToken": {"id": token, "type_id": 0}} for token in ids),
+        )
+        spec["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [frame[0], first, frame[2]],
+            "pair": [frame[0], first, frame[1], second, frame[2]],
+            "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()},
+        }
+        return Tokenizer(
+            spec,
+            name=self.name,
+            bos_id=self.bos_id,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            chat_template=self.chat_template,
+        )
 
     def _shortened(self, text: str, add_special_tokens: bool, most: int) -> list[int]:
         encoding = self._backend.encode(text, add_special_tokens=False)
@@ -210,7 +259,7 @@ class Tokenizer:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
         except OSError as error:
             raise InputError(f"{name}: {error.strerror}") from None
-        return _with_end(vocabularies.from_ranks(data, name, split, special_tokens), special_tokens, name)
+        return with_end(vocabularies.from_ranks(data, name, split, special_tokens), special_tokens, name)
 
     @classmethod
     def from_vocab_txt(cls, path: str | Path, *, lowercase: bool = True) -> Tokenizer:
@@ -229,7 +278,7 @@ class Tokenizer:
             if not token or token in seen:
                 raise InputError(f"{path}: line {number} is empty, or a token that stood there before")
             seen.add(token)
-        return _wordpiece({token: i for i, token in enumerate(tokens)}, lowercase, str(path))
+        return wordpiece_tokenizer({token: i for i, token in enumerate(tokens)}, lowercase, str(path))
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `from_folder` and transformers' AutoTokenizer read.
@@ -307,101 +356,12 @@ class Stream:
 
 def byte_tokenizer(special_tokens: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
     """Bytes as ids, and `special_tokens` from 256 on, the first of which begins, ends and pads."""
-    return _with_end(vocabularies.of_bytes(special_tokens), special_tokens, "bytes")
+    return with_end(vocabularies.of_bytes(special_tokens), special_tokens, "bytes")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
-    """A byte-level BPE learned from `texts`, words cut as GPT-2 cuts them (Sennrich et al. 2016; Radford et al. 2019).
-
-    The first of `special_tokens`, whose ids come first, begins, ends and pads. The same texts give the same ids.
-
-    Raises:
-        InputError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
-    """
-    least = 256 + len(special_tokens)
-    if vocab_size < least:
-        raise InputError(f"vocab_size is {vocab_size}; at least {least} are needed: 256 bytes and the special tokens")
-    spec = vocabularies.byte_level({}, [], split="gpt2")
-    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special_tokens),
-        initial_alphabet=sorted(vocabularies.byte_characters()),
-        show_progress=False,
-    )
-    with guarded("train_bpe"):
-        backend.train_from_iterator(texts, trainer)
-    return _with_end(json.loads(backend.to_str()), special_tokens, "bpe")
-
-
-def train_unigram(texts: Iterable[str], vocab_size: int, sentinels: int = 100) -> Tokenizer:
-    """A SentencePiece unigram vocabulary learned from `texts` and used as T5 does (Kudo 2018; Raffel et al. 2020, 2.2).
-
-    `<pad>` is 0, `</s>` 1, `<unk>` 2; the last `sentinels` ids are `<extra_id_0>` and so on, the highest first.
-    `add_special_tokens` ends a text. `vocab_size` counts everything; what the texts cannot fill stays out. Text is
-    normalised by NFKC and runs of spaces become one, so that decoding gives back the text up to that. The library adds
-    up in no fixed order, so that another run may give other last digits and swap tokens that are equally likely.
-
-    Raises:
-        InputError: `vocab_size` leaves no room for the sentinels and 3 special tokens.
-    """
-    if sentinels < 0 or vocab_size <= sentinels + 3:
-        raise InputError(f"vocab_size is {vocab_size}; more than {sentinels} sentinels and 3 special tokens are needed")
-    trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=vocab_size - sentinels,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        show_progress=False,
-    )
-    backend = tokenizers.Tokenizer.from_str(json.dumps(vocabularies.unigram([("<unk>", 0.0)], unknown=0)))
-    with guarded("train_unigram"):
-        backend.train_from_iterator(texts, trainer)
-    model = json.loads(backend.to_str())["model"]
-    names = [f"<extra_id_{n}>" for n in reversed(range(sentinels))]
-    vocab = [*model["vocab"], *((name, 0.0) for name in names)]
-    spec = vocabularies.unigram(vocab, unknown=model["unk_id"], special=("<pad>", "</s>", "<unk>", *names), end="</s>")
-    return Tokenizer(spec, name="unigram", eos_ids=(1,), pad_id=0)
-
-
-def train_wordpiece(
-    texts: Iterable[str], vocab_size: int, *, lowercase: bool = True, special_tokens: Sequence[str] = ()
+def wordpiece_tokenizer(
+    vocab: dict[str, int], lowercase: bool, name: str, special: Sequence[str] = BERT_TOKENS
 ) -> Tokenizer:
-    """A vocabulary of word pieces like BERT's: `BERT_TOKENS`, `special_tokens`, characters, pieces by frequency.
-
-    Pieces are joined by how often they stand together, as in BPE, where Wu et al. (2016, sec. 4.1) joined those that
-    raise the text's likelihood most; encoding takes the longest piece first, as theirs. The same texts give the same
-    ids.
-
-    Raises:
-        InputError: `vocab_size` leaves no room for the characters and the special tokens.
-
-    >>> tokenizer = train_wordpiece(["low lower lowest", "new newer newest"], 40)
-    >>> [tokenizer.token(i) for i in tokenizer.encode("Lower", add_special_tokens=True)]
-    ['[CLS]', 'lower', '[SEP]']
-    """
-    texts, special = list(texts), [*BERT_TOKENS, *special_tokens]
-    bare = build(vocabularies.wordpiece({token: i for i, token in enumerate(special)}, special, lowercase), "wordpiece")
-    normalizer, splitter = bare.normalizer, bare.pre_tokenizer
-    assert normalizer is not None and splitter is not None
-    starts: set[str] = set()
-    others: set[str] = set()
-    for text in texts:
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
-            starts.add(word[0])
-            others.update(word[1:])
-    # known beforehand and in order: the trainer would number what continues a word as its hash map yields it
-    fixed = [*special, *sorted(starts), *sorted("##" + character for character in others)]
-    if vocab_size < len(fixed):
-        raise InputError(f"vocab_size is {vocab_size}; the characters and the special tokens alone take {len(fixed)}")
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=fixed, continuing_subword_prefix="##", show_progress=False
-    )
-    with guarded("train_wordpiece"):
-        bare.train_from_iterator(texts, trainer)
-    return _wordpiece(bare.get_vocab(with_added_tokens=True), lowercase, "wordpiece", special)
-
-
-def _wordpiece(vocab: dict[str, int], lowercase: bool, name: str, special: Sequence[str] = BERT_TOKENS) -> Tokenizer:
     """A tokenizer whose special tokens have the roles that BERT gives them."""
     special = [token for token in special if token in vocab]
     spec = vocabularies.wordpiece(vocab, special, lowercase)
@@ -419,7 +379,7 @@ def _shorten(sides: list[Any], most: int) -> None:
     longer.truncate(max(most - kept, 0))
 
 
-def _with_end(spec: dict[str, Any], special_tokens: Sequence[str], name: str) -> Tokenizer:
+def with_end(spec: dict[str, Any], special_tokens: Sequence[str], name: str) -> Tokenizer:
     """A tokenizer whose first special token begins, ends and pads."""
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     end = ids[special_tokens[0]] if special_tokens else None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from allyouneed.models.stack import Stack
 from allyouneed.nn.caches import Cache
-from allyouneed.nn.sight import whole_rows, within_segments
+from allyouneed.nn.sight import last, whole_rows, within_segments
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,21 @@ class Decoder(Stack):
         else:
             sight = whole_rows(self.positions, ids)
         return self.read(ids, sight, cache)
+
+    def summary(self, hidden: Tensor, segments: Tensor) -> Tensor:
+        """One vector of each row, that of its last token, the only one that has seen all: (B, T, dim) -> (B, dim)."""
+        return last(hidden, segments)
+
+    def grow(self, vocab_size: int) -> None:
+        """Room for further tokens, in place: their embeddings are drawn with the mean and spread of those there are."""
+        more = vocab_size - self.config.vocab_size
+        if more <= 0:
+            return
+        layers = [self.embedding] if self.config.tied else [self.embedding, self.head]
+        for layer in layers:
+            known = layer.weight.detach()
+            drawn = known.mean(0) + known.std(0) * torch.randn(more, known.shape[1], device=known.device)
+            layer.weight = nn.Parameter(torch.cat((known, drawn.to(known.dtype))))
+        self.embedding.num_embeddings = self.head.out_features = vocab_size
+        self.config = self.config.replace(vocab_size=vocab_size)
+        self.retie()

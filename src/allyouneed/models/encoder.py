@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from allyouneed.models.stack import Stack
 from allyouneed.nn.ffn import ACTIVATIONS
-from allyouneed.nn.sight import whole_rows, within_segments
+from allyouneed.nn.sight import last, whole_rows, within_segments
 
 
 class Encoder(Stack):
@@ -67,6 +67,13 @@ class Encoder(Stack):
         """tanh(W h₀ + b) of each row's first token: (B, T, dim) -> (B, dim)."""
         assert self.pooler is not None, "this encoder has no pooler"
         return torch.tanh(self.pooler(hidden[:, 0]))
+
+    def summary(self, hidden: Tensor, segments: Tensor) -> Tensor:
+        """One vector of each row, that of its first token, pooled where there is a pooler; of a causal encoder that of
+        its last token, the only one that has seen all: (B, T, dim) -> (B, dim).
+        """
+        seen = last(hidden, segments)[:, None] if self.causal else hidden[:, :1]
+        return seen[:, 0] if self.pooler is None else self.pool(seen)
 
     def retie(self) -> None:
         """Nothing is shared."""

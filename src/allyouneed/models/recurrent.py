@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from allyouneed import core
 from allyouneed.models.decoder import Output
 from allyouneed.nn import recurrent
+from allyouneed.nn.sight import last
 
 
 class RecurrentModel(core.Configured, nn.Module):
@@ -57,12 +58,19 @@ class RecurrentModel(core.Configured, nn.Module):
         """Token ids (B, T) -> logits. `segments` (B, T) numbers the documents of a row, each of which begins anew; 0 is
         padding. None: each row is one document.
         """
+        return Output(self.head(self.hidden(ids, segments)))
+
+    def hidden(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """What the head sees: (B, T) -> (B, T, dim)."""
         begins = None
         if segments is not None:
             begins = torch.ones_like(segments, dtype=torch.bool)
             begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        hidden, _ = self.read(ids, begins=begins)
-        return Output(self.head(hidden))
+        return self.read(ids, begins=begins)[0]
+
+    def summary(self, hidden: Tensor, segments: Tensor) -> Tensor:
+        """One vector of each row, that of its last token: (B, T, dim) -> (B, dim)."""
+        return last(hidden, segments)
 
     def read(
         self, ids: Tensor, states: list[recurrent.State] | None = None, begins: Tensor | None = None

@@ -121,6 +121,16 @@ def places(segments: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(1).values
 
 
+def last(x: Tensor, segments: Tensor) -> Tensor:
+    """The vector of each row's last token that is no padding: (B, T, dim) and (B, T) -> (B, dim).
+
+    >>> last(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[1, 1, 0]])).tolist()
+    [[2.0]]
+    """
+    place = (segments != 0).long().cumsum(1).argmax(1)
+    return x[torch.arange(len(x), device=x.device), place]
+
+
 def _own_documents(segments: Tensor) -> Tensor:
     """Which token sees which by document alone: (B, T) -> (B, 1, T, T)."""
     same = segments[:, None, :, None] == segments[:, None, None, :]

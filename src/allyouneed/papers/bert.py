@@ -37,7 +37,8 @@ from allyouneed.data.batches import Epochs
 from allyouneed.data.chronicle import Chronicle
 from allyouneed.data.masked import MaskedPairs, Masking
 from allyouneed.data.packing import IGNORED, Batch
-from allyouneed.data.tokenizers import Tokenizer, train_wordpiece
+from allyouneed.data.tokenizer_training import train_wordpiece
+from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.models import bert
 from allyouneed.models.encoder import MaskedModel
 from allyouneed.objectives.loss import Loss

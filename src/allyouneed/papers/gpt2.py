@@ -30,7 +30,7 @@ from allyouneed import core
 from allyouneed.core.seeds import seed_everything
 from allyouneed.data.batches import Windows
 from allyouneed.data.chronicle import Chronicle
-from allyouneed.data.tokenizers import train_bpe
+from allyouneed.data.tokenizer_training import train_bpe
 from allyouneed.evaluate.options import Question, accuracy, correct, score_options, with_demonstrations
 from allyouneed.evaluate.tasks import tasks
 from allyouneed.generate.load import load

@@ -17,15 +17,16 @@ from allyouneed.core import files
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, about, unknown
 from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, t5
-from allyouneed.models.checkpoints import weights
+from allyouneed.models.checkpoints import heads, weights
 from allyouneed.models.checkpoints.family import HEAD_STORED, Family
 from allyouneed.models.checkpoints.fields import LARGEST, Fields
 from allyouneed.models.checkpoints.names import HOMELESS, SHOWN, Rule, listed, to_ours, to_theirs
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder import Encoder, MaskedModel
 from allyouneed.models.encoder_decoder import EncoderDecoder
+from allyouneed.models.heads import Chooser, Classifier, Head, SpanReader, Tagger
 
-Model = Decoder | Encoder | EncoderDecoder
+Model = Decoder | Encoder | EncoderDecoder | Head
 _FAMILIES: tuple[Family[Any], ...] = (
     gpt.HUGGING_FACE,
     gpt2.HUGGING_FACE,
@@ -42,10 +43,13 @@ _FAMILIES: tuple[Family[Any], ...] = (
 FAMILIES: dict[str, tuple[Family[Any], ...]] = {}
 for _family in _FAMILIES:
     FAMILIES[_family.model_type] = (*FAMILIES.get(_family.model_type, ()), _family)
+# What these are with a head for labels; the first family of a type is the one that heads are put on.
+HEADED = {model_type: heads.over(families[0]) for model_type, families in FAMILIES.items()}
 OURS = "allyouneed"
 OWN_BLOCKS: dict[type, dict[str, str]] = {
     **{kind: {"i": "blocks."} for kind in (Decoder, Encoder, MaskedModel)},
     EncoderDecoder: {"i": "encoder.blocks.", "j": "decoder.blocks."},
+    **{kind: {"i": "model.blocks."} for kind in (Classifier, Chooser, Tagger, SpanReader)},
 }
 
 
@@ -81,14 +85,15 @@ def family_of(fields: Fields) -> Family[Any]:
     Raises:
         InputError: no such `model_type`, or none of its families has the architecture.
     """
-    families = FAMILIES[fields.choice("model_type", FAMILIES)]
-    if len(families) == 1:
-        return families[0]
+    model_type = fields.choice("model_type", FAMILIES)
+    families = FAMILIES[model_type]
     named = fields.values.get("architectures")
     first = named[0] if isinstance(named, list) and named else named
-    for family in families:
+    for family in (*families, *HEADED[model_type]):
         if family.architecture == first:
             return family
+    if len(families) == 1:
+        return families[0]
     raise fields.wrong(
         "architectures", named, "first of all " + " or ".join(family.architecture for family in families)
     )
@@ -97,9 +102,9 @@ def family_of(fields: Fields) -> Family[Any]:
 def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write config.json and weights; `transformers` loads them with the same outputs where it has such a model."""
     state = _state(module)
-    if not {"embedding.weight", "encoder.embedding.weight"} & set(state):
+    if not {"embedding.weight", "encoder.embedding.weight", "model.embedding.weight"} & set(state):
         raise InputError(f"{folder}: packed weights have no such layout; load the model with packed=False to save it")
-    for family in (family for families in FAMILIES.values() for family in families):
+    for family in (family for known in (FAMILIES, HEADED) for families in known.values() for family in families):
         if family.fits(module.config):
             described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(
                 module.config
