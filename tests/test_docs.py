@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_commands(command, tmp_path_factory):
     here = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
     folder = tmp_path_factory.getbasetemp() / "docs"
-    folder.mkdir(exist_ok=True)
+    shutil.copytree(HOME / "docs" / "examples", folder / "docs" / "examples", dirs_exist_ok=True)
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

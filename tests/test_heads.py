@@ -156,7 +156,7 @@ def test_spans_and_tags_find_their_tokens():
     assert tokenizer.decode(span.example.ids[0][begin : end + 1]) == "né"
     assert span.places[begin] == (4, 5) and span.places[end] == (5, 6)
     made = labelled.of_tags(tokenizer, ["ab", "c"], [2, 1])
-    assert made.labels == (2, IGNORED, 1, IGNORED)  # the space before a word belongs to it
+    assert made.labels == (IGNORED, 2, IGNORED, 1, IGNORED, IGNORED)  # the space before a word belongs to it
     with pytest.raises(InputError, match=r"answers: 'dog' at character 4, where 'né ' is"):
         labelled.of_span(tokenizer, "who", "the né cat", [("dog", 4)])
     with pytest.raises(InputError, match="2 tokens and 1 tags"):

@@ -91,13 +91,14 @@ def of_tags(tokenizer: Tokenizer, words: Sequence[str], tags: Sequence[int]) -> 
     """
     if len(words) != len(tags):
         raise InputError(f"{len(words)} tokens and {len(tags)} tags; as many of one as of the other are needed")
-    ids, labels = [], []
-    for i, (word, tag) in enumerate(zip(words, tags, strict=True)):
-        pieces = tokenizer.encode(word if i == 0 else f" {word}")
-        if not pieces:
-            raise InputError(f"tokens[{i}] is {brief(word)}, of which the vocabulary makes no token")
-        ids += pieces
-        labels += [tag] + [IGNORED] * (len(pieces) - 1)
+    ids, words_of = tokenizer.encode_words(words)
+    labels, before = [], None
+    for i in words_of:
+        labels.append(IGNORED if i is None or i == before else tags[i])
+        before = i
+    lost = sorted(set(range(len(words))) - set(words_of))
+    if lost:
+        raise InputError(f"tokens[{lost[0]}] is {brief(words[lost[0]])}, of which the vocabulary makes no token")
     return Example((ids,), ([0] * len(ids),), tuple(labels))
 
 
@@ -110,10 +111,8 @@ def of_span(tokenizer: Tokenizer, question: str, context: str, answers: Sequence
     for text, start in answers:
         if not text or start < 0 or context[start : start + len(text)] != text:
             there = brief(context[max(start, 0) : max(start, 0) + len(text)])
-            beyond = (
-                f"beyond the context of {len(context)} characters" if start >= len(context) else f"where {there} is"
-            )
-            raise InputError(f"answers: {brief(text)} at character {start}, {beyond}; the span must lie in the context")
+            found = f"where {there} is" if start < len(context) else f"beyond the {len(context)} of the context"
+            raise InputError(f"answers: {brief(text)} at character {start}, {found}; the span must lie in the context")
     ids, types, spots = tokenizer.locate(question, context)
     places = tuple(None if place is None else _without_spaces(context, place) for place in spots)
     (text, start), *_ = answers

@@ -66,7 +66,7 @@ def train_unigram(texts: Iterable[str], vocab_size: int, sentinels: int = 100) -
     return Tokenizer(spec, name="unigram", eos_ids=(1,), pad_id=0)
 
 
-def trainwordpiece_tokenizer(
+def train_wordpiece(
     texts: Iterable[str], vocab_size: int, *, lowercase: bool = True, special_tokens: Sequence[str] = ()
 ) -> Tokenizer:
     """A vocabulary of word pieces like BERT's: `BERT_TOKENS`, `special_tokens`, characters, pieces by frequency.
@@ -78,7 +78,7 @@ def trainwordpiece_tokenizer(
     Raises:
         InputError: `vocab_size` leaves no room for the characters and the special tokens.
 
-    >>> tokenizer = trainwordpiece_tokenizer(["low lower lowest", "new newer newest"], 40)
+    >>> tokenizer = train_wordpiece(["low lower lowest", "new newer newest"], 40)
     >>> [tokenizer.token(i) for i in tokenizer.encode("Lower", add_special_tokens=True)]
     ['[CLS]', 'lower', '[SEP]']
     """

@@ -121,6 +121,14 @@ class Tokenizer:
         of = whole.sequence_ids
         return whole.ids, whole.type_ids, [p if of[i] == 1 else None for i, p in enumerate(whole.offsets)]
 
+    def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
+        """The ids of a text given as words, special tokens around it, and the number of the word that each is of."""
+        self._check_texts(words)
+        with guarded(self.name):
+            spaced = [word if i == 0 else f" {word}" for i, word in enumerate(words)]
+            whole = self._backend.encode(spaced, is_pretokenized=True, add_special_tokens=True)
+        return whole.ids, whole.word_ids
+
     def framed(self, start: str, between: str, end: str) -> Tokenizer:
         """This vocabulary and three special tokens, which `add_special_tokens` puts around a text, and between two
         (Radford et al. 2018, sec. 3.3). Tokens it has already keep their ids.

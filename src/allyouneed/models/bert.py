@@ -76,6 +76,13 @@ def encoder_of(config: Encoder.Config) -> Encoder.Config:
     return Encoder.Config(**{field.name: getattr(config, field.name) for field in fields(Encoder.Config)})
 
 
+def encoder_from(model: MaskedModel) -> Encoder:
+    """The encoder of a pre-trained model, its tensors shared with it."""
+    encoder: Encoder = encoder_of(model.config).build()
+    encoder.load_state_dict({name: model.state_dict()[name] for name in encoder.state_dict()}, assign=True)
+    return encoder.train(model.training)
+
+
 def _read(found: Fields) -> MaskedModel.Config:
     for name, only in (
         ("is_decoder", False),

@@ -75,9 +75,9 @@ class Decoder(Stack):
         more = vocab_size - self.config.vocab_size
         if more <= 0:
             return
-        layers = [self.embedding] if self.config.tied else [self.embedding, self.head]
+        layers: list[nn.Embedding | nn.Linear] = [self.embedding, *([] if self.config.tied else [self.head])]
         for layer in layers:
-            known = layer.weight.detach()
+            known = layer.weight.data
             drawn = known.mean(0) + known.std(0) * torch.randn(more, known.shape[1], device=known.device)
             layer.weight = nn.Parameter(torch.cat((known, drawn.to(known.dtype))))
         self.embedding.num_embeddings = self.head.out_features = vocab_size

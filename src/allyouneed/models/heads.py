@@ -48,8 +48,8 @@ class Head(core.Configured, nn.Module):
         @property
         def layers(self) -> dict[str, int]:
             """As of the model."""
-            layers: dict[str, int] = self.model.layers
-            return layers
+            assert not isinstance(self.model, RecurrentModel.Config), "a recurrent model has no numbered blocks"
+            return self.model.layers
 
     config: Config
 

@@ -37,7 +37,7 @@ class Family(Generic[C]):
         """Whether this layout can say all of `config`: what it writes, it reads back."""
         try:
             again = self.read(Fields(self.write(config), self.model_type))
-        except (ValueError, AttributeError, KeyError):  # a part that this family has no field for
+        except (ValueError, AttributeError, KeyError, TypeError):  # a part that this family has no field for
             return False
         return _computation(again.to_json()) == _computation(config.to_json())
 

@@ -61,7 +61,9 @@ def _headed(base: Family[Any], architecture: str, kind: type[Head], layer: str) 
         return kind.Config(model=model, labels=labels, bias=bias, pad_id=pad_id)
 
     def write(config: Any) -> dict[str, Any]:
-        model = config.model.replace(pooled=True) if unpooled else config.model
+        model = config.model
+        if encoder:
+            model = model.replace(pooled=unpooled or model.pooled)
         names = {
             "id2label": {str(i): label for i, label in enumerate(config.labels)},
             "label2id": {label: i for i, label in enumerate(config.labels)},

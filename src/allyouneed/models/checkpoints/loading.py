@@ -11,6 +11,7 @@ from allyouneed.models.checkpoints import ggml, huggingface
 from allyouneed.models.checkpoints.gguf import GGUF
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder import Encoder
+from allyouneed.models.heads import Head
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
 
@@ -52,7 +53,9 @@ def as_decoder(module: huggingface.Model, name: object) -> Decoder:
     """
     if isinstance(module, Decoder):
         return module
-    does = "only reads" if isinstance(module, Encoder) else "reads a source and writes a target"
+    does = "reads a source and writes a target"
+    if isinstance(module, Encoder | Head):
+        does = "only reads" if isinstance(module, Encoder) else "tells labels"
     raise InputError(f"{name}: {does}; a decoder is wanted, which continues a text")
 
 
