@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -150,6 +150,7 @@ class Labels:
 
 
 Maker = Callable[[Tokenizer, Labels, Any], Any]
+Made = TypeVar("Made", Example, Span)
 
 
 def _classify(tokenizer: Tokenizer, labels: Labels, record: jsonl.Labelled) -> Example:
@@ -214,7 +215,7 @@ def example_of(made: Example | Span) -> Example:
     return made.example if isinstance(made, Span) else made
 
 
-def within(made: Example | Span, most: int) -> Example | Span:
+def within(made: Made, most: int) -> Made:
     """The same, if it fits.
 
     Raises:

@@ -1,0 +1,104 @@
+"""Tasks that real text sets by itself, whose right answers nobody had to write down: lines of documents as they stand,
+and with something exchanged. Each is labelled as data files are (`data.jsonl`).
+
+>>> lines = tuple(f"line {n} of a play of many words" for n in range(40))
+>>> [record.label for record in order([lines], 4, seed=0)]
+[1, 0, 1, 0]
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from allyouneed.core.errors import InputError
+from allyouneed.core.seeds import derive
+from allyouneed.data.jsonl import Choices, Labelled, LabelledPair
+
+Lines = Sequence[str]  # of one document, in order
+Made = TypeVar("Made")
+
+
+def lines(text: str, least: int = 20) -> tuple[str, ...]:
+    """The lines that have `least` characters, without the space around them; shorter ones name speakers or are bare."""
+    return tuple(line.strip() for line in text.splitlines() if len(line.strip()) >= least)
+
+
+def order(documents: Sequence[Lines], count: int, seed: int) -> list[Labelled]:
+    """Is a line as it was written (1), or were two words that stand together exchanged (0)?"""
+
+    def make(source: random.Random, right: bool) -> Labelled | None:
+        words = _line(documents, source)[0].split()
+        places = [i for i in range(len(words) - 1) if words[i].lower() != words[i + 1].lower()]
+        if not places:
+            return None
+        if not right:
+            i = source.choice(places)
+            words[i : i + 2] = words[i + 1], words[i]
+        return Labelled(" ".join(words), int(right))
+
+    return _made(make, count, seed, "order")
+
+
+def follows(documents: Sequence[Lines], count: int, seed: int) -> list[LabelledPair]:
+    """Does the second line follow the first (1), or is it another of the same document (0)?"""
+
+    def make(source: random.Random, right: bool) -> LabelledPair | None:
+        first, second, others = _line(documents, source, before=1)
+        other = second if right else source.choice(others)
+        return LabelledPair(first, other, int(right)) if right or other not in (first, second) else None
+
+    return _made(make, count, seed, "follows")
+
+
+def same_work(documents: Sequence[Lines], count: int, seed: int, length: int = 2) -> list[LabelledPair]:
+    """Are two passages of `length` lines of the same document (1) or of two (0)?"""
+
+    def make(source: random.Random, right: bool) -> LabelledPair | None:
+        one, other = source.sample(range(len(documents)), 2)
+        first, second = (_passage(documents[i], length, source) for i in (one, one if right else other))
+        return LabelledPair(first, second, int(right)) if first != second else None
+
+    if len(documents) < 2:
+        raise InputError(f"{len(documents)} documents; to tell whether two passages are of the same takes two")
+    return _made(make, count, seed, "same work")
+
+
+def continuation(documents: Sequence[Lines], count: int, seed: int, length: int = 2, options: int = 4) -> list[Choices]:
+    """Which of `options` lines of a document follows `length` of its lines?"""
+
+    def make(source: random.Random, _: bool) -> Choices | None:
+        *context, right, others = _line(documents, source, before=length)
+        choices = [right, *source.sample(others, options - 1)]
+        if len(set(choices)) < options:
+            return None
+        source.shuffle(choices)
+        return Choices("\n".join(context), choices, choices.index(right))
+
+    return _made(make, count, seed, "continuation")
+
+
+def _made(make: Callable[[random.Random, bool], Made | None], count: int, seed: int, name: str) -> list[Made]:
+    """`count` records, every other one right, none twice."""
+    source = random.Random(derive(seed, "passages", name))
+    found: dict[str, Made] = {}
+    for _ in range(100 * count):
+        if len(found) == count:
+            return list(found.values())
+        record = make(source, len(found) % 2 == 0)
+        if record is not None:
+            found.setdefault(repr(record), record)
+    raise InputError(f"{name}: only {len(found)} different examples in these documents; {count} were asked for")
+
+
+def _line(documents: Sequence[Lines], source: random.Random, before: int = 0) -> list[Any]:
+    """A line with those `before` it, and last all lines of its document; long documents come oftener."""
+    document = source.choices(documents, [max(len(one) - before, 0) for one in documents])[0]
+    start = source.randrange(len(document) - before)
+    return [*document[start : start + before + 1], document]
+
+
+def _passage(document: Lines, length: int, source: random.Random) -> str:
+    start = source.randrange(max(1, len(document) - length + 1))
+    return "\n".join(document[start : start + length])
