@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.evaluate import options, perplexity, statistics
+from allyouneed.evaluate import options, perplexity, statistics, timing
 from allyouneed.evaluate.options import Question, Scores
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lm_eval_options.json").read_text(encoding="utf-8"))
@@ -371,3 +372,19 @@ class TestFewshot:
     )
     def test_exact_match(self, generated, answers, same):
         assert options.exact_match(generated, answers) is same
+
+
+def test_two_ways_are_timed_in_turn_on_the_same_given():
+    done: list[tuple[str, int]] = []
+
+    def one(what: int) -> None:
+        done.append(("one", what))
+        time.sleep(0.002)
+
+    def other(what: int) -> None:
+        done.append(("other", what))
+        time.sleep(0.02)
+
+    found = timing.ratios(one, other, given=iter(range(9)), repeats=4, warm_up=1)
+    assert done == [(name, i) for i in range(5) for name in ("one", "other")]
+    assert len(found) == 4 and min(found) > 1

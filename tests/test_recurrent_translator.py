@@ -8,6 +8,7 @@ from allyouneed.core.seeds import seed_everything
 from allyouneed.generate.beams import beam_search
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.translations import greedy, with_beams
 from allyouneed.models.recurrent_translator import Answering, RecurrentTranslator
 
 
@@ -69,6 +70,18 @@ def test_generation_is_argmax_of_the_forward_pass():
 
 
 @torch.inference_mode()
+@torch.inference_mode()
+def test_translations_of_many_are_those_of_each():
+    module, sources = model(), [ids(1, length, seed=length)[0].tolist() for length in (3, 6, 4)]
+    together = greedy(module, sources, start=1, end=2, most=7)
+    beams = with_beams(module, sources, start=1, end=2, most=7, beams=1)
+    assert beams == together
+    for source, written in zip(sources, together, strict=True):
+        best = module(torch.tensor([source]), torch.tensor([[1, *written]])).logits[0].argmax(-1).tolist()
+        assert best[: len(written)] == written and 2 not in written
+        assert len(written) == 7 or best[-1] == 2
+
+
 def test_beams_find_what_is_likelier_than_greedy():
     module, source = model(), ids(1, 6)
     engine = Engine(Answering(module, source), eos_ids=[2])

@@ -11,7 +11,7 @@ from allyouneed.generate.beams import beam_search, gnmt
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 from allyouneed.models import transformer
-from allyouneed.models.encoder_decoder import Answering, EncoderDecoder
+from allyouneed.models.encoder_decoder import Answering, EncoderDecoder, cross_weights
 
 TOLERANCE = 1e-5
 
@@ -155,6 +155,15 @@ def test_beams_score_what_the_forward_pass_scores(model):
         assert abs(logprobs.sum().item() - hypothesis.logprob) < 1e-4
         assert hypothesis.score == pytest.approx(hypothesis.logprob / ((5 + len(hypothesis.tokens)) / 6) ** 0.6)
     assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+
+
+def test_where_the_writer_looks_does_not_depend_on_the_other_rows(model):
+    source, target = ids(2, 6), ids(2, 5, seed=1)
+    weights = cross_weights(model, source, target)
+    assert weights.shape == (2, 5, 6) and weights.min() >= 0
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
+    torch.testing.assert_close(cross_weights(model, source[:1], target[:1])[0], weights[0])
+    torch.testing.assert_close(cross_weights(model, source, target[:, :3]), weights[:, :3])
 
 
 def test_config_survives_json_and_embeddings_are_one(model):

@@ -8,6 +8,7 @@ import torch
 from allyouneed.core.seeds import generator
 from allyouneed.data.languages import END, SPECIAL, START, Languages
 from allyouneed.data.pairs import apart, bucketed
+from allyouneed.evaluate.translation import agreement, pooled
 from allyouneed.objectives.translation import translation
 
 
@@ -31,6 +32,16 @@ def test_the_ending_agrees_over_the_distance_that_is_told(world):
         noun = sentence[verb - 1]
         places = [i for i, word in enumerate(target) if word in (world.meaning[noun], world.first_compound + noun - 3)]
         assert len(target) - 1 - places[0] - 1 == world.distance(sentence)
+
+
+def test_endings_are_counted_by_distance(world):
+    pairs = world.pairs(60, seed=4)
+    found = [target if i % 3 else target[:-1] for i, (_, target) in enumerate(pairs)]
+    counts = agreement(world, found, pairs)
+    assert [sum(value[i] for value in counts.values()) for i in (0, 1)] == [40, 60]
+    assert pooled([agreement(world, [target for _, target in pairs], pairs)] * 2, fewest=1).keys() == set(
+        map(int, counts)
+    )
 
 
 def test_nothing_held_out_is_ever_trained_on(world):

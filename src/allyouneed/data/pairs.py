@@ -6,7 +6,7 @@ target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -18,6 +18,15 @@ from allyouneed.data.packing import IGNORED, Batch, answer, pad_right
 
 Pair = tuple[Sequence[int], Sequence[int]]
 Collate = Callable[[Sequence[Pair]], Batch]
+
+
+def ended(pairs: Iterable[Pair], end: int) -> list[Pair]:
+    """Pairs whose targets close with `end`, which the model has to write.
+
+    >>> ended([((5, 6), (7,))], end=2)
+    [((5, 6), (7, 2))]
+    """
+    return [(source, (*target, end)) for source, target in pairs]
 
 
 def apart(pairs: Sequence[Pair], *, start: int) -> Batch:

@@ -133,3 +133,19 @@ class Answering:
     def head(self, hidden: Tensor) -> Tensor:
         """(…, dim) -> logits (…, V)."""
         return self.model.predict(hidden)
+
+
+@torch.inference_mode()
+def cross_weights(module: EncoderDecoder, source: Tensor, ids: Tensor) -> Tensor:
+    """How much each place of the target looks at each of the source in the last layer, mean of its heads.
+
+    Source ids (B, M) and target ids (B, T) as `forward` has them, without padding -> (B, T, M), rows of which add up
+    to 1.
+    """
+    cross, seen = module.decoder.blocks[-1].cross, []
+    hook = cross.register_forward_pre_hook(
+        lambda part, given: seen.append(part.weights(given[0], given[1].memory.states))
+    )
+    with hook:
+        module(source, ids)
+    return torch.cat(seen).mean(1)
