@@ -20,7 +20,7 @@ import allyouneed
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, write_json
 from allyouneed.papers import catalogue, checks, docstrings, figures, provenance, publish, runner, table
-from allyouneed.papers.base import EVIDENCE, SIZES
+from allyouneed.papers.base import EVIDENCE, SIZES, Report
 from allyouneed.papers.schema import validate
 
 FAKE = '''"""A made-up paper (Nobody, 2020). arXiv:2000.00000
@@ -236,6 +236,13 @@ def test_a_run_leaves_a_valid_report_and_its_files(
     assert "about 0.1 min on two cores" in told.err and "fake  4/6  control-none/seed1" in told.err
     assert "the claim holds" in told.out and str(folder.relative_to(tmp_path) / "figure.png") in told.out
     assert "| gain | 2 |" in (folder / "report.md").read_text()
+
+
+def test_fewer_seeds_do_for_what_no_check_asks_for(tmp_path: Path) -> None:
+    report = Report(slug="fake", seeds=[0, 1, 2], folder=tmp_path, evidence="small world", quiet=True)
+    found = report.repeat({"a": 10, "b": 20}, lambda arm, seed, folder: arm + seed, report.seeds[:1])
+    assert found == {"a": [10], "b": [20]} and report.jobs_planned == 2
+    assert report.repeat({"c": 30}, lambda arm, seed, folder: arm + seed) == {"c": [30, 31, 32]}
 
 
 def test_paper_size_is_paper_scale_and_one_seed_decides_nothing(fake: Any) -> None:

@@ -102,6 +102,14 @@ def bars(
     axes.margins(x=0.15)
 
 
+def grid(axes: Axes, values: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Shares of one, (rows, columns), as shades, the first row on top."""
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=60)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(visible=False)
+
+
 def mark(axes: Axes, label: str, *, x: float | None = None, y: float | None = None) -> None:
     """A thin dashed line at `x` or `y`, with its meaning written on it: a training length, a chance level, a bound."""
     along = axes.axhline if y is not None else axes.axvline

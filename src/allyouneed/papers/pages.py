@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,14 +92,15 @@ def published_figure(slug: str, name: str, position: int) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table.
+    """A Markdown table; what looks like a tag of HTML is shown as it is written.
 
-    >>> print(markdown_table(("a", "b"), [("1", "x|y")]))
+    >>> print(markdown_table(("a", "b"), [("< 1", "<b>x|y</b>")]))
     | a | b |
     | --- | --- |
-    | 1 | x\\|y |
+    | < 1 | &lt;b>x\\|y&lt;/b> |
     """
-    cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    escaped = [[re.sub(r"<(?=[A-Za-z/!])", "&lt;", cell).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [head, ["---"] * len(head), *escaped]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
