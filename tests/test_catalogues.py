@@ -13,6 +13,8 @@ from allyouneed.core.errors import InputError
 from allyouneed.data import catalogues
 from allyouneed.data.catalogues import Sentences
 from allyouneed.data.languages import END, PAD, START
+from allyouneed.papers import attention
+from allyouneed.papers.base import Report
 
 HEADER = {"": "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=2; plural=__import__('os').abort();\n"}
 
@@ -166,3 +168,16 @@ def test_sentences_as_ids(sentences: Sentences) -> None:
         assert [tuple(map(sentences.tokenizer.decode, pair)) for pair in ids] == list(texts)
         assert not {PAD, START, END} & {i for pair in ids for side in pair for i in side}
     assert [sentences.tokenizer.token(i) for i in (PAD, START, END)] == ["<pad>", "<start>", "<end>"]
+
+
+def test_the_attention_paper_translates_them(sentences: Sentences, tmp_path: Path) -> None:
+    config = attention.PAPER.sizes["smoke"]
+    real = attention.Real(sentences=sentences.config, training=config.training.replace(steps=2), shown=2)
+    report = Report(slug="attention", seeds=[0], folder=tmp_path / "run", evidence="small world", quiet=True)
+    rates = {attention.BASE: 3e-3, attention.LSTM: 3e-3}
+    attention._translate_real(config, real, sentences, report, rates)
+    scores, shown = report.tables
+    assert [row["arm"] for row in scores["rows"]] == ["Transformer, de", "LSTM with attention, de"]
+    assert set(shown["rows"][0]) == {"source", "reference", "Transformer, de", "LSTM with attention, de"}
+    assert f"{len(sentences.ids[0])} pairs to train on" in report.notes[0]
+    assert not report.checks
