@@ -396,9 +396,9 @@ PAPER = Paper(
             79,
             num_layers=2,
             world=_WORLD,
-            training=_training(500),
+            training=_training(450),
             rates=(3e-3, 6e-3),
-            real=Real(sentences=Sentences.Config(), training=_training(500)),
+            real=Real(sentences=Sentences.Config(), training=_training(450)),
         ),
         "paper": Config(
             dim=512,
