@@ -1,8 +1,8 @@
 """Tasks that real text sets by itself, whose right answers nobody had to write down: lines of documents as they stand,
-and with something exchanged. Each is labelled as data files are (`data.jsonl`).
+and with something changed. Each is labelled as data files are (`data.jsonl`).
 
 >>> lines = tuple(f"line {n} of a play of many words" for n in range(40))
->>> [record.label for record in order([lines], 4, seed=0)]
+>>> [record.label for record in in_order([lines], 4, seed=0)]
 [1, 0, 1, 0]
 """
 
@@ -25,20 +25,15 @@ def lines(text: str, least: int = 20) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if len(line.strip()) >= least)
 
 
-def order(documents: Sequence[Lines], count: int, seed: int) -> list[Labelled]:
-    """Is a line as it was written (1), or were two words that stand together exchanged (0)?"""
+def in_order(documents: Sequence[Lines], count: int, seed: int) -> list[Labelled]:
+    """Is a line as it was written (1), or were its words shuffled (0)?"""
 
     def make(source: random.Random, right: bool) -> Labelled | None:
-        words = _line(documents, source)[0].split()
-        places = [i for i in range(len(words) - 1) if words[i].lower() != words[i + 1].lower()]
-        if not places:
-            return None
-        if not right:
-            i = source.choice(places)
-            words[i : i + 2] = words[i + 1], words[i]
-        return Labelled(" ".join(words), int(right))
+        line = _line(documents, source)[0]
+        shuffled = _shuffled(line, source)
+        return Labelled(line if right else shuffled, int(right)) if shuffled != line else None
 
-    return _made(make, count, seed, "order")
+    return _made(make, count, seed, "in order")
 
 
 def follows(documents: Sequence[Lines], count: int, seed: int) -> list[LabelledPair]:
@@ -52,31 +47,37 @@ def follows(documents: Sequence[Lines], count: int, seed: int) -> list[LabelledP
     return _made(make, count, seed, "follows")
 
 
-def same_work(documents: Sequence[Lines], count: int, seed: int, length: int = 2) -> list[LabelledPair]:
-    """Are two passages of `length` lines of the same document (1) or of two (0)?"""
+def same_kind(kinds: Sequence[Sequence[Lines]], count: int, seed: int) -> list[LabelledPair]:
+    """Are two lines from documents of the same kind (1) or of two (0)?"""
+    if len(kinds) < 2:
+        raise InputError(f"{len(kinds)} kinds of documents; to tell whether two lines are of the same takes two")
 
     def make(source: random.Random, right: bool) -> LabelledPair | None:
-        one, other = source.sample(range(len(documents)), 2)
-        first, second = (_passage(documents[i], length, source) for i in (one, one if right else other))
+        one, other = source.sample(range(len(kinds)), 2)
+        first, second = (_line(kinds[i], source)[0] for i in (one, one if right else other))
         return LabelledPair(first, second, int(right)) if first != second else None
 
-    if len(documents) < 2:
-        raise InputError(f"{len(documents)} documents; to tell whether two passages are of the same takes two")
-    return _made(make, count, seed, "same work")
+    return _made(make, count, seed, "same kind")
 
 
-def continuation(documents: Sequence[Lines], count: int, seed: int, length: int = 2, options: int = 4) -> list[Choices]:
-    """Which of `options` lines of a document follows `length` of its lines?"""
+def continuation(documents: Sequence[Lines], count: int, seed: int, options: int = 4) -> list[Choices]:
+    """Which of `options` lines follows a line? The others are of the same document, and their words shuffled."""
 
     def make(source: random.Random, _: bool) -> Choices | None:
-        *context, right, others = _line(documents, source, before=length)
-        choices = [right, *source.sample(others, options - 1)]
+        context, right, others = _line(documents, source, before=1)
+        choices = [right, *(_shuffled(line, source) for line in source.sample(others, options - 1))]
         if len(set(choices)) < options:
             return None
         source.shuffle(choices)
-        return Choices("\n".join(context), choices, choices.index(right))
+        return Choices(context, choices, choices.index(right))
 
     return _made(make, count, seed, "continuation")
+
+
+def _shuffled(line: str, source: random.Random) -> str:
+    words = line.split()
+    source.shuffle(words)
+    return " ".join(words)
 
 
 def _made(make: Callable[[random.Random, bool], Made | None], count: int, seed: int, name: str) -> list[Made]:
@@ -97,8 +98,3 @@ def _line(documents: Sequence[Lines], source: random.Random, before: int = 0) ->
     document = source.choices(documents, [max(len(one) - before, 0) for one in documents])[0]
     start = source.randrange(len(document) - before)
     return [*document[start : start + before + 1], document]
-
-
-def _passage(document: Lines, length: int, source: random.Random) -> str:
-    start = source.randrange(max(1, len(document) - length + 1))
-    return "\n".join(document[start : start + length])

@@ -50,11 +50,11 @@ _STYLE: Any = {
 }
 
 
-def new(width: float = 7.0, height: float = 4.0, *, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure, in inches, with `columns` axes side by side."""
+def new(width: float = 7.0, height: float = 4.0, *, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure, in inches, with `columns` axes side by side in each of its `rows`."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height))
-        return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def describe(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
