@@ -20,9 +20,11 @@ Lines = Sequence[str]  # of one document, in order
 Made = TypeVar("Made")
 
 
-def lines(text: str, least: int = 20) -> tuple[str, ...]:
-    """The lines that have `least` characters, without the space around them; shorter ones name speakers or are bare."""
-    return tuple(line.strip() for line in text.splitlines() if len(line.strip()) >= least)
+def lines(text: str, least: int = 20, most: int = 72) -> tuple[str, ...]:
+    """The lines of `least` to `most` characters, without the space around them: shorter ones name speakers or are bare,
+    longer ones are tables.
+    """
+    return tuple(line for line in map(str.strip, text.splitlines()) if least <= len(line) <= most)
 
 
 def in_order(documents: Sequence[Lines], count: int, seed: int) -> list[Labelled]:
