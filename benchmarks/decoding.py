@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from turns import Case, turns
 
 import allyouneed as ayn
 from allyouneed.data import materials
@@ -24,7 +23,6 @@ from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 
 NAME, NEW, ROUNDS = "smollm2-135m-instruct", 128, 5
-Case = Callable[[], object]
 
 
 def theirs() -> transformers.PreTrainedModel:
@@ -67,12 +65,6 @@ def cases() -> dict[str, tuple[Case, Case, int]]:
     }
 
 
-def seconds(case: Case) -> float:
-    started = time.perf_counter()
-    case()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
@@ -80,9 +72,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     rows = []
     for name, (their_case, our_case, tokens) in cases().items():
-        their_case(), our_case()
-        times = [(seconds(their_case), seconds(our_case)) for _ in range(ROUNDS)]
-        peer, ours = (statistics.median(column) for column in zip(*times, strict=True))
+        found = turns(their_case, our_case, rounds=ROUNDS, warmup=1)
+        peer, ours = (statistics.median(side.clock for side in sides) for sides in zip(*found, strict=True))
         rows.append(
             {"case": name, "transformers_tok_s": tokens / peer, "allyouneed_tok_s": tokens / ours, "ratio": peer / ours}
         )

@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 import sentence_transformers
 import torch
+from turns import Case, turns
 
 import allyouneed as ayn
 from allyouneed.data import materials
 
 NAME, ROUNDS = "all-minilm-l6-v2", 5
-Case = Callable[[], object]
 
 
 def sentences(count: int) -> list[str]:
@@ -57,20 +55,13 @@ def cases() -> dict[str, tuple[Case, Case, int]]:
     }
 
 
-def seconds(case: Case) -> tuple[float, float]:
-    """Of the clock, and of the processor, which other work on the machine disturbs less."""
-    started, busy = time.perf_counter(), time.process_time()
-    case()
-    return time.perf_counter() - started, time.process_time() - busy
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
     for name, (their_case, our_case, texts) in cases().items():
-        times = [(*seconds(their_case), *seconds(our_case)) for _ in range(ROUNDS)]
+        times = [(*theirs, *mine) for theirs, mine in turns(their_case, our_case, rounds=ROUNDS)]
         peer, peer_busy, ours, busy = (statistics.median(column) for column in zip(*times, strict=True))
         rows.append(
             {
