@@ -1,103 +1,101 @@
-"""One training step of a LLaMA beside `transformers`' own modules at the same batch: interleaved, medians.
+"""One training step of each family beside its peer – `transformers`' own modules, for the Transformer of 2017
+`torch.nn.Transformer` – at the same batch: interleaved, medians.
 
-    python benchmarks/training.py [--json FILE]
+    python benchmarks/training.py [FAMILY ...] [--rounds N] [--json FILE]
 
-Both use SDPA attention, their own loss, the same AdamW, float32 and the same data. The limit is arithmetic: about
-6 · parameters · tokens floating-point operations a step.
+Both have the same weights, their own loss, the same AdamW and clipping, float32 and the same data; that they compute
+the same loss is asserted before anything is timed. A ratio is the median over rounds of the peer's time over ours in
+the same round, with the interval that encloses the true median with 95 %. The limit is arithmetic: the matrix products
+of a step of ours, forward and backward, are counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from families import FAMILIES, Pair
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from turns import Case, turns
 
-from allyouneed.models import llama
-from allyouneed.objectives.next_token import next_token
+from allyouneed.evaluate.statistics import median
 
-SIZES = {
-    "2 M": ({"vocab_size": 2048, "dim": 160, "num_layers": 5, "num_heads": 5, "hidden_dim": 432}, 8, 128),
-    "20 M": ({"vocab_size": 8192, "dim": 384, "num_layers": 8, "num_heads": 6, "hidden_dim": 1024}, 4, 128),
-}
-ROUNDS = 31
-Loss = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
-
-
-def pair(sizes: dict[str, int]) -> tuple[torch.nn.Module, torch.nn.Module]:
-    ours = llama.architecture(**sizes, context=512, tied=False).build()
-    config = transformers.LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["dim"],
-        intermediate_size=sizes["hidden_dim"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        num_key_value_heads=sizes["num_heads"],
-        max_position_embeddings=512,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config), ours
+ROUNDS, WARMUP, TOLERANCE = 31, 3, 1e-4
 
 
-def step_theirs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
+def step(model: nn.Module, loss: Callable[[], Tensor]) -> Case:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def taken() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return taken
 
 
-def step_ours(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return next_token(model, {"ids": ids[:, :-1], "targets": ids[:, 1:]}).mean
+def products(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Floating-point operations of the matrix products of one step; of SDPA's kernels only this one's are counted."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss().backward()
+    model.zero_grad()
+    return counter.get_total_flops()
 
 
-def step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:
-    started = time.perf_counter()
-    loss(model, ids).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return time.perf_counter() - started
+def measure(family: str, pair: Pair, rounds: int) -> dict[str, Any]:
+    sides = list(zip((pair.theirs.train(), pair.ours.train()), pair.losses(), strict=True))
+    peer, ours = (loss().item() for _, loss in sides)
+    assert abs(peer - ours) <= TOLERANCE, f"{family}: the losses are {peer} and {ours}"
+    found = turns(*(step(model, loss) for model, loss in sides), rounds=rounds, warmup=WARMUP)
+    ratios = median([theirs.clock / ours.clock for theirs, ours in found])
+    clock = statistics.median(ours.clock for _, ours in found)
+    return {
+        "case": f"train step, {family}",
+        "parameters": sum(p.numel() for p in pair.ours.parameters()),
+        "batch": list(pair.batch["ids"].shape),
+        "peer_ms": 1e3 * statistics.median(theirs.clock for theirs, _ in found),
+        "allyouneed_ms": 1e3 * clock,
+        "ratio": ratios.estimate,
+        "ratio_interval": [ratios.low, ratios.high],
+        "ratio_of_processor_time": median([theirs.processor / ours.processor for theirs, ours in found]).estimate,
+        "allyouneed_gflop_s": products(*sides[1]) / clock / 1e9,
+    }
+
+
+def shown(family: str, row: dict[str, Any]) -> str:
+    times = f"peer {row['peer_ms']:7.1f} ms   allyouneed {row['allyouneed_ms']:7.1f} ms"
+    ratio = f"x {row['ratio']:.2f} [{row['ratio_interval'][0]:.2f}, {row['ratio_interval'][1]:.2f}]"
+    work = f"processor time x {row['ratio_of_processor_time']:.2f}   {row['allyouneed_gflop_s']:.0f} GFLOP/s"
+    return f"{family:12} {row['parameters'] / 1e6:5.1f} M   {times}   {ratio}   {work}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    strange = [family for family in arguments.families if family not in FAMILIES]
+    if strange or arguments.rounds < 6:
+        parser.error(f"no family {strange[0]!r}; one of {', '.join(FAMILIES)}" if strange else "--rounds: 6 at least")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rows = []
-    for name, (sizes, batch, length) in SIZES.items():
-        models = pair(sizes)
-        counts = [sum(p.numel() for p in model.parameters()) for model in models]
-        assert counts[0] == counts[1], counts
-        optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in models]
-        ids = torch.randint(0, sizes["vocab_size"], (batch, length + 1))
-        losses = (step_theirs, step_ours)
-        agree = [loss(model, ids).item() for model, loss in zip(models, losses, strict=True)]
-        assert all(abs(value - math.log(sizes["vocab_size"])) < 0.5 for value in agree), agree  # the same quantity
-        sides = list(zip(models, losses, optimizers, strict=True))
-        times = [[step(m, loss, o, ids) for m, loss, o in sides] for _ in range(ROUNDS + 3)][3:]
-        peer, ours = (statistics.median(column) for column in zip(*times, strict=True))
-        flops = 6 * counts[0] * batch * length
-        rows.append(
-            {
-                "case": f"train step, {name}",
-                "parameters": counts[0],
-                "transformers_ms": peer * 1e3,
-                "allyouneed_ms": ours * 1e3,
-                "ratio": peer / ours,
-                "allyouneed_gflop_s": flops / ours / 1e9,
-            }
-        )
-        size = f"{counts[0] / 1e6:5.1f} M parameters, {batch} x {length} tokens"
-        times_shown = f"transformers {peer * 1e3:7.1f} ms   allyouneed {ours * 1e3:7.1f} ms"
-        print(
-            f"train step, {size}   {times_shown}   x {peer / ours:.2f}   {flops / ours / 1e9:.0f} GFLOP/s", flush=True
-        )
+    for family in arguments.families or FAMILIES:
+        torch.manual_seed(0)
+        rows.append(measure(family, FAMILIES[family](), arguments.rounds))
+        print(shown(family, rows[-1]), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"threads": torch.get_num_threads(), "cases": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
