@@ -140,5 +140,5 @@ def _own_documents(segments: Tensor) -> Tensor:
 
 def whole_rows(part: Positions, ids: Tensor, *, causal: bool = True, memory: Memory | None = None) -> Sight:
     """Sight for rows of ids (B, T, …) that are one document each."""
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]  # one for all rows, and so is what follows from it
     return Sight(part, positions, positions, plain=True, causal=causal, memory=memory)
