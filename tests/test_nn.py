@@ -78,6 +78,24 @@ def test_norms_in_float64():
     assert (rms(x) - wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 24), (7, 24), (24,)])
+def test_rms_norms_gradient_is_pytorchs(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = torch.randn(2, *shape, generator=generator) * 3 + 1
+    part = RMSNorm.Config(eps=0.1).build(24)
+    with torch.no_grad():
+        part.weight.normal_(1.0, 0.3, generator=generator)
+    x.requires_grad_()
+    found = part(x)
+    expected = torch.nn.functional.rms_norm(x, (24,), part.weight, 0.1)
+    assert (found - expected).abs().max() <= 1e-5
+    assert torch.equal(part(x.detach()), expected)  # PyTorch's own kernel, where no gradient is asked for
+    leaves = (x, part.weight)
+    sides = (torch.autograd.grad(y, leaves, gradient) for y in (found, expected))
+    assert all((a - b).abs().max() <= 1e-5 for a, b in zip(*sides, strict=True))
+    assert torch.autograd.gradcheck(part.double(), x.detach().double().requires_grad_())
+
+
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @torch.no_grad()

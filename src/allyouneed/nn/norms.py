@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from allyouneed import core
 
@@ -48,7 +50,37 @@ class RMSNorm(core.Configured, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) -> (…, dim)."""
+        if x.requires_grad and x.device.type == "cpu":  # PyTorch has a kernel for this gradient on GPUs only
+            normed: Tensor = RootMeanSquare.apply(x, self.weight, self.eps)
+            return normed
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class RootMeanSquare(torch.autograd.Function):
+    """y = g ⊙ xr with r = 1/√(mean(x²) + ε), and its gradient r (g ⊙ ∂y − xr mean(xr ⊙ g ⊙ ∂y)).
+
+    A few passes over memory; PyTorch on a CPU differentiates square, mean, root and products one by one. As there,
+    16-bit inputs are computed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        """(…, dim), (dim) -> (…, dim)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, r)
+        return (wide * r).mul_(gain).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Of x and of the gain."""
+        x, gain, r = ctx.saved_tensors
+        normed, gradient, wide_gain = x * r, gradient.to(r.dtype), gain.to(r.dtype)
+        products = gradient * normed
+        mean = (products @ wide_gain).div_(x.shape[-1])[..., None]
+        of_x = (gradient * wide_gain).sub_(normed.mul_(mean)).mul_(r)
+        return of_x.to(x.dtype), products.reshape(-1, x.shape[-1]).sum(0).to(gain.dtype), None
 
 
 class BatchNorm(core.Configured, nn.Module):
