@@ -69,6 +69,27 @@ def test_rotary_scores_depend_on_distance_alone(fraction):
     assert abs(score(3, 1) - score(3, 2)) > 1e-4
 
 
+@pytest.mark.parametrize("fraction", [1.0, 1 / 3, 0.0])
+def test_rotary_turns_pairs_and_its_gradient_turns_back(fraction):
+    part = Rotary.Config(fraction=fraction).build(**SIZES)
+    x = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    rotation = part.rotation(torch.arange(5).expand(2, -1) + torch.tensor([[0], [7]]))
+    expected, half = x.double().clone(), part.rotated // 2
+    for row, first in enumerate((0, 7)):
+        for token in range(5):
+            for i in range(half):
+                angle = (first + token) * 10000 ** (-i / half)
+                a, b = x[row, :, token, i].double(), x[row, :, token, i + half].double()
+                expected[row, :, token, i] = a * math.cos(angle) - b * math.sin(angle)
+                expected[row, :, token, i + half] = b * math.cos(angle) + a * math.sin(angle)
+    assert (part.turn(x, rotation) - expected).abs().max() <= 1e-5
+    turned = part.turn(x.requires_grad_(), rotation)
+    assert torch.equal(turned, part.turn(x.detach(), rotation))
+    (gradient,) = torch.autograd.grad(turned, x, turned.detach())
+    assert (gradient - x).abs().max() <= 1e-5
+    assert torch.autograd.gradcheck(lambda y: part.turn(y, rotation), x.detach().double().requires_grad_())
+
+
 def test_norms_in_float64():
     x = torch.randn(4, 24, generator=torch.Generator().manual_seed(0)) * 3 + 1
     layer, rms = LayerNorm.Config().build(24), RMSNorm.Config().build(24)

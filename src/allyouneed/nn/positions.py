@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from allyouneed import core
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin, each (B, 1, T, rotated dimensions)
+Rotation = tuple[Tensor, Tensor]  # cos (B, 1, T, D), 1 where nothing turns, and sin (B, 1, T, rotated/2)
 
 
 class Positions(core.Configured, nn.Module):
@@ -140,7 +142,7 @@ class Rotary(Positions):
 
     def __init__(self, config: Config, *, dim: int, num_heads: int, head_dim: int, context: int) -> None:
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
-        self.rotated, self.base = int(head_dim * config.fraction), config.base
+        self.rotated, self.head_dim, self.base = int(head_dim * config.fraction), head_dim, config.base
         if self.rotated % 2:
             raise core.InputError(
                 f"rotary positions turn pairs, but {self.rotated} of head_dim={head_dim} are to be turned"
@@ -148,16 +150,17 @@ class Rotary(Positions):
 
     def rotation(self, positions: Tensor) -> Rotation:
         """cos and sin of position · base^(−2i/rotated), in float32."""
-        angles = _angles(positions, self.rotated, self.base).repeat(1, 1, 2)[:, None]
-        return angles.cos(), angles.sin()
+        angles = _angles(positions, self.rotated, self.base)[:, None]
+        cos = angles.cos()
+        return torch.cat((cos, cos, cos.new_ones((*cos.shape[:-1], self.head_dim - self.rotated))), -1), angles.sin()
 
     def turn(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         """Turn the first `rotated` dimensions of each head."""
         assert rotation is not None
-        if self.rotated < x.shape[-1]:
-            turned, rest = x.split((self.rotated, x.shape[-1] - self.rotated), -1)
-            return torch.cat((_rotate(turned, *rotation), rest), -1)
-        return _rotate(x, *rotation)
+        if not x.requires_grad:
+            return _rotate(x, *rotation)
+        turned: Tensor = Turned.apply(x, *rotation)
+        return turned
 
 
 class Alibi(Positions):
@@ -268,6 +271,26 @@ def _angles(positions: Tensor, dim: int, base: float) -> Tensor:
     return positions[..., None].float() * frequencies
 
 
+class Turned(torch.autograd.Function):
+    """`_rotate` with its gradient, which is the same turn the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, H, T, D) -> the same."""
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Of x; the angles are given."""
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, -sin), None, None
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, -1)
-    return (x * cos + torch.cat((-right, left), -1) * sin).to(x.dtype)
+    left, right = slice(sin.shape[-1]), slice(sin.shape[-1], 2 * sin.shape[-1])
+    turned = x * cos
+    turned[..., left].addcmul_(x[..., right], sin, value=-1)
+    turned[..., right].addcmul_(x[..., left], sin)
+    return turned.to(x.dtype)
