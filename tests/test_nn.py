@@ -141,6 +141,27 @@ def test_attention_in_float64(window, kv_heads):
     assert (found - wide.out(out.flatten(2))).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_with_a_learned_bias_is_sdpas(kv_heads, scale):
+    """Ours is spelled out where the bias has a gradient; SDPA's fallback is its twin."""
+    torch.manual_seed(0)
+    part = Attention.Config(num_heads=4, num_kv_heads=kv_heads, scale=scale).build(24)
+    positions = RelativeBias.Config().build(**SIZES)
+    x, gradient = torch.randn(2, 9, 24), torch.randn(2, 9, 24)
+    leaves = (positions.embedding.weight, *part.parameters())
+    found = part(x, whole_rows(positions, x))
+    mask = whole_rows(positions, x).mask(None)
+    q, k, v = (layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (part.q, part.k, part.v))
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    expected = part.out(attended.transpose(1, 2).flatten(2))
+    assert mask.requires_grad and (found - expected).abs().max() <= 1e-5
+    sides = (torch.autograd.grad(y, leaves, gradient) for y in (found, expected))
+    assert all((a - b).abs().max() <= 1e-5 for a, b in zip(*sides, strict=True))
+    with torch.no_grad():
+        assert (part(x, whole_rows(positions, x)) - expected).abs().max() <= 1e-5
+
+
 def test_segments_see_their_own_document_only():
     part = Positions.Config().build(**SIZES)
     sight = within_segments(part, torch.tensor([[0, 1, 1, 2, 2, 2, 0]]))

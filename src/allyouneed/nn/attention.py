@@ -76,17 +76,32 @@ class Attention(core.Configured, nn.Module):
         return self._attend(q, k, v, sight.mask(self.window), causal=sight.causal)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if mask is None else mask.to(q.dtype),
-            is_causal=causal and mask is None and q.shape[2] > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=self.num_kv_heads < self.num_heads,
-        )
+        if mask is not None and mask.requires_grad and mask.device.type == "cpu":
+            # a learned bias: no fused kernel has its gradient here, and what PyTorch falls back on costs more than this
+            weights = self._weights(q, self._for_all_heads(k), mask)
+            attended = F.dropout(weights, self.dropout, self.training) @ self._for_all_heads(v)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if mask is None else mask.to(q.dtype),
+                is_causal=causal and mask is None and q.shape[2] > 1,
+                dropout_p=self.dropout if self.training else 0.0,
+                scale=self.scale,
+                enable_gqa=self.num_kv_heads < self.num_heads,
+            )
         return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(QKᵀ·scale + mask): (B, H, T, D), (B, H, S, D) -> (B, H, T, S)."""
+        scores = (self.scale or self.head_dim**-0.5) * q @ k.transpose(-1, -2)
+        return (scores if mask is None else scores + mask.to(q.dtype)).softmax(-1)
+
+    def _for_all_heads(self, x: Tensor) -> Tensor:
+        """Keys or values, each repeated for the heads that share it."""
+        shared = self.num_heads // self.num_kv_heads
+        return x.repeat_interleave(shared, 1) if shared > 1 else x
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads·D) -> (B, heads, T, D)."""
@@ -111,8 +126,7 @@ class CrossAttention(Attention):
 
     def weights(self, x: Tensor, memory: Tensor) -> Tensor:
         """How much each query of x (B, T, dim) looks at each token of a memory (B, M, dim): (B, H, T, M)."""
-        q, k = self._heads(self.q(x)), self._heads(self.k(memory))
-        return (q @ k.transpose(-1, -2) * (self.scale or self.head_dim**-0.5)).softmax(-1)
+        return self._weights(self._heads(self.q(x)), self._for_all_heads(self._heads(self.k(memory))))
 
     def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim), reading `sight.memory`, whose keys and values a cache computes once."""
