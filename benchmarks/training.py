@@ -3,8 +3,9 @@
 
     python benchmarks/training.py [FAMILY ...] [--rounds N] [--json FILE]
 
-Both have the same weights, their own loss, the same AdamW and clipping, float32 and the same data; that they compute
-the same loss is asserted before anything is timed. A ratio is the median over rounds of the peer's time over ours in
+Both have the same weights, their own loss, the same AdamW, clipping to the same norm, float32 and the same data; that
+they compute the same loss is asserted before anything is timed. Theirs is differentiated and clipped as PyTorch users
+do it, ours as our training loop does. A ratio is the median over rounds of the peer's time over ours in
 the same round, with the interval that encloses the true median with 95 %. The limit is arithmetic: the matrix products
 of a step of ours, forward and backward, are counted.
 """
@@ -27,20 +28,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from turns import Case, turns
 
 from allyouneed.evaluate.statistics import median
+from allyouneed.train.gradients import differentiate
+from allyouneed.train.ranks import join
 
 ROUNDS, WARMUP, TOLERANCE = 31, 3, 1e-4
 
 
-def step(model: nn.Module, loss: Callable[[], Tensor]) -> Case:
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+def steps(pair: Pair) -> tuple[Case, Case]:
+    """One training step of theirs and of ours."""
+    theirs, ours = (torch.optim.AdamW(model.parameters(), fused=True) for model in (pair.theirs, pair.ours))
+    ranks, batch = join(), dict(pair.batch)
 
-    def taken() -> None:
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def take_theirs() -> None:
+        pair.their_loss(pair.theirs, batch).backward()
+        torch.nn.utils.clip_grad_norm_(pair.theirs.parameters(), 1.0)
+        theirs.step()
+        theirs.zero_grad(set_to_none=True)
 
-    return taken
+    def take_ours() -> None:
+        differentiate(pair.ours, pair.objective, batch, ranks, clip=1.0)
+        ours.step()
+        ours.zero_grad(set_to_none=True)
+
+    return take_theirs, take_ours
 
 
 def products(model: nn.Module, loss: Callable[[], Tensor]) -> int:
@@ -55,7 +65,7 @@ def measure(family: str, pair: Pair, rounds: int) -> dict[str, Any]:
     sides = list(zip((pair.theirs.train(), pair.ours.train()), pair.losses(), strict=True))
     peer, ours = (loss().item() for _, loss in sides)
     assert abs(peer - ours) <= TOLERANCE, f"{family}: the losses are {peer} and {ours}"
-    found = turns(*(step(model, loss) for model, loss in sides), rounds=rounds, warmup=WARMUP)
+    found = turns(*steps(pair), rounds=rounds, warmup=WARMUP)
     ratios = median([theirs.clock / ours.clock for theirs, ours in found])
     clock = statistics.median(ours.clock for _, ours in found)
     return {

@@ -1,7 +1,8 @@
-"""Cross entropy whose gradient needs no second exponential.
+"""Cross entropy whose gradient is ready when the loss is.
 
 PyTorch saves log-probabilities, writes a dense gradient of zeros with one entry a row, and takes exp again to send it
-through the softmax. Here the probabilities themselves are saved: the gradient is p − onehot, one pass over memory.
+through the softmax. Here p − onehot is made of the probabilities in place and kept: where the sum itself is what is
+differentiated, as the training loop does, nothing more is computed and nothing as large allocated.
 
 Shapes: N targets, V classes.
 """
@@ -26,16 +27,21 @@ class CrossEntropy(torch.autograd.Function):
         normaliser = logits.amax(-1) - probabilities.amax(-1).log()
         counted = targets != ignored
         index = targets.where(counted, 0)[:, None]
-        ctx.save_for_backward(probabilities, index, counted)
-        return (normaliser - logits.gather(-1, index)[:, 0]).where(counted, 0.0).sum()
+        loss = (normaliser - logits.gather(-1, index)[:, 0]).where(counted, 0.0).sum()
+        if ctx.needs_input_grad[0]:
+            probabilities.scatter_add_(-1, index, -torch.ones_like(index, dtype=logits.dtype))
+            probabilities[~counted] = 0.0
+            ctx.save_for_backward(probabilities)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """gradient · (p − onehot) in the rows that count, 0 in the others."""
-        probabilities, index, counted = ctx.saved_tensors
-        scale = (gradient * counted)[:, None]
-        return (probabilities * scale).scatter_add_(-1, index, -scale), None, None
+        (difference,) = ctx.saved_tensors
+        # asked only where the answer is at hand: another device would have to be waited for
+        plain = gradient.device.type == "cpu" and gradient.item() == 1.0
+        return (difference if plain else difference * gradient), None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignored: int) -> Tensor:

@@ -90,8 +90,7 @@ def differentiate(
     means = {name: total / targets for name, total in zip(list(sums)[1:], totals, strict=True)}
     measured = Measured(means, int(targets), unit, length / targets)
     scale = 1.0 if clip is None else min(1.0, clip / max(measured.norm, 1e-12))
-    for gradient in gradients:
-        gradient.mul_(scale / targets)
+    torch._foreach_mul_(gradients, scale / targets)  # what PyTorch's own clipping calls
     return measured
 
 
