@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from allyouneed import core
 from allyouneed.core.seeds import derive
 from allyouneed.data.chronicle import SYLLABLES
-from allyouneed.data.jsonl import Choices, Labelled, LabelledPair
+from allyouneed.data.jsonl import Choices, Labelled, LabelledPair, Tagged
 
+NOTHING = -1  # the tag of what is no noun
 FRAMES = ("there is a {}.", "we saw a {}.", "a {} was here.", "look at the {}.")
 
 
@@ -57,15 +58,18 @@ class Kinds(core.Configured):
         sentences: list[str] = []
         length = 0
         while length < characters:
-            kind = source.randrange(self.config.kinds)
-            noun, object_ = source.choice(self.nouns[kind]), source.choice(self.nouns[(kind + 1) % self.config.kinds])
-            if source.random() < self.config.share:
-                sentence = source.choice(FRAMES).format(noun)
-            else:
-                sentence = f"the {noun} {source.choice(self.verbs[kind])} the {object_}."
-            sentences.append(sentence)
-            length += len(sentence) + 1
+            sentences.append(self._sentence(source.randrange(self.config.kinds), source))
+            length += len(sentences[-1]) + 1
         return " ".join(sentences) + "\n"
+
+    def documents(self, characters: int, seed: int, length: int = 6) -> list[list[str]]:
+        """About so many characters in documents of `length` sentences, whose subjects are all of one kind."""
+        source, found, written = random.Random(derive(seed, "documents")), [], 0
+        while written < characters:
+            kind = source.randrange(self.config.kinds)
+            found.append([self._sentence(kind, source) for _ in range(length)])
+            written += sum(map(len, found[-1]))
+        return found
 
     def first_half(self, nouns: Sequence[Sequence[str]], count: int, seed: int) -> list[Labelled]:
         """Is the noun of a sentence of one of the first kinds (1) or the last (0)?"""
@@ -105,6 +109,28 @@ class Kinds(core.Configured):
             mixed = source.sample(verbs, len(verbs))
             found.append(Choices(first, [f"it {verb}." for verb in mixed], mixed.index(verbs[kind])))
         return found
+
+    def strangers(self, labelled: bool, count: int, seed: int) -> list[Tagged]:
+        """Sentences of nouns that were never read, each tagged with its kind, which only the verb tells; all else is
+        tagged as nothing. Of each kind's verbs one half stands in what is `labelled`, the other in what is judged.
+        """
+        source, found = random.Random(derive(seed, "strangers", str(labelled))), []
+        new = [a + b + c for a in SYLLABLES[::3] for b in SYLLABLES for c in SYLLABLES[::5]]  # longer than known words
+        half = self.config.verbs // 2
+        for _ in range(count):
+            kind = source.randrange(self.config.kinds)
+            subject, object_ = source.sample(new, 2)
+            verb = source.choice(self.verbs[kind][:half] if labelled else self.verbs[kind][half:])
+            words = ["the", subject, verb, "the", object_, "."]
+            found.append(Tagged(words, [NOTHING, kind, NOTHING, NOTHING, (kind + 1) % self.config.kinds, NOTHING]))
+        return found
+
+    def _sentence(self, kind: int, source: random.Random) -> str:
+        """One whose subject is of that kind."""
+        noun, object_ = source.choice(self.nouns[kind]), source.choice(self.nouns[(kind + 1) % self.config.kinds])
+        if source.random() < self.config.share:
+            return source.choice(FRAMES).format(noun)
+        return f"the {noun} {source.choice(self.verbs[kind])} the {object_}."
 
     def _named(self, nouns: Sequence[Sequence[str]], source: random.Random) -> tuple[str, list[str], list[str]]:
         """A sentence that names a noun, the verbs of its kind, and those of another."""
