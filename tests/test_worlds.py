@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
+from allyouneed.data import passages
 from allyouneed.data.chronicle import Chronicle
+from allyouneed.data.kinds import NOTHING, Kinds
 from allyouneed.data.worlds import Markov, Recall
 from allyouneed.evaluate.tasks import tasks
 
@@ -102,3 +104,69 @@ def test_a_sum_is_kept_out_with_its_mirror_image():
     for line, _ in world.questions("sums", 40, seed=0):
         a, _, b, make = line.beginning.split()
         assert f" {b} and {a} {make}" not in text and f" {a} and {b} {make}" not in text
+
+
+def test_only_verbs_tell_a_nouns_kind():
+    world = Kinds.Config().build()
+    text = world.text(60_000, seed=0)
+    kind_of = {noun: kind for kind, nouns in enumerate(world.nouns) for noun in nouns}
+    does = re.findall(r"the (\w+) (\w+) the (\w+)\.", text)
+    assert len(does) > 500
+    assert all(verb in world.verbs[kind_of[noun]] for noun, verb, _ in does)
+    assert all(kind_of[object_] == (kind_of[noun] + 1) % 4 for noun, _, object_ in does)
+    assert {noun for noun, _, _ in does} == set(kind_of)  # those judged too: their kind can be read
+    told = {noun for group in world.labelled for noun in group}
+    asked = {noun for group in world.judged for noun in group}
+    assert told | asked == set(kind_of) and not told & asked
+    for make in (world.first_half, world.fitting, world.alike, world.doing):
+        words = {word for record in make(world.judged, 60, seed=0) for word in re.findall(r"\w+", str(record))}
+        assert words & asked and not words & told
+
+
+def test_answers_of_the_country_are_right():
+    world = Kinds.Config().build()
+    kind_of = {noun: kind for kind, nouns in enumerate(world.nouns) for noun in nouns}
+
+    def kind(sentence: str) -> int:
+        return next(kind_of[word] for word in re.findall(r"\w+", sentence) if word in kind_of)
+
+    for record in world.first_half(world.labelled, 40, seed=1):
+        assert record.label == (kind(record.text) < 2)
+    for record in world.fitting(world.labelled, 40, seed=1):
+        assert record.label == (record.text_pair[3:-1] in world.verbs[kind(record.text)])
+    for record in world.alike(world.labelled, 40, seed=1):
+        assert record.label == (kind(record.text) == kind(record.text_pair))
+    for record in world.doing(world.labelled, 40, seed=1):
+        fitting = [choice[3:-1] in world.verbs[kind(record.context)] for choice in record.choices]
+        assert fitting.index(True) == record.label and sum(fitting) == 1
+    shown, asked = (
+        {record.tokens[2] for record in world.strangers(labelled, 80, seed=1)} for labelled in (True, False)
+    )
+    assert not shown & asked
+    for record in world.strangers(False, 40, seed=1):
+        own = next(kind for kind, verbs in enumerate(world.verbs) if record.tokens[2] in verbs)
+        assert record.tags == [NOTHING, own, NOTHING, NOTHING, (own + 1) % 4, NOTHING]
+        assert not {record.tokens[1], record.tokens[4]} & set(kind_of)
+    assert len({kind(document[0]) for document in world.documents(4000, seed=0)}) > 1
+    for document in world.documents(4000, seed=0):
+        subjects = {kind(sentence) for sentence in document}
+        assert len(subjects) == 1 and len(document) == 6
+
+
+def test_tasks_that_text_sets_are_right():
+    documents = [tuple(f"{name} line {n} says word{n} and word{n + 1}" for n in range(30)) for name in ("one", "two")]
+    for record in passages.in_order(documents, 30, seed=0):
+        assert record.label == any(record.text in document for document in documents)
+    for record in passages.follows(documents, 30, seed=0):
+        document = next(d for d in documents if record.text in d)
+        assert record.text_pair in document
+        assert record.label == (document.index(record.text_pair) == document.index(record.text) + 1)
+    for record in passages.same_kind([[documents[0]], [documents[1]]], 30, seed=0):
+        assert record.label == (record.text.split()[0] == record.text_pair.split()[0])
+    for record in passages.continuation(documents, 30, seed=0):
+        document = next(d for d in documents if record.context in d)
+        assert record.choices[record.label] == document[document.index(record.context) + 1]
+        assert sum(choice in document for choice in record.choices) == 1
+    with pytest.raises(InputError, match="different examples"):
+        passages.in_order([documents[0][:2]], 50, seed=0)
+    assert passages.lines("ACT I\n  a line that is long enough  \n" + "x" * 100) == ("a line that is long enough",)

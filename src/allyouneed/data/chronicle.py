@@ -67,25 +67,20 @@ class Chronicle(core.Configured):
             length += len(sentence) + 1
         return " ".join(sentences) + "\n"
 
-    def questions(
-        self, task: str, count: int, seed: int, *, held_out: bool = True
-    ) -> list[tuple[Line, tuple[str, ...]]]:
-        """Lines of a task that never occur in the text, or where not `held_out` lines that may, each with four possible
-        answers, the right one first.
-        """
+    def questions(self, task: str, count: int, seed: int) -> list[tuple[Line, tuple[str, ...]]]:
+        """Lines of a task that never occur in the text, each with four possible answers, the right one first."""
         source = random.Random(derive(seed, "questions", task))
         found: dict[str, tuple[Line, tuple[str, ...]]] = {}
         for _ in range(1000 * count):
             if len(found) == count:
                 return list(found.values())
             line = self.tasks[task](source)
-            if self._held_out(line) == held_out:
+            if self._held_out(line):
                 wrong: set[str] = set()
                 while len(wrong) < 3:
                     wrong |= {self._distractor(task, line, source)} - {line.answer}
                 found[line.beginning] = (line, (line.answer, *sorted(wrong)))
-        kept = "are kept out of" if held_out else "may stand in"
-        raise core.InputError(f"questions={count}: only {len(found)} lines of {task!r} {kept} the text")
+        raise core.InputError(f"questions={count}: only {len(found)} lines of {task!r} are kept out of the text")
 
     def _task_sentence(self, source: random.Random) -> str:
         make = source.choice(list(self.tasks.values()))

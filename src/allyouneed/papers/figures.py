@@ -14,6 +14,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from allyouneed.core.files import replacing
 
@@ -50,11 +51,23 @@ _STYLE: Any = {
 }
 
 
+class _Short(ScalarFormatter):
+    """Numbers from ten thousand on in thousands or millions, so that neighbours do not touch."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        most = max(map(abs, self.axis.get_view_interval())) if self.axis is not None else 0.0
+        scale, unit = (1e6, " M") if most >= 1e6 else (1e3, " k") if most >= 1e4 else (1.0, "")
+        return f"{x / scale:g}{unit}" if unit and x else super().__call__(x, pos)
+
+
 def new(width: float = 7.0, height: float = 4.0, *, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure, in inches, with `columns` axes side by side in each of its `rows`."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height))
-        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+        every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in every:
+        axes.xaxis.set_major_formatter(_Short())
+    return figure, every
 
 
 def describe(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
