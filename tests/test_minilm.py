@@ -10,12 +10,14 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import sentence_transformers
+import torch
 
 import allyouneed as ayn
 from allyouneed.core.errors import InputError
 from allyouneed.data import materials
 from allyouneed.generate.language_model import LanguageModel
 from allyouneed.generate.local_encoder import LocalEncoder, Reading
+from allyouneed.nn.prepacked import prepack
 
 NAME = "all-minilm-l6-v2"
 
@@ -101,3 +103,18 @@ def test_the_first_tokens_vector(theirs):
     hidden = theirs.encode(["a short text", "another, somewhat longer text"], output_value="token_embeddings")
     expected = np.stack([tokens[0].numpy() / np.linalg.norm(tokens[0].numpy()) for tokens in hidden])
     np.testing.assert_allclose(lm.embed(["a short text", "another, somewhat longer text"]), expected, atol=1e-5)
+
+
+def test_prepacked_layers_compute_the_same():
+    torch.manual_seed(0)
+    for bias in (True, False):
+        plain = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.GELU(), torch.nn.Linear(40, 8))
+        x = torch.randn(3, 7, 24)
+        with torch.inference_mode():
+            expected = plain(x)
+            packed = prepack(plain)
+            assert torch.allclose(packed(x), expected, atol=1e-6)
+        if torch.backends.mkldnn.is_available():
+            assert [type(layer).__name__ for layer in packed] == ["PrepackedLinear", "GELU", "PrepackedLinear"]
+    double = torch.nn.Linear(4, 4).double()
+    assert prepack(torch.nn.Sequential(double))[0] is double

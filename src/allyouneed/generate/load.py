@@ -27,9 +27,12 @@ def load(name: str | Path, *, packed: bool = True) -> LanguageModel:
     from allyouneed.generate.local_encoder import LocalEncoder, Reading
     from allyouneed.models.checkpoints.loading import as_decoder, load_module, load_tokenizer, open_checkpoint
     from allyouneed.models.encoder import Encoder
+    from allyouneed.nn.prepacked import prepack
 
     path = open_checkpoint(name)
     module = load_module(path, packed=packed)
     if isinstance(module, Encoder):
-        return LocalEncoder(module, load_tokenizer(path), str(name), Reading.of(path, module.config.context))
+        reading = Reading.of(path, module.config.context)
+        prepack(module)
+        return LocalEncoder(module, load_tokenizer(path), str(name), reading)
     return LocalModel(as_decoder(module, name), load_tokenizer(path), str(name))
