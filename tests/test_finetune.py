@@ -167,6 +167,8 @@ BAD = {
     "not JSON": ("classify", "{", "not JSON"),
     "empty second text": ("pairs", {"text": "a", "text_pair": "", "label": "red"}, "text_pair is empty"),
     "no such choice": ("choices", {"context": "a", "choices": ["b", "c"], "label": 2}, "a number from 0 to 1"),
+    "one choice": ("choices", {"context": "a", "choices": ["b"], "label": 0}, "only one"),
+    "an empty word": ("tokens", {"tokens": ["a", ""], "tags": ["O", "O"]}, "tokens[1] is empty"),
     "no choices": ("choices", {"context": "a", "choices": [], "label": 0}, "'choices' is an empty list"),
     "span outside": (
         "spans",
@@ -221,6 +223,50 @@ def test_what_does_not_go_together(model, arguments, message, models, tmp_path, 
     data = written(tmp_path / "data.jsonl", LABELLED)
     code, _, err = run(models[model], data, "--out", tmp_path / "run", *arguments, capsys=capsys)
     assert code == 2 and message in err and not (tmp_path / "run").exists()
+
+
+def test_another_task_in_the_same_folder_is_refused(models, tmp_path, capsys):
+    data, out = written(tmp_path / "data.jsonl", LABELLED), tmp_path / "run"
+    other = written(tmp_path / "other.jsonl", [row | {"label": row["label"].upper()} for row in LABELLED])
+    assert run(models["encoder"], data, "--method", "classify", "--epochs", 1, "--out", out, capsys=capsys)[0] == 0
+    given = (models["encoder"], other, "--method", "classify", "--epochs", 1, "--out", out)
+    code, _, err = run(*given, capsys=capsys)
+    assert code == 2 and "--fresh" in err and load_module(out / "model").config.labels == ("blue", "red")
+    assert run(*given, "--fresh", capsys=capsys)[0] == 0
+    assert load_module(out / "model").config.labels == ("BLUE", "RED")
+
+
+def test_spans_over_an_encoder_are_a_class_of_transformers(models, tmp_path, capsys):
+    for method, theirs in (("spans", "BertForQuestionAnswering"), ("tokens", "BertForTokenClassification")):
+        data, out = written(tmp_path / "data.jsonl", ROWS[method]), tmp_path / method
+        assert run(models["encoder"], data, "--method", method, "--epochs", 1, "--out", out, capsys=capsys)[0] == 0
+        assert json.loads((out / "model" / "config.json").read_text())["architectures"] == [theirs]
+        getattr(transformers, theirs).from_pretrained(out / "model")
+
+
+def test_a_label_that_only_bad_lines_have(models, tmp_path, capsys):
+    data = written(tmp_path / "data.jsonl", [*LABELLED, {"text": "", "label": "[/a]"}])
+    given = (models["encoder"], data, "--method", "classify", "--skip-bad", "--out", tmp_path / "run")
+    code, _, err = run(*given, capsys=capsys)
+    assert code == 2 and "no line to learn the label '[/a]' from" in err
+
+
+@pytest.mark.parametrize("option", [["--batch", 0], ["--epochs", "nan"], ["--epochs", -1], ["--auxiliary", -1]])
+def test_numbers_without_a_meaning(option, models, tmp_path, capsys):
+    data = written(tmp_path / "data.jsonl", LABELLED)
+    given = (models["decoder"], data, "--method", "classify", "--out", tmp_path / "run", *option)
+    code, _, err = run(*given, capsys=capsys)
+    assert code == 2 and option[0] in err and not (tmp_path / "run").exists()
+
+
+def test_only_the_completion_of_a_conversation_is_learned():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    asked = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "OLD"), ("user", "r"))]
+    made = piece(tokenizer, jsonl.Completion(asked, "NEW"))
+    assert tokenizer.decode([t for t in made.targets if t != IGNORED]) == "NEW"
+    with pytest.raises(InputError, match="nothing to learn"):
+        piece(tokenizer, jsonl.Completion(asked, [{"role": "user", "content": "NEW"}]))
 
 
 def test_one_label_is_no_task(models, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from allyouneed.core.errors import InputError, unknown
+from allyouneed.core.errors import InputError, brief, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,6 +59,12 @@ class Job:
     judge: Callable[[Sequence[Any]], Mapping[str, float]]
     labels: Mapping[str, int]  # examples of each class, where there are classes
 
+    def digest(self, task: Task) -> str:
+        """Of all that is learned, in order, and how."""
+        learned = [[x.tolist() for x in one.values()] if isinstance(one, dict) else one for one in self.train]
+        said = repr((task.method, task.auxiliary, list(self.labels), learned))
+        return hashlib.sha256(said.encode()).hexdigest()
+
 
 def finetune(
     model: Annotated[str, typer.Argument(help="A material, a folder, a hub id or a .gguf file.")],
@@ -68,14 +75,14 @@ def finetune(
     ] = SFT,
     valid: Annotated[Path | None, typer.Option(help="What to judge by; without it, a tenth of DATA.")] = None,
     epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 3.0,
-    batch: Annotated[int, typer.Option(help="Examples a step; with sft, rows of --length tokens.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step; with sft, rows as long as the longest.")] = 16,
     length: Annotated[int | None, typer.Option(help="The most tokens of an example; default: the context.")] = None,
     lr: Annotated[float | None, typer.Option(help="The peak rate; default: 6.25e-5·√(117 M/parameters).")] = None,
     auxiliary: Annotated[
         float, typer.Option(help="λ of the language model's own loss beside the labels' (GPT: 0.5).")
     ] = 0.0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave lines out that are wrong, and say so.")] = False,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default: an epoch.")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default: an epoch.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change any training setting.")
     ] = None,
@@ -97,6 +104,10 @@ def finetune(
 
     if method not in (SFT, *METHODS):
         raise unknown("method", method, (SFT, *METHODS))
+    if not 0 < epochs < math.inf:
+        raise InputError(f"--epochs {epochs}; a number above 0 is needed")
+    if not 0 <= auxiliary < math.inf:
+        raise InputError(f"--auxiliary {auxiliary}; a number from 0 is needed")
     if auxiliary and method == SFT:
         raise InputError("--auxiliary: sft learns the language model's loss as it is; leave it out")
     seed_everything(seed)
@@ -120,21 +131,38 @@ def finetune(
     first = join().rank == 0
     if first:
         _announce(job, model, method, training, batch, bad)
+    _same_task(out, fresh, first, {"model": model, "learned": job.digest(task)})
     before = dict(job.judge(job.valid)) if method == SFT else {}
     batches = Epochs(job.train, batch_size=batch, collate=job.collate, seed=seed)
 
     def evaluate(trained: nn.Module) -> Mapping[str, float]:
         return {f"valid_{name}": value for name, value in job.judge(job.valid).items()}
 
-    train(job.module.train(), job.objective, batches, training, folder=out, evaluate=evaluate, resume=not fresh)
+    trained = train(
+        job.module.train(), job.objective, batches, training, folder=out, evaluate=evaluate, resume=not fresh
+    )
     if not first:
         return
+    if trained.averages is not None:  # what was judged all along
+        job.module.load_state_dict(trained.averages, strict=False)
     results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
     results |= {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
     results |= {"left_out": len(bad or ())}
     save(job.module.eval(), out / "model", job.tokenizer)
     write_json(out / "results.json", results)
     _show(results, out, as_json)
+
+
+def _same_task(out: Path, fresh: bool, first: bool, task: Mapping[str, Any]) -> None:
+    """Refuse to go on in a folder where something else was being learned, and say what is learned in a new one."""
+    from allyouneed.core.files import read_json, write_json
+
+    path = out / "task.json"
+    if path.is_file() and not fresh and read_json(path) != task:
+        raise InputError(f"{out}: another model, data or method was begun there; choose another --out, or add --fresh")
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(task))
 
 
 def _labelled(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
@@ -159,8 +187,10 @@ def _labelled(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         module.grow(tokenizer.vocab_size)
     elif isinstance(module, MaskedModel):
         module = encoder_from(module)
+    if isinstance(module, Encoder):  # transformers' classes have the pooler just where the whole text is told of
+        module.repool(task.method not in ("spans", "tokens"))
     how, most = METHODS[task.method], _most(task.length, module.config.context)
-    named: Counter[str] = Counter()
+    named: set[str] = set()
     ignored: list[str] | None = None if task.bad is None else []  # the next reading tells of them
     jsonl.made(task.data, [how.kind], lambda record: named.update(map(str, how.named(record))), bad=ignored)
     known = Labels(sorted(named))
@@ -171,6 +201,10 @@ def _labelled(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         return within(how.make(tokenizer, known, record), most)
 
     learned, judged = _parted(task, [how.kind], example)
+    counted = Counter(known.names[i] for one in learned for i in example_of(one).labels if known.names and i >= 0)
+    lacking = [name for name in known.names if name not in counted]
+    if lacking:
+        raise InputError(f"{task.data}: no line to learn the label {brief(lacking[0])} from; give it more lines")
     told = {"choices": heads.Chooser, "spans": heads.SpanReader, "tokens": heads.Tagger}
     kind: type[heads.Head] = told.get(task.method, heads.Classifier)
     scores = isinstance(module, Decoder) and kind is heads.Classifier  # transformers' layer has no bias there
@@ -190,7 +224,7 @@ def _labelled(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         valid=judged,
         lengths=[example_of(one).longest for one in learned],
         judge=judge,
-        labels=dict(sorted(named.items())),
+        labels=dict(sorted(counted.items())),
     )
 
 
@@ -287,9 +321,10 @@ def _parted(
 def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad: list[str] | None) -> None:
     """What will be trained, as a table on standard error."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=f"{method}: {model}", show_header=False)
+    shown = Table(title=escape(f"{method}: {model}"), show_header=False)
     parts: Counter[str] = Counter()
     for name, parameter in job.module.named_parameters():
         name = name.removeprefix("model.")
@@ -301,7 +336,7 @@ def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad:
     if job.labels:
         listed = [f"{label} {count}" for label, count in list(job.labels.items())[:12]]
         more = f" and {len(job.labels) - 12} more" if len(job.labels) > 12 else ""
-        shown.add_row("labels", ", ".join(listed) + more)
+        shown.add_row("labels", escape(", ".join(listed)) + more)
     shown.add_row("tokens", f"median {statistics.median(job.lengths):g}, longest {max(job.lengths)}")
     seen = training.steps * batch / len(job.train)
     shown.add_row("training", f"{training.steps} steps of {batch}, {seen:.1f} epochs; rate {training.optimizer.lr:.3g}")
@@ -319,4 +354,4 @@ def _show(results: Mapping[str, Any], out: Path, as_json: bool) -> None:
         return
     for name, value in results.items():
         print(f"{name:<24} {f'{value:.4f}' if isinstance(value, float) else value}")
-    print(f"{out / 'model'}: transformers loads it too")
+    print(f"{out / 'model'}: the tuned model")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from allyouneed.core.errors import InputError
 from allyouneed.data import chat, jsonl
-from allyouneed.data.packing import Piece, answer, document
+from allyouneed.data.packing import Piece, document
 from allyouneed.data.pairs import Pair
 from allyouneed.data.tokenizers import Tokenizer
 
@@ -20,17 +20,16 @@ def piece(tokenizer: Tokenizer, record: jsonl.Record) -> Piece:
     Raises:
         InputError: an empty text, no chat template for messages, or no message of the assistant's.
     """
-    end = tokenizer.eos_ids[:1]
     if isinstance(record, jsonl.Text):
-        return document([*_encoded(tokenizer, "text", record.text), *end])
+        return _marked(tokenizer, record.text, (0, len(record.text)), "text")
     if isinstance(record, jsonl.Chat):
         return conversation(tokenizer, record.messages)
     assert isinstance(record, jsonl.Completion), f"no text to learn in {type(record).__name__}"
     if isinstance(record.prompt, str) and isinstance(record.completion, str):
-        prompt = tokenizer.encode(record.prompt)
-        return answer(prompt, [*_encoded(tokenizer, "completion", record.completion), *end])
-    turns = [_turns("user", record.prompt), _turns("assistant", record.completion)]
-    return conversation(tokenizer, [message for side in turns for message in side])
+        whole = record.prompt + record.completion
+        return _marked(tokenizer, whole, (len(record.prompt), len(whole)), "completion")
+    prompt, completion = _turns("user", record.prompt), _turns("assistant", record.completion)
+    return conversation(tokenizer, [*prompt, *completion], after=len(prompt))
 
 
 def pair(tokenizer: Tokenizer, record: jsonl.Record) -> Pair:
@@ -49,8 +48,9 @@ def pair(tokenizer: Tokenizer, record: jsonl.Record) -> Pair:
     return source, target
 
 
-def conversation(tokenizer: Tokenizer, messages: Sequence[jsonl.Message]) -> Piece:
-    """A conversation as its template writes it; only the assistant's messages are predicted, their end included.
+def conversation(tokenizer: Tokenizer, messages: Sequence[jsonl.Message], after: int = 0) -> Piece:
+    """A conversation as its template writes it; only the assistant's messages are predicted, their end included, and of
+    these only what comes `after` so many messages.
 
     Raises:
         InputError: no chat template, one that writes an earlier message anew for a later one, or nothing to learn.
@@ -68,8 +68,7 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[jsonl.Message]) -> Pie
             eos_token=tokenizer.eos_token or "",
         )
 
-    ids: list[int] = []
-    marks: list[bool] = []
+    learned: list[tuple[int, int]] = []
     before = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -77,13 +76,30 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[jsonl.Message]) -> Pie
         asked, told = written(i, prompt=True), written(i + 1)
         if not (asked.startswith(before) and told.startswith(asked)):
             raise InputError("the chat template writes earlier messages anew; what the assistant says cannot be told")
-        for text, mark in ((asked[len(before) :], False), (told[len(asked) :], True)):
-            new = tokenizer.encode(text)
-            ids, marks = ids + new, marks + [mark] * len(new)
+        if i >= after:
+            learned.append((len(asked), len(told)))
         before = told
-    if not any(marks):
+    if not learned:
         raise InputError("messages: none of the assistant's; there is nothing to learn")
-    return document(ids, marks)
+    return document(*_within(*tokenizer.places(before), learned))
+
+
+def _marked(tokenizer: Tokenizer, text: str, learned: tuple[int, int], name: str) -> Piece:
+    """A text with what the vocabulary puts around it and its end; only the characters `learned` are predicted."""
+    if not text[learned[0] :].strip():
+        raise InputError(f"{name} is empty; a text is needed")
+    ids, marks = _within(*tokenizer.places(text, add_special_tokens=True), [learned])
+    end = tokenizer.eos_ids[:1]
+    if end and ids[-1] == end[0]:
+        return document(ids, [*marks[:-1], True])
+    return document([*ids, *end], marks + [True] * len(end))
+
+
+def _within(
+    ids: list[int], places: Sequence[tuple[int, int]], learned: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[bool]]:
+    """The ids, and which of them begin within the characters that are learned."""
+    return ids, [any(start <= place < end for start, end in learned) for place, _ in places]
 
 
 def _turns(role: str, given: jsonl.Turns) -> list[jsonl.Message]:

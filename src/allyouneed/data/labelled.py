@@ -170,12 +170,15 @@ def _similarity(tokenizer: Tokenizer, labels: Labels, record: jsonl.LabelledPair
 
 def _choices(tokenizer: Tokenizer, labels: Labels, record: jsonl.Choices) -> Example:
     _filled(context=record.context, **{f"choices[{i}]": choice for i, choice in enumerate(record.choices)})
+    if len(record.choices) < 2:
+        raise InputError("choices: only one; two at least are needed to choose between")
     if not isinstance(record.label, int) or not 0 <= record.label < len(record.choices):
         raise InputError(f"label is {brief(record.label)}; a number from 0 to {len(record.choices) - 1} is needed")
     return of_pairs(tokenizer, [(record.context, choice) for choice in record.choices], record.label)
 
 
 def _tokens(tokenizer: Tokenizer, labels: Labels, record: jsonl.Tagged) -> Example:
+    _filled(**{f"tokens[{i}]": token for i, token in enumerate(record.tokens)})
     return of_tags(tokenizer, record.tokens, [labels.number(tag) for tag in record.tags])
 
 

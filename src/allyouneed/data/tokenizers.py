@@ -121,6 +121,13 @@ class Tokenizer:
         of = whole.sequence_ids
         return whole.ids, whole.type_ids, [p if of[i] == 1 else None for i, p in enumerate(whole.offsets)]
 
+    def places(self, text: str, *, add_special_tokens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text` and the characters (first, end) that each stands for; of added tokens none, (0, 0)."""
+        self._check_texts([text])
+        with guarded(self.name):
+            whole = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return whole.ids, whole.offsets
+
     def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
         """The ids of a text given as words, special tokens around it, and the number of the word that each is of."""
         self._check_texts(words)
@@ -161,6 +168,9 @@ class Tokenizer:
             bos_id=self.bos_id,
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
+            cls_id=self.cls_id,
+            sep_id=self.sep_id,
+            mask_id=self.mask_id,
             chat_template=self.chat_template,
         )
 

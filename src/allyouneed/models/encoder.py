@@ -68,6 +68,14 @@ class Encoder(Stack):
         assert self.pooler is not None, "this encoder has no pooler"
         return torch.tanh(self.pooler(hidden[:, 0]))
 
+    def repool(self, pooled: bool) -> None:
+        """With a pooler, a new one if there was none, or without, in place."""
+        if pooled != (self.pooler is not None):
+            self.pooler = nn.Linear(self.config.dim, self.config.dim, device=self.device) if pooled else None
+            if self.pooler is not None:
+                self.config.initialise.apply(self.pooler, self.config.num_layers)
+            self.config = self.config.replace(pooled=pooled)
+
     def summary(self, hidden: Tensor, segments: Tensor) -> Tensor:
         """One vector of each row, that of its first token, pooled where there is a pooler; of a causal encoder that of
         its last token, the only one that has seen all: (B, T, dim) -> (B, dim).
