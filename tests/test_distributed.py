@@ -19,6 +19,7 @@ from tiny_run import At, batches, run, settings, tiny, untimed
 from allyouneed.core.errors import InputError
 from allyouneed.core.metrics import read
 from allyouneed.objectives.next_token import next_token
+from allyouneed.train import checkpoints as saving
 from allyouneed.train.checkpoints import Checkpoints
 from allyouneed.train.gradients import differentiate
 from allyouneed.train.interrupts import Stopped
@@ -62,7 +63,7 @@ def test_loss_curve_and_weights_are_those_of_one_process(two_ranks):
     assert len(together) == len(alone) == 20
     for a, b in zip(untimed(alone), untimed(together), strict=True):
         assert b == pytest.approx(a, abs=1e-5)
-    stored = Checkpoints(two_ranks / "plain/checkpoints").newest()["model"]
+    stored = saving.read(Checkpoints(two_ranks / "plain/checkpoints").newest())["model"]
     assert all(torch.allclose(stored[name], p, atol=1e-5) for name, p in module.named_parameters())
 
 
@@ -115,7 +116,8 @@ def test_ctrl_c_on_torchrun_finishes_the_step_and_saves(tmp_path):
     output = finish(launched)
     lines = [(tmp_path / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
     assert lines[0] == lines[1], output
-    assert f"after step {Checkpoints(tmp_path / 'checkpoints').newest()['run']['step']} of" in lines[0]
+    step = saving.read_plain(Checkpoints(tmp_path / "checkpoints").newest())["run"]["step"]
+    assert f"after step {step} of" in lines[0]
 
 
 def test_alone_nothing_is_sent(monkeypatch):
