@@ -29,9 +29,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 TRAINING = settings(steps=20, accumulate=2, ema=0.9)
 
 
-def launch(what: str, folder: Path) -> subprocess.Popen[str]:
+def launch(what: str, folder: Path, program: str = __file__, *options: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*TORCHRUN, __file__, what, str(folder)]
+    command = [*TORCHRUN, *options, program, what, str(folder)]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -12,9 +12,10 @@ crossed already, of everything else over all but `tensor`, whose ranks have the 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -145,8 +146,32 @@ def _split(module: nn.Module, ranks: Ranks, mesh: DeviceMesh) -> None:
         if ranks.parts > 1:
             _shard(unit, _grid(mesh), apart)
         done |= set(unit.parameters())
-    for name in ENTRANCES if isinstance(module, FSDPModule) else ():
-        register_fsdp_forward_method(module, name)
+    if isinstance(module, FSDPModule):
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here changes
+        _open(module)
+
+
+def _open(module: nn.Module) -> None:
+    """Let weights be gathered before any of the `ENTRANCES`, and once where one leads to another."""
+    inside: list[bool] = []
+
+    def entered(first: Callable[..., Any], later: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(later)
+        def enter(*given: Any, **further: Any) -> Any:
+            method = later if inside else first
+            inside.append(True)
+            try:
+                return method(*given, **further)
+            finally:
+                inside.pop()
+
+        return enter
+
+    for name in ("forward", *(name for name in ENTRANCES if hasattr(module, name))):
+        plain = getattr(module, name)
+        if name != "forward":  # around which PyTorch has its hooks already
+            register_fsdp_forward_method(module, name)
+        setattr(module, name, entered(getattr(module, name), plain))
 
 
 def _follow(unit: nn.Module, ranks: Ranks, done: set[nn.Parameter] | None = None) -> None:
@@ -198,7 +223,7 @@ def _spread(unit: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
 def _grid(mesh: DeviceMesh) -> DeviceMesh:
     """Where what is no expert is sharded: over `shard`, the same on all replicas (HSDP) if there are any."""
     replicas = mesh["data", "expert"]._flatten("replicas")
-    return mesh["shard"] if replicas.size() == 1 else mesh["replicas", "shard"]
+    return mesh["shard"] if replicas.size() == 1 else DeviceMesh._concatenate([replicas, mesh["shard"]])
 
 
 def _shard(unit: nn.Module, grid: DeviceMesh, apart: set[nn.Parameter]) -> None:
