@@ -260,7 +260,7 @@ def gradients(folder: Path, rank: int) -> None:
             sharding.begin(module, ranks)
             together = differentiate(module, objective, batch, ranks, accumulate=2 if name == "shard" else 1)
             apart, largest = 0.0, 0.0
-            for (key, p), (_, q) in zip(module.named_parameters(), reference.named_parameters(), strict=True):
+            for (_, p), (_, q) in zip(module.named_parameters(), reference.named_parameters(), strict=True):
                 gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
                 apart = max(apart, (gradient - q.grad).abs().max().item())
                 largest = max(largest, q.grad.abs().max().item())

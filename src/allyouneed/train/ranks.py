@@ -16,12 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from allyouneed.core.errors import RankLostError
+
 PATIENCE = timedelta(minutes=10)  # for a rank that is alive but silent; one that died is noticed at once
 Value = TypeVar("Value")
-
-
-class RankLostError(RuntimeError):
-    """Another rank is gone, and with it the run. `torchrun --max-restarts` starts all anew."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,8 @@ def join() -> Ranks:
     """The ranks that `torchrun` started, from its environment variables; a process started otherwise is alone.
 
     The process group (NCCL where there is CUDA, and gloo for what lies on the CPU) is joined once, unless the caller
-    has, and left at exit: torchrun's store remembers a group, so that it cannot be joined a second time.
+    has, and left at exit: torchrun's store remembers a group, so that it cannot be joined a second time, and after a
+    restart has to be joined under another name.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world == 1:
@@ -144,7 +143,10 @@ def join() -> Ranks:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        named = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {world}", store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=named, rank=rank, world_size=world, timeout=PATIENCE)
         atexit.register(_leave)
     return Ranks(rank, world, device)
 

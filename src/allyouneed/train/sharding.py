@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +33,7 @@ from allyouneed.train.ranks import Ranks, join
 
 # Ways into a model other than calling it, which objectives take; PyTorch gathers weights before each.
 ENTRANCES = ("hidden", "read", "remember")
+Module = TypeVar("Module", bound=nn.Module)
 _WHOLE: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # what a split module was, on the meta device
 
 
@@ -58,7 +59,7 @@ def is_split(module: nn.Module) -> bool:
     return module in _WHOLE
 
 
-def whole(module: nn.Module) -> nn.Module:
+def whole(module: Module) -> Module:
     """`module` with all its weights, on the CPU of rank 0; to be called on all ranks, the others get an empty one.
 
     Gathered tensor by tensor: no device holds more than one of them beside its slices, and nobody two models. A module
@@ -67,7 +68,7 @@ def whole(module: nn.Module) -> nn.Module:
     if module not in _WHOLE:
         return module
     settle(module)
-    gathered, first = copy.deepcopy(_WHOLE[module]), join().rank == 0
+    gathered, first = cast("Module", copy.deepcopy(_WHOLE[module])), join().rank == 0
     state: dict[str, Tensor] = {}
     for name, x in [*module.named_parameters(), *module.named_buffers()]:
         full = x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
