@@ -80,7 +80,7 @@ def differentiate(
     """
     mine = (ranks.part + i * ranks.parts for i in range(accumulate))
     pieces = [_rows(batch, first, ranks.parts * accumulate) for first in mine]
-    sums, unit = _backward(module, objective, pieces, autocast)
+    sums, unit = _backward(module, objective, pieces, autocast, ranks)
     gradients = _gradients(module)
     norm = _summed(sums, gradients, ranks)
     targets, *totals, length = torch.stack([*sums.values(), norm.float()]).tolist()  # a step's one wait for the device
@@ -106,13 +106,13 @@ def _summed(sums: dict[str, Tensor], gradients: list[Tensor], ranks: Ranks) -> T
 
 
 def _backward(
-    module: nn.Module, objective: Objective, pieces: Sequence[Batch], autocast: torch.dtype | None
+    module: nn.Module, objective: Objective, pieces: Sequence[Batch], autocast: torch.dtype | None, ranks: Ranks
 ) -> tuple[dict[str, Tensor], str]:
     """Add up the gradients of all pieces; what the objective summed over them, and what it counts in."""
     sums: dict[str, Tensor] = {}
     device = next(module.parameters()).device
     for i, piece in enumerate(pieces, start=1):
-        reduce_gradients(module, now=i == len(pieces))
+        reduce_gradients(module, last=i == len(pieces), slices=ranks.slice_gradients)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             loss = objective(module, {name: x.to(device, non_blocking=True) for name, x in piece.items()})
         loss.total.backward()

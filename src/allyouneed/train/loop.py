@@ -188,7 +188,8 @@ class _Run:
         ranks: Ranks,
         checkpoints: Checkpoints | None,
     ) -> None:
-        sharding.begin(module, ranks)
+        self.narrow = torch.bfloat16 if training.precision == "bf16" else None
+        sharding.begin(module, ranks, self.narrow)
         module.train().zero_grad()
         self.module, self.objective, self.batches = module, objective, batches
         self.training, self.ranks, self.device = training, ranks, next(module.parameters()).device
@@ -212,11 +213,9 @@ class _Run:
         """Train one step further; what was measured."""
         t, batch = self.training, next(self.batches)
         self.step += 1
-        autocast = torch.bfloat16 if t.precision == "bf16" else None
+        how: dict[str, Any] = {"accumulate": t.accumulate, "clip": t.clip, "autocast": self.narrow}
         try:
-            measured = differentiate(
-                self.module, self.objective, batch, self.ranks, accumulate=t.accumulate, clip=t.clip, autocast=autocast
-            )
+            measured = differentiate(self.module, self.objective, batch, self.ranks, **how)
         except InputError as error:
             raise InputError(f"step {self.step}: {error}; training stops, the last checkpoint stands") from None
         lr = t.optimizer.lr * t.schedule(self.step, t.steps)

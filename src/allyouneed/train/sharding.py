@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -45,13 +45,17 @@ def deferred(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def begin(module: nn.Module, ranks: Ranks) -> None:
-    """Let all ranks begin with rank 0's weights, split over the mesh if there is one. Done before, nothing is done."""
+def begin(module: nn.Module, ranks: Ranks, precision: torch.dtype | None = None) -> None:
+    """Let all ranks begin with rank 0's weights, split over the mesh if there is one. Done before, nothing is done.
+
+    `precision` is what sharded weights are gathered in, if not their own; gradients are summed in float32.
+    """
     if ranks.mesh is None:
         _follow(module, ranks)
     elif module not in _WHOLE:
         _WHOLE[module] = _outline(module)
-        _split(module, ranks, ranks.mesh)
+        policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+        _split(module, ranks, ranks.mesh, policy if precision else MixedPrecisionPolicy())
 
 
 def is_split(module: nn.Module) -> bool:
@@ -87,10 +91,13 @@ def settle(module: nn.Module) -> None:
             part.reshard()
 
 
-def reduce_gradients(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass ends in gradients of this rank's slices, summed, or only adds to its own."""
+def reduce_gradients(module: nn.Module, *, last: bool, slices: bool) -> None:
+    """How the next backward pass ends: the last of a step in gradients summed over rows, in this rank's slices; one
+    before adds to the whole ones that this rank computes or, where `slices`, to slices summed over `shard` alone.
+    """
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now)
+        module.set_requires_gradient_sync(last or slices)
+        module.set_requires_all_reduce(last)
 
 
 def copies(x: Tensor, world: int) -> int:
@@ -137,15 +144,15 @@ def _fresh(given: Any) -> Any:
     return given.fresh() if hasattr(given, "fresh") else given
 
 
-def _split(module: nn.Module, ranks: Ranks, mesh: DeviceMesh) -> None:
+def _split(module: nn.Module, ranks: Ranks, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
     done: set[nn.Parameter] = set()
     for unit in (*blocks(module), module):
         _follow(unit, ranks, done)
         if mesh["tensor"].size() > 1:
             _divide(unit, mesh["tensor"])
-        apart = _spread(unit, mesh) if mesh["expert"].size() > 1 else set[nn.Parameter]()
+        apart = _spread(unit, mesh, precision) if mesh["expert"].size() > 1 else set[nn.Parameter]()
         if ranks.parts > 1:
-            _shard(unit, _grid(mesh), apart)
+            _shard(unit, _grid(mesh), precision, apart)
         done |= set(unit.parameters())
     if isinstance(module, FSDPModule):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here changes
@@ -208,7 +215,7 @@ def _divide(unit: nn.Module, mesh: DeviceMesh) -> None:
             narrowed.narrow(mesh.get_local_rank(), mesh.size())
 
 
-def _spread(unit: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
+def _spread(unit: nn.Module, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> set[nn.Parameter]:
     """Split experts; their parameters, none of which may be summed over `expert`."""
     apart: set[nn.Parameter] = set()
     for _, part in spread(unit):
@@ -216,7 +223,7 @@ def _spread(unit: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
         if not any(isinstance(x, DTensor) for x in module.parameters()):
             part.spread(mesh["expert"])
             if mesh["data"].size() * mesh["shard"].size() > 1:
-                _shard(module, mesh["shard"] if mesh["data"].size() == 1 else mesh["data", "shard"], set())
+                _shard(module, mesh["shard"] if mesh["data"].size() == 1 else mesh["data", "shard"], precision)
         apart |= set(module.parameters())
     return apart
 
@@ -227,8 +234,10 @@ def _grid(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["shard"] if replicas.size() == 1 else DeviceMesh._concatenate([replicas, mesh["shard"]])
 
 
-def _shard(unit: nn.Module, grid: DeviceMesh, apart: set[nn.Parameter]) -> None:
-    sharded = fully_shard(unit, mesh=grid, ignored_params=apart)
+def _shard(
+    unit: nn.Module, grid: DeviceMesh, precision: MixedPrecisionPolicy, apart: set[nn.Parameter] | None = None
+) -> None:
+    sharded = fully_shard(unit, mesh=grid, mp_policy=precision, ignored_params=apart)
     sharded.set_gradient_divide_factor(1.0)  # sums, not means: `train.gradients` divides by the number of targets
     sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to divide by 1
 
