@@ -72,8 +72,8 @@ def _presets(slug: str, size: str, rows: int | None, length: int | None) -> Iter
     if not found:
         raise InputError(f"{slug}: its {size} size trains no model that can be planned")
     for model, name in found.items():
-        tokens: int = length or getattr(config, "length", 0) or getattr(model, "context", 512)
-        batch: int = rows or getattr(config, "rows", 0) or getattr(config, "batch_tokens", 0) // tokens or 256
+        tokens: Any = length or getattr(config, "length", 0) or getattr(model, "context", 512)
+        batch: Any = rows or getattr(config, "rows", 0) or getattr(config, "batch_tokens", 0) // tokens or 256
         yield name, _with_vocabulary(model), batch, min(tokens, getattr(model, "context", tokens)), narrow
 
 

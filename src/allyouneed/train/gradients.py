@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from allyouneed.core.errors import InputError
 from allyouneed.train.ranks import Ranks
-from allyouneed.train.sharding import copies, local, reduce_gradients
+from allyouneed.train.sharding import copies, local, placements, reduce_gradients
 
 Batch = Mapping[str, Tensor]  # the first dimension of each tensor counts the batch's rows
 
@@ -136,6 +135,6 @@ def _gradients(module: nn.Module) -> list[Tensor]:
     trainable = [p for p in module.parameters() if p.requires_grad]
     for p in trainable:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
-            p.grad = p.grad.redistribute(placements=p.placements)  # what the tensor ranks have yet to add up
+        if placements(p.grad) != placements(p):  # what tensor ranks have yet to add up
+            p.grad = cast("Any", p.grad).redistribute(placements=placements(p))
     return [p.grad for p in trainable if p.grad is not None]

@@ -20,7 +20,7 @@ from allyouneed import core
 from allyouneed.core.errors import InputError
 from allyouneed.core.progress import Progress
 from allyouneed.train import checkpoints as saving
-from allyouneed.train import randomness, sharding, slices
+from allyouneed.train import randomness, sharding
 from allyouneed.train.averages import Ema
 from allyouneed.train.checkpoints import Checkpoints, State, fill, weights
 from allyouneed.train.gradients import Batch, Objective, differentiate
@@ -193,7 +193,7 @@ class _Run:
         module.train().zero_grad()
         self.module, self.objective, self.batches = module, objective, batches
         self.training, self.ranks, self.device = training, ranks, next(module.parameters()).device
-        self.saver = None if checkpoints is None or ranks.mesh is None else slices.Saver(checkpoints)
+        self.saver = None if checkpoints is None or ranks.mesh is None else _slices().Saver(checkpoints)
         self.optimizer: torch.optim.Optimizer = training.optimizer.build(module)
         self.ema = None if training.ema is None else Ema(module, training.ema)
         self.step, self.seen, self.unit = 0, 0, "targets"
@@ -282,7 +282,7 @@ class _Run:
         if path is None:
             return
         self._check_same(saving.read_plain(path)["training"], checkpoints.folder)
-        state = saving.read(path) if self.saver is None else slices.read(path, self._places())
+        state = saving.read(path) if self.saver is None else _slices().read(path, self._places())
         fill(weights(self.module), state["model"], checkpoints.folder)
         if self.ema is not None:
             fill(self.ema.weights, state["averages"], checkpoints.folder)
@@ -305,3 +305,10 @@ class _Run:
             if name not in MAY_CHANGE and there.get(name) != here:
                 mend = "choose another folder, or begin again with resume=False"
                 raise InputError(f"{folder}: this run was begun with {name}={there.get(name)}, not {here}; {mend}")
+
+
+def _slices() -> Any:
+    """Distributed checkpoints, whose imports take a second."""
+    from allyouneed.train import slices
+
+    return slices

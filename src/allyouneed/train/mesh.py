@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -118,8 +119,13 @@ class Mesh(core.Config):
         if not self.splits:
             return ranks
         self.check(module)
-        mesh = init_device_mesh(ranks.device, (*sizes.values(),), mesh_dim_names=(*sizes,))
-        return replace(ranks, mesh=mesh, slice_gradients=self.slice_gradients)
+        return replace(ranks, mesh=_grid(ranks.device, **sizes), slice_gradients=self.slice_gradients)
+
+
+@cache
+def _grid(device: str, **sizes: int) -> DeviceMesh:
+    """One for each layout: its groups of ranks last as long as the process."""
+    return init_device_mesh(device, (*sizes.values(),), mesh_dim_names=(*sizes,))
 
 
 def divided(module: nn.Module) -> Iterator[tuple[str, Divided]]:
