@@ -7,6 +7,7 @@ Shapes: B rows, T queries, S keys, M tokens of memory, H heads, D = head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ class Attention(core.Configured, nn.Module):
     >>> Attention.Config(num_heads=2).build(8)(x, whole_rows(positions, x)).shape
     torch.Size([1, 3, 8])
     """
+
+    by_columns, by_rows = ("q", "k", "v"), ("out",)  # how tensor ranks share it: whole heads each (`train.mesh`)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
@@ -102,6 +105,10 @@ class Attention(core.Configured, nn.Module):
         """Keys or values, each repeated for the heads that share it."""
         shared = self.num_heads // self.num_kv_heads
         return x.repeat_interleave(shared, 1) if shared > 1 else x
+
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads·D) -> (B, heads, T, D)."""

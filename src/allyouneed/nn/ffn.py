@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +28,8 @@ class MLP(core.Configured, nn.Module):
     torch.Size([2, 3, 8])
     """
 
+    by_columns, by_rows = ("up",), ("out",)  # how tensor ranks share it (`train.mesh`)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
         """`activation` is one of `ACTIVATIONS`."""
@@ -47,6 +49,10 @@ class MLP(core.Configured, nn.Module):
         """(…, dim) -> (…, dim)."""
         return self.out(F.dropout(self.activation(self.up(x)), self.dropout, self.training))
 
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"hidden_dim": self.out.in_features}
+
 
 class GatedMLP(core.Configured, nn.Module):
     """W₂ (f(Wx) ⊙ Vx): SwiGLU with the default activation (Shazeer 2020, eq. 6).
@@ -55,6 +61,8 @@ class GatedMLP(core.Configured, nn.Module):
     >>> GatedMLP.Config(hidden_dim=32).build(8)(torch.randn(2, 3, 8)).shape
     torch.Size([2, 3, 8])
     """
+
+    by_columns, by_rows = ("gate", "up"), ("out",)  # how tensor ranks share it (`train.mesh`)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
@@ -76,6 +84,10 @@ class GatedMLP(core.Configured, nn.Module):
         """(…, dim) -> (…, dim)."""
         hidden = self.activation(self.gate(x)) * self.up(x)
         return self.out(F.dropout(hidden, self.dropout, self.training))
+
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"hidden_dim": self.out.in_features}
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ Shapes: B rows, T queries, S keys, H heads, D = head_dim. Positions are counted 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +180,12 @@ class Alibi(Positions):
 
     def __init__(self, config: core.Config, *, dim: int, num_heads: int, head_dim: int, context: int) -> None:
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
-        self.num_heads = num_heads
+        self.num_heads, self.heads = num_heads, slice(None)
+
+    def narrow(self, index: int, of: int) -> None:
+        """Lower the scores of the `index`-th of `of` equal runs of heads only, those of one tensor rank."""
+        run = self.num_heads // of
+        self.heads = slice(index * run, (index + 1) * run)
 
     @staticmethod
     def slopes(num_heads: int) -> Tensor:
@@ -192,7 +198,7 @@ class Alibi(Positions):
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
         """−m_h · (query − key)."""
         distance = queries[:, None, :, None] - keys[:, None, None, :]
-        return self.slopes(self.num_heads).to(queries.device)[:, None, None] * -distance
+        return self.slopes(self.num_heads)[self.heads].to(queries.device)[:, None, None] * -distance
 
 
 class RelativeBias(Positions):
@@ -206,6 +212,8 @@ class RelativeBias(Positions):
     torch.Size([1, 2, 3, 5])
     """
 
+    by_columns, by_rows = ("embedding",), ()  # tensor ranks hold the biases of their own heads (`train.mesh`)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
         """T5's numbers."""
@@ -217,6 +225,10 @@ class RelativeBias(Positions):
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
         self.num_buckets, self.max_distance = config.num_buckets, config.max_distance
         self.embedding = nn.Embedding(config.num_buckets, num_heads)
+
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"num_heads": self.embedding.embedding_dim}
 
     def buckets(self, distance: Tensor) -> Tensor:
         """The bucket of each distance query − key."""

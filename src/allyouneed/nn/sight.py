@@ -5,6 +5,7 @@ Computed once a pass from segments or a cache, read by every attention layer. Sh
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,12 @@ class Sight:
         self.visible, self.plain, self.causal, self.memory = visible, plain, causal, memory
         self.rotation = part.rotation(queries)
         self._masks: dict[int | None, Tensor | None] = {}
+
+    def fresh(self) -> Sight:
+        """The same with no mask built yet, for a block that is computed twice and must do the same both times."""
+        sight = copy.copy(self)
+        sight._masks = {}
+        return sight
 
     def turn(self, x: Tensor) -> Tensor:
         """Queries or new keys (B, H, T, D), turned to their positions."""

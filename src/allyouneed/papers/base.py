@@ -21,6 +21,8 @@ from allyouneed.papers import checks
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from allyouneed.train.ranks import Ranks
+
 Arm = TypeVar("Arm")
 
 SIZES = ("smoke", "laptop", "paper")
@@ -47,10 +49,22 @@ class Report:
         losses = report.repeat({"alibi": alibi, "sinusoidal": sinusoidal}, train)    # train(arm, seed, folder) -> value
         gains = [c - t for t, c in zip(losses["alibi"], losses["sinusoidal"])]
         report.check("gain over sinusoidal", values=gains, above=config.margin)
+
+    Of several `ranks` each does all work, and the value of the first, which alone writes, is everybody's.
     """
 
-    def __init__(self, *, slug: str, seeds: Sequence[int], folder: Path, evidence: str, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        slug: str,
+        seeds: Sequence[int],
+        folder: Path,
+        evidence: str,
+        quiet: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.slug, self.seeds, self.folder, self.evidence, self.quiet = slug, list(seeds), folder, evidence, quiet
+        self.ranks = ranks
         self.arms: dict[str, dict[str, Any]] = {}
         self.checks: list[checks.Check] = []
         self.curves: list[dict[str, Any]] = []
@@ -127,7 +141,8 @@ class Report:
         from allyouneed.papers import figures
 
         assert name not in {f["name"] for f in self.figures}, f"two figures called {name!r}"
-        figures.save(figure, self.folder / name)
+        if self._writes:
+            figures.save(figure, self.folder / name)
         self.figures.append({"name": name, "caption": caption, "svg": f"{name}.svg", "png": f"{name}.png"})
 
     @property
@@ -153,18 +168,27 @@ class Report:
         assert re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", key), f"job {key!r} cannot name a file"
         folder = self.folder / "jobs" / key
         saved = folder.with_name(f"{folder.name}.json")
-        done_before = saved.exists()
+        done_before = self._told(saved.exists())
         if not done_before:
             self._announce(key)
             folder.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
             value = work(folder)
-            write_json(saved, {"seconds": round(time.monotonic() - started, 3), "value": value})
-        record = read_json(saved)
+            if self._writes:
+                write_json(saved, {"seconds": round(time.monotonic() - started, 3), "value": value})
+        record = self._told(read_json(saved) if self._writes else None)
         self.jobs_done += 1
         self.job_seconds += record["seconds"]
         self.seconds_before += record["seconds"] if done_before else 0.0
         return record["value"]
+
+    @property
+    def _writes(self) -> bool:
+        return self.ranks is None or self.ranks.rank == 0
+
+    def _told(self, value: Any) -> Any:
+        """What the first rank found."""
+        return value if self.ranks is None else self.ranks.told(value)
 
     def _announce(self, key: str) -> None:
         """Say which job starts, of how many, and how long they may still take."""
