@@ -94,9 +94,7 @@ class EncoderDecoder(core.Configured, nn.Module):
         if segments is None:
             return Memory(self.encoder.read(source, whole_rows(self.encoder.positions, source, causal=False)))
         states = self.encoder.read(source, within_segments(self.encoder.positions, segments, causal=False))
-        padding = (segments == 0)[:, None, None, :]
-        mask = torch.zeros((), device=states.device).masked_fill(padding, float("-inf"))
-        return Memory(states, mask)
+        return Memory(states, segments)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """(…, dim) -> logits (…, V)."""

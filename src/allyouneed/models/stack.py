@@ -6,6 +6,7 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from allyouneed import core
 from allyouneed.nn.block import AnyBlock
 from allyouneed.nn.caches import Cache
 from allyouneed.nn.initialise import Initialise, Normal
+from allyouneed.nn.kernels import AnyKernel
 from allyouneed.nn.norms import LayerNorm, NoNorm, Norm
 from allyouneed.nn.positions import AnyPositions, Rotary
 from allyouneed.nn.sight import Memory, Sight
@@ -44,6 +46,10 @@ class Stack(core.Configured, nn.Module):
             """Counted on the meta device, so that any size can be asked for."""
             with torch.device("meta"):
                 return sum(p.numel() for p in self.build().parameters())
+
+        def with_kernel(self, kernel: AnyKernel) -> Self:
+            """The same model, attention computed another way; its weights are the same."""
+            return self.replace(blocks=tuple(block.with_kernel(kernel) for block in self.blocks))
 
         @property
         def layers(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from allyouneed import core
 from allyouneed.nn.attention import Attention, CrossAttention
 from allyouneed.nn.caches import LayerCache
 from allyouneed.nn.ffn import MLP, GatedMLP
+from allyouneed.nn.kernels import AnyKernel
 from allyouneed.nn.norms import LayerNorm, Norm
 from allyouneed.nn.sight import Sight
 
@@ -46,6 +48,10 @@ class Block(core.Configured, nn.Module):
         norm: Norm = field(default_factory=LayerNorm.Config)
         placement: PreNorm | PostNorm = field(default_factory=PreNorm)
         dropout: float = 0.0
+
+        def with_kernel(self, kernel: AnyKernel) -> Self:
+            """The same block, attention computed another way."""
+            return self.replace(mixer=self.mixer.replace(kernel=kernel))
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
@@ -87,6 +93,10 @@ class CrossBlock(Block):
         """As of the block, and the reader of the memory."""
 
         cross: CrossAttention.Config
+
+        def with_kernel(self, kernel: AnyKernel) -> Self:
+            """The same block, both kinds of attention computed another way."""
+            return super().with_kernel(kernel).replace(cross=self.cross.replace(kernel=kernel))
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
