@@ -64,12 +64,17 @@ def run(
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting; may be repeated.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where run folders go, instead of runs/.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Do the jobs at once on a Ray cluster: its address, or local for this machine.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if a stopped run could go on.")] = False,
 ) -> None:
     """Test a paper's claim on this machine. Ctrl-C stops; the same command goes on from there."""
+    from allyouneed.core.workers import in_turn, over_ray
     from allyouneed.papers import runner
 
-    runner.run(slug, size, seeds=seeds, overrides=overrides or (), out=out, fresh=fresh)
+    workers = over_ray(ray) if ray else in_turn
+    runner.run(slug, size, seeds=seeds, overrides=overrides or (), out=out, fresh=fresh, workers=workers)
 
 
 def publish(

@@ -5,7 +5,7 @@ Shapes: B rows, M tokens of source, T tokens of target, V = vocab_size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from allyouneed import core
 from allyouneed.models.decoder import Output
 from allyouneed.models.stack import Stack
 from allyouneed.nn.caches import Cache
+from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.sight import Memory, whole_rows, within_segments
 
 
@@ -100,6 +101,11 @@ class EncoderDecoder(core.Configured, nn.Module):
         """(…, dim) -> logits (…, V)."""
         logits: Tensor = self.head(self.config.head_scale * hidden)
         return logits
+
+    def flops(self, source: Reading, target: Reading) -> int:
+        """FLOPs of the matrix products of one forward pass; the target's memory is the source."""
+        written = replace(target, memory=source)
+        return self.encoder.flops(source) + self.decoder.flops(written) + product(self.head, target.tokens)
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.nn.caches import LayerCache
+from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.kernels import AnyKernel, Sdpa, attention_weights
 from allyouneed.nn.sight import Sight
 from allyouneed.nn.view import View
@@ -81,6 +82,15 @@ class Attention(core.Configured, nn.Module):
             k, v = cache.extend(k, v)
         return self._attend(q, k, v, sight.view(self.window))
 
+    def flops(self, reading: Reading) -> int:
+        """Of queries, keys, values and what is made of them; scores and their sums, hidden ones too."""
+        layers = sum(product(layer, reading.tokens) for layer in (self.q, self.k, self.v, self.out))
+        return layers + self._scoring(reading.tokens, reading.keys)
+
+    def _scoring(self, tokens: int, keys: int) -> int:
+        """QKᵀ and the weights times V."""
+        return 2 * 2 * tokens * keys * self.num_heads * self.head_dim
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         attended = self.kernel(q, k, v, view, scale=self.scale, dropout=self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -113,6 +123,14 @@ class CrossAttention(Attention):
     def weights(self, x: Tensor, memory: Tensor) -> Tensor:
         """How much each query of x (B, T, dim) looks at each token of a memory (B, M, dim): (B, H, T, M)."""
         return attention_weights(self._heads(self.q(x)), self._heads(self.k(memory)), scale=self.scale)
+
+    def flops(self, reading: Reading) -> int:
+        """Queries of the row, keys and values of the memory."""
+        memory = reading.memory
+        assert memory is not None, "cross attention without a memory"
+        own = sum(product(layer, reading.tokens) for layer in (self.q, self.out))
+        theirs = sum(product(layer, memory.tokens) for layer in (self.k, self.v))
+        return own + theirs + self._scoring(reading.tokens, memory.keys)
 
     def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim), reading `sight.memory`, whose keys and values a cache computes once."""

@@ -13,6 +13,7 @@ from allyouneed import core
 from allyouneed.nn.attention import Attention, CrossAttention
 from allyouneed.nn.caches import LayerCache
 from allyouneed.nn.ffn import MLP, GatedMLP
+from allyouneed.nn.flops import Reading
 from allyouneed.nn.kernels import AnyKernel
 from allyouneed.nn.norms import LayerNorm, Norm
 from allyouneed.nn.sight import Sight
@@ -64,6 +65,10 @@ class Block(core.Configured, nn.Module):
         x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
         return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
 
+    def flops(self, reading: Reading) -> int:
+        """Of its mixers."""
+        return self.mixer.flops(reading) + self.channel.flops(reading)
+
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
@@ -107,6 +112,10 @@ class CrossBlock(Block):
         x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
         x = self.placement(x, self.cross_norm, lambda h: self._drop(self.cross(h, sight, cache)))
         return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
+
+    def flops(self, reading: Reading) -> int:
+        """Of its mixers and the reader of the memory."""
+        return super().flops(reading) + self.cross.flops(reading)
 
 
 AnyBlock = Block.Config | ParallelBlock.Config | CrossBlock.Config

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.core.errors import unknown
+from allyouneed.nn.flops import Reading, product
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,  # Vaswani et al. 2017
@@ -49,6 +50,10 @@ class MLP(core.Configured, nn.Module):
         """(…, dim) -> (…, dim)."""
         return self.out(F.dropout(self.activation(self.up(x)), self.dropout, self.training))
 
+    def flops(self, reading: Reading) -> int:
+        """Of both layers."""
+        return sum(product(layer, reading.tokens) for layer in (self.up, self.out))
+
     def divisible(self) -> Mapping[str, int]:
         """What the number of tensor ranks has to divide."""
         return {"hidden_dim": self.out.in_features}
@@ -84,6 +89,10 @@ class GatedMLP(core.Configured, nn.Module):
         """(…, dim) -> (…, dim)."""
         hidden = self.activation(self.gate(x)) * self.up(x)
         return self.out(F.dropout(hidden, self.dropout, self.training))
+
+    def flops(self, reading: Reading) -> int:
+        """Of the three layers."""
+        return sum(product(layer, reading.tokens) for layer in (self.gate, self.up, self.out))
 
     def divisible(self) -> Mapping[str, int]:
         """What the number of tensor ranks has to divide."""
