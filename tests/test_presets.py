@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import bert, gpt, gpt2, gpt_neox, llama, t5, transformer
+from allyouneed.models import bert, gpt, gpt2, gpt_neox, llama, mixtral, switch, t5, transformer
+from allyouneed.nn.moe import active_parameters
 from allyouneed.papers import alibi, gpt3
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
@@ -50,6 +51,10 @@ T5 = {
     ("3B", "1.1"): 2_849_757_184,
     ("11B", "1.1"): 11_135_332_352,
 }
+# Mixtral: parameters, and those that a token passes, as its authors' announcements give them
+MIXTRAL = {"8x7B": (46.7e9, 12.9e9), "8x22B": (140.6e9, 39.1e9)}
+# Switch: Fedus et al. 2021, table 9
+SWITCH = {"base": 7e9, "large": 26e9, "xxl": 395e9, "c": 1571e9}
 # The Transformer: Vaswani et al. 2017, table 3
 TRANSFORMER = {"base": 65e6, "big": 213e6}
 
@@ -96,6 +101,20 @@ def test_pythia_has_eight_sizes():
 @pytest.mark.parametrize("name", T5, ids=" ".join)
 def test_t5(name):
     assert t5.sized(name[0], version=name[1]).num_parameters() == T5[name]
+
+
+@pytest.mark.parametrize("name", MIXTRAL)
+def test_mixtral(name):
+    with torch.device("meta"):
+        model = mixtral.sized(name).build()
+    total, active = MIXTRAL[name]
+    assert abs(mixtral.sized(name).num_parameters() / total - 1) < 0.002
+    assert abs(active_parameters(model) / active - 1) < 0.003
+
+
+@pytest.mark.parametrize("name", SWITCH)
+def test_switch(name):
+    assert abs(switch.sized(name).num_parameters() / SWITCH[name] - 1) < (0.06 if name in ("base", "large") else 0.002)
 
 
 @pytest.mark.parametrize("name", TRANSFORMER)

@@ -39,7 +39,7 @@ class MLP(core.Configured, nn.Module):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.activation, self.dropout = _activation(config.activation), config.dropout
+        self.activation, self.dropout = activation_of(config.activation), config.dropout
         self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
 
@@ -67,7 +67,7 @@ class GatedMLP(core.Configured, nn.Module):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.activation, self.dropout = _activation(config.activation), config.dropout
+        self.activation, self.dropout = activation_of(config.activation), config.dropout
         self.gate = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
@@ -78,7 +78,8 @@ class GatedMLP(core.Configured, nn.Module):
         return self.out(F.dropout(hidden, self.dropout, self.training))
 
 
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """One of `ACTIVATIONS`, or the error that names the nearest."""
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
