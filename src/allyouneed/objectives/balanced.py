@@ -145,7 +145,7 @@ LOSSES: dict[str, Callable[[Tally], Tensor]] = {
 def balanced(objective: Objective, **weights: float) -> Objective:
     """`objective` + Σ weight · loss over all routers of the module (Fedus et al. 2021, sec. 2.2), by names in `LOSSES`.
 
-    Metrics, means over the routers: each loss before its weight (`switch_loss`), and whatever the weights are
+    Metrics: `objective`, the loss without them; means over the routers: each before its weight (`switch_loss`), and
     `importance_cv`, `load_cv` (of the counts), `busiest`, the share of the most chosen expert, and `dropped`, that of
     the choices that found no place.
 
@@ -157,7 +157,7 @@ def balanced(objective: Objective, **weights: float) -> Objective:
     >>> model, ids = mixtral.EXAMPLE.build(), torch.randint(53, (2, 9))
     >>> loss = balanced(next_token, switch=0.01)(model, {"ids": ids[:, :-1], "targets": ids[:, 1:]})
     >>> sorted(loss.metrics)
-    ['busiest', 'dropped', 'importance_cv', 'load_cv', 'switch_loss']
+    ['busiest', 'dropped', 'importance_cv', 'load_cv', 'objective', 'switch_loss']
     """
     for name in weights:
         if name not in LOSSES:
@@ -173,6 +173,7 @@ def balanced(objective: Objective, **weights: float) -> Objective:
         extra = sum((weight * each[name].sum() for name, weight in weights.items()), plain.total.new_zeros(()))
         measured = {f"{name}_loss": values.mean() for name, values in each.items()} | statistics(tallies)
         metrics = {name: plain.weight * value.detach() for name, value in measured.items()}
+        metrics["objective"] = plain.total.detach()
         return replace(plain, total=plain.total + plain.weight * extra, metrics={**plain.metrics, **metrics})
 
     return loss
