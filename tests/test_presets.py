@@ -6,7 +6,22 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import bert, bloom, gpt, gpt2, gpt3, gpt_neo, gpt_neox, llama, t5, transformer
+from allyouneed.models import (
+    bert,
+    bloom,
+    gpt,
+    gpt2,
+    gpt3,
+    gpt_neo,
+    gpt_neox,
+    llama,
+    mixtral,
+    recurrent,
+    switch,
+    t5,
+    transformer,
+)
+from allyouneed.nn.moe import active_parameters
 from allyouneed.papers import alibi
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
@@ -59,6 +74,21 @@ T5 = {
     ("large", "1.1"): 783_150_080,
     ("3B", "1.1"): 2_849_757_184,
     ("11B", "1.1"): 11_135_332_352,
+}
+# Mixtral: parameters, and those that a token passes, as its authors' announcements give them
+MIXTRAL = {"8x7B": (46.7e9, 12.9e9), "8x22B": (140.6e9, 39.1e9)}
+# Switch: Fedus et al. 2021, table 9
+SWITCH = {"base": 7e9, "large": 26e9, "xxl": 395e9, "c": 1571e9}
+# Mixtures of 2017: Shazeer et al., table 7: ops a timestep and parameters without embedding and head in millions, all
+# parameters in billions
+MIXTURES = {
+    "MoE-4": (8.4, 8.4, 0.8),
+    "MoE-32": (8.4, 37.8, 0.9),
+    "MoE-256": (8.6, 272.9, 1.1),
+    "MoE-256-h": (8.4, 272.9, 1.1),
+    "MoE-1024-h": (8.5, 1079.0, 1.9),
+    "MoE-4096-h": (8.9, 4303.4, 5.1),
+    "MoE-34M": (33.8, 4313.9, 6.0),
 }
 # The Transformer: Vaswani et al. 2017, table 3
 TRANSFORMER = {"base": 65e6, "big": 213e6}
@@ -116,6 +146,38 @@ def test_pythia_has_eight_sizes():
 @pytest.mark.parametrize("name", T5, ids=" ".join)
 def test_t5(name):
     assert t5.sized(name[0], version=name[1]).num_parameters() == T5[name]
+
+
+@pytest.mark.parametrize("name", MIXTRAL)
+def test_mixtral(name):
+    with torch.device("meta"):
+        model = mixtral.sized(name).build()
+    total, active = MIXTRAL[name]
+    assert abs(mixtral.sized(name).num_parameters() / total - 1) < 0.002
+    assert abs(active_parameters(model) / active - 1) < 0.003
+
+
+@pytest.mark.parametrize("name", SWITCH)
+def test_switch(name):
+    assert abs(switch.sized(name).num_parameters() / SWITCH[name] - 1) < (0.06 if name in ("base", "large") else 0.002)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_2017(name):
+    config, (ops, inner, total) = recurrent.mixture(name), MIXTURES[name]
+    with torch.device("meta"):
+        model = config.build()
+    outer = model.embedding.weight.numel() + model.head.weight.numel()
+    parameters = config.num_parameters()
+    assert abs((parameters - outer) / 1e6 / inner - 1) < 0.002
+    assert abs(parameters / 1e9 - total) < (0.06 if name != "MoE-34M" else 0.1)
+    # one multiplication and addition is one op: of each weight that a token passes; of a hierarchy's second level those
+    # of its two groups, which is where the count of active parameters, that knows no groups, is too high
+    router, active = model.layers.between.router, active_parameters(model) - outer
+    if hasattr(router, "primary"):
+        second = router.weight.numel() + router.noise.numel()
+        active -= second - second * router.config.k // router.config.groups
+    assert abs(active / 1e6 / ops - 1) < 0.01
 
 
 @pytest.mark.parametrize("name", TRANSFORMER)

@@ -66,6 +66,7 @@ def _without_bias(config: Decoder.Config) -> Decoder.Config:
 
 def _write(config: Decoder.Config) -> dict[str, Any]:
     dense, banded = config.blocks
+    channel: Any = dense.channel
     if config.num_layers % 2:
         raise core.InputError("this layout has as many banded layers as dense ones")
     return {
@@ -76,8 +77,8 @@ def _write(config: Decoder.Config) -> dict[str, Any]:
         "attention_types": [[["global", "local"], config.num_layers // 2]],
         "num_heads": dense.mixer.num_heads,
         "window_size": banded.mixer.window,
-        "intermediate_size": dense.channel.hidden_dim,
-        "activation_function": activation_name(dense.channel.activation),
+        "intermediate_size": channel.hidden_dim,
+        "activation_function": activation_name(channel.activation),
         "layer_norm_epsilon": dense.norm.eps,  # type: ignore[union-attr]
         "tie_word_embeddings": config.tied,
         "resid_dropout": dense.dropout,

@@ -15,6 +15,7 @@ from allyouneed.nn.caches import LayerCache
 from allyouneed.nn.ffn import MLP, GatedMLP
 from allyouneed.nn.flops import Reading
 from allyouneed.nn.kernels import AnyKernel
+from allyouneed.nn.moe import MoE
 from allyouneed.nn.norms import LayerNorm, Norm
 from allyouneed.nn.sight import Sight
 
@@ -45,7 +46,7 @@ class Block(core.Configured, nn.Module):
         """The parts; `dropout` is applied to each branch's output."""
 
         mixer: Attention.Config
-        channel: MLP.Config | GatedMLP.Config
+        channel: MLP.Config | GatedMLP.Config | MoE.Config
         norm: Norm = field(default_factory=LayerNorm.Config)
         placement: PreNorm | PostNorm = field(default_factory=PreNorm)
         dropout: float = 0.0

@@ -42,7 +42,7 @@ class MLP(core.Configured, nn.Module):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.activation, self.dropout = _activation(config.activation), config.dropout
+        self.activation, self.dropout = activation_of(config.activation), config.dropout
         self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
 
@@ -80,7 +80,7 @@ class GatedMLP(core.Configured, nn.Module):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.activation, self.dropout = _activation(config.activation), config.dropout
+        self.activation, self.dropout = activation_of(config.activation), config.dropout
         self.gate = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
@@ -99,7 +99,8 @@ class GatedMLP(core.Configured, nn.Module):
         return {"hidden_dim": self.out.in_features}
 
 
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """One of `ACTIVATIONS`, or the error that names the nearest."""
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
