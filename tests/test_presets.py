@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import bert, gpt, gpt2, gpt_neox, llama, t5, transformer
+from allyouneed.models import bert, gpt, gpt2, gpt_neox, llama, rwkv, t5, transformer
 from allyouneed.papers import alibi, gpt3
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
@@ -52,6 +52,8 @@ T5 = {
 }
 # The Transformer: Vaswani et al. 2017, table 3
 TRANSFORMER = {"base": 65e6, "big": 213e6}
+# RWKV-4: table 2
+RWKV = {"169M": 1.693e8, "430M": 4.304e8, "1.5B": 1.515e9, "3B": 2.985e9, "7B": 7.393e9, "14B": 1.415e10}
 
 
 def test_gpt():
@@ -101,6 +103,14 @@ def test_t5(name):
 @pytest.mark.parametrize("name", TRANSFORMER)
 def test_transformer(name):
     assert abs(transformer.sized(name).num_parameters() / TRANSFORMER[name] - 1) < 0.035
+
+
+@pytest.mark.parametrize("name", RWKV)
+def test_rwkv(name):
+    config = rwkv.sized(name)
+    assert config.num_parameters() == pytest.approx(RWKV[name], rel=4e-4)  # as many digits as the table prints
+    dim, layers = config.dim, config.num_layers  # sec. 4's formula
+    assert config.num_parameters() == 2 * config.vocab_size * dim + 13 * dim**2 * layers + dim * (11 * layers + 4)
 
 
 def test_alibi():

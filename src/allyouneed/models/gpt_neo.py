@@ -48,6 +48,8 @@ def _read(fields: Fields) -> Decoder.Config:
 
 
 def _write(config: Decoder.Config) -> dict[str, Any]:
+    dense: Any
+    banded: Any
     dense, banded = config.blocks
     if config.num_layers % 2:
         raise core.InputError("this layout has as many banded layers as dense ones")
@@ -61,7 +63,7 @@ def _write(config: Decoder.Config) -> dict[str, Any]:
         "window_size": banded.mixer.window,
         "intermediate_size": dense.channel.hidden_dim,
         "activation_function": activation_name(dense.channel.activation),
-        "layer_norm_epsilon": dense.norm.eps,  # type: ignore[union-attr]
+        "layer_norm_epsilon": dense.norm.eps,
         "tie_word_embeddings": config.tied,
         "resid_dropout": dense.dropout,
         "attention_dropout": dense.mixer.dropout,

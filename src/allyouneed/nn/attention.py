@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
-from allyouneed.nn.caches import LayerCache
+from allyouneed.nn.caches import KeyValues, Rows
 from allyouneed.nn.sight import Sight
 
 
@@ -67,13 +68,18 @@ class Attention(core.Configured, nn.Module):
         self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=config.bias)
         self.out = nn.Linear(self.num_heads * self.head_dim, dim, bias=config.out_bias)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
         q, k = sight.turn(q), sight.turn(k)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self._attend(q, k, v, sight.mask(self.window), causal=sight.causal)
+
+    def new_cache(self, rows: Rows, capacity: int, dtype: torch.dtype) -> KeyValues:
+        """Room for the keys and values of up to `capacity` tokens in each of `rows`."""
+        shape = (len(rows.lengths), self.num_kv_heads, capacity, self.head_dim)
+        return KeyValues(rows, torch.zeros(shape, dtype=dtype, device=rows.lengths.device))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
         if mask is not None and mask.requires_grad and mask.device.type == "cpu":
@@ -128,7 +134,7 @@ class CrossAttention(Attention):
         """How much each query of x (B, T, dim) looks at each token of a memory (B, M, dim): (B, H, T, M)."""
         return self._weights(self._heads(self.q(x)), self._for_all_heads(self._heads(self.k(memory))))
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim), reading `sight.memory`, whose keys and values a cache computes once."""
         memory = sight.memory
         assert memory is not None, "cross attention without a memory"

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.nn.attention import Attention, CrossAttention
-from allyouneed.nn.caches import LayerCache
+from allyouneed.nn.caches import KeyValues, Rows
 from allyouneed.nn.ffn import MLP, GatedMLP
 from allyouneed.nn.norms import LayerNorm, Norm
+from allyouneed.nn.rwkv import RWKVBlock
 from allyouneed.nn.sight import Sight
 
 
@@ -37,6 +39,8 @@ class PostNorm(core.Config):
 class Block(core.Configured, nn.Module):
     """Two residual branches: `mixer` over tokens, then `channel` over each token's dimensions."""
 
+    remembers_all = True  # what it keeps of a text grows with it
+
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
         """The parts; `dropout` is applied to each branch's output."""
@@ -47,16 +51,25 @@ class Block(core.Configured, nn.Module):
         placement: PreNorm | PostNorm = field(default_factory=PreNorm)
         dropout: float = 0.0
 
+        def heads(self, dim: int) -> tuple[int, int]:
+            """Number and size of the mixer's heads in a model `dim` wide."""
+            return self.mixer.num_heads, self.mixer.head_dim_of(dim)
+
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
         self.placement, self.dropout = config.placement, config.dropout
         self.mixer_norm, self.mixer = config.norm.build(dim), config.mixer.build(dim)
         self.channel_norm, self.channel = config.norm.build(dim), config.channel.build(dim)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
         return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
+
+    def new_cache(self, rows: Rows, capacity: int, dtype: torch.dtype) -> KeyValues:
+        """Room for what it keeps of up to `capacity` tokens in each of `rows`."""
+        cache: KeyValues = self.mixer.new_cache(rows, capacity, dtype)
+        return cache
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -73,7 +86,7 @@ class ParallelBlock(Block):
 
         placement: PreNorm = field(default_factory=PreNorm)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         mixed = self._drop(self.mixer(self.mixer_norm(x), sight, cache))
         return x + mixed + self._drop(self.channel(self.channel_norm(x)))
@@ -92,11 +105,11 @@ class CrossBlock(Block):
         super().__init__(config, dim)
         self.cross_norm, self.cross = config.norm.build(dim), config.cross.build(dim)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
         x = self.placement(x, self.cross_norm, lambda h: self._drop(self.cross(h, sight, cache)))
         return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
 
 
-AnyBlock = Block.Config | ParallelBlock.Config | CrossBlock.Config
+AnyBlock = Block.Config | ParallelBlock.Config | CrossBlock.Config | RWKVBlock.Config

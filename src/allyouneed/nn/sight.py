@@ -6,6 +6,7 @@ Computed once a pass from segments or a cache, read by every attention layer. Sh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,6 +54,17 @@ class Sight:
     def turn(self, x: Tensor) -> Tensor:
         """Queries or new keys (B, H, T, D), turned to their positions."""
         return self.part.turn(x, self.rotation)
+
+    @cached_property
+    def begins(self) -> Tensor | None:
+        """Which tokens do not follow the one at their left but what was read before the row, (B, T); None: none. For
+        layers that carry a state along the row.
+        """
+        if self.plain:
+            return None
+        begins = torch.zeros_like(self.queries, dtype=torch.bool)
+        begins[:, 1:] = self.queries[:, 1:] != self.queries[:, :-1] + 1
+        return begins if bool(begins.any()) else None
 
     def mask(self, window: int | None) -> Tensor | None:
         """What to add to the scores, (B, 1 or H, T, S) with −inf where a query may not look; None for `plain` sight.
