@@ -88,6 +88,17 @@ def gpt_neox(**changes: object) -> transformers.PreTrainedModel:
     return _random(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**(EVEN | sizes | changes)))
 
 
+def rwkv(**changes: object) -> transformers.PreTrainedModel:
+    """Decays and bonuses over the range of the published ones; a hidden size of its own."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 77, "context_length": 64}
+    model = _random(transformers.RwkvForCausalLM, transformers.RwkvConfig(**(EVEN | sizes | changes)))
+    with torch.no_grad():
+        for block in model.rwkv.blocks:
+            block.attention.time_decay.uniform_(-5, 3)
+            block.attention.time_first.normal_(-1.2, 1.0)
+    return model
+
+
 def t5(**changes: object) -> transformers.PreTrainedModel:
     """Stacks of unequal height, heads that do not divide the width, few buckets that reach not far."""
     sizes = {
@@ -194,6 +205,7 @@ ALL = {
     "bloom": bloom,
     "gpt_neo": gpt_neo,
     "gpt_neox": gpt_neox,
+    "rwkv": rwkv,
 }
 
 TRANSLATORS = {"t5": t5, "t5 1.1": t5_1_1, "switch": switch, "marian": marian}

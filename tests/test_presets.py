@@ -17,6 +17,7 @@ from allyouneed.models import (
     llama,
     mixtral,
     recurrent,
+    rwkv,
     switch,
     t5,
     transformer,
@@ -92,6 +93,8 @@ MIXTURES = {
 }
 # The Transformer: Vaswani et al. 2017, table 3
 TRANSFORMER = {"base": 65e6, "big": 213e6}
+# RWKV-4: table 2
+RWKV = {"169M": 1.693e8, "430M": 4.304e8, "1.5B": 1.515e9, "3B": 2.985e9, "7B": 7.393e9, "14B": 1.415e10}
 
 
 def test_gpt():
@@ -183,6 +186,14 @@ def test_mixtures_of_2017(name):
 @pytest.mark.parametrize("name", TRANSFORMER)
 def test_transformer(name):
     assert abs(transformer.sized(name).num_parameters() / TRANSFORMER[name] - 1) < 0.035
+
+
+@pytest.mark.parametrize("name", RWKV)
+def test_rwkv(name):
+    config = rwkv.sized(name)
+    assert config.num_parameters() == pytest.approx(RWKV[name], rel=4e-4)  # as many digits as the table prints
+    dim, layers = config.dim, config.num_layers  # sec. 4's formula
+    assert config.num_parameters() == 2 * config.vocab_size * dim + 13 * dim**2 * layers + dim * (11 * layers + 4)
 
 
 def test_alibi():

@@ -92,7 +92,7 @@ def _write(config: Decoder.Config) -> dict[str, Any]:
 
 
 def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
-    theirs, num_heads = "transformer.h.{i}", config.blocks[0].mixer.num_heads
+    theirs, num_heads = "transformer.h.{i}", one_kind_of_block(config).mixer.num_heads
     fused = [
         by_head(
             (f"blocks.{{i}}.mixer.{name}.{kind}" for name in "qkv"),

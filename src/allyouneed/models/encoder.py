@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, V = vocab_size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ class MaskedModel(Encoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        block = config.blocks[0]
+        block: Any = config.blocks[0]
         self.transform, self.transform_norm = nn.Linear(config.dim, config.dim), block.norm.build(config.dim)
         self.activation = ACTIVATIONS[block.channel.activation]
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))

@@ -121,6 +121,7 @@ class Answering:
 
     def __init__(self, model: EncoderDecoder, source: Tensor, segments: Tensor | None = None) -> None:
         self.model, self.config, self.device = model, model.config, model.device
+        self.limit = model.decoder.limit
         with torch.inference_mode():
             self.memory = model.remember(source.to(self.device), segments)
 
@@ -129,10 +130,19 @@ class Answering:
         assert batch == len(self.memory.states), f"{batch} targets of {len(self.memory.states)} sources"
         return self.model.decoder.new_cache(batch, capacity, self.memory)
 
-    def hidden(self, ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """(B, T) -> (B, T, dim)."""
-        assert cache is not None
-        return self.model.decoder.read(ids, cache.sight(self.model.decoder.positions, ids.shape[1], segments), cache)
+        assert cache is not None and segments is None
+        decoder = self.model.decoder
+        hidden = decoder.read(ids, cache.sight(decoder.positions, ids.shape[1], counts=counts), cache)
+        cache.advance(ids.shape[1] if counts is None else counts)
+        return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, dim) -> logits (…, V)."""

@@ -65,8 +65,9 @@ def _without_bias(config: Decoder.Config) -> Decoder.Config:
 
 
 def _write(config: Decoder.Config) -> dict[str, Any]:
+    dense: Any
+    banded: Any
     dense, banded = config.blocks
-    channel: Any = dense.channel
     if config.num_layers % 2:
         raise core.InputError("this layout has as many banded layers as dense ones")
     return {
@@ -77,9 +78,9 @@ def _write(config: Decoder.Config) -> dict[str, Any]:
         "attention_types": [[["global", "local"], config.num_layers // 2]],
         "num_heads": dense.mixer.num_heads,
         "window_size": banded.mixer.window,
-        "intermediate_size": channel.hidden_dim,
-        "activation_function": activation_name(channel.activation),
-        "layer_norm_epsilon": dense.norm.eps,  # type: ignore[union-attr]
+        "intermediate_size": dense.channel.hidden_dim,
+        "activation_function": activation_name(dense.channel.activation),
+        "layer_norm_epsilon": dense.norm.eps,
         "tie_word_embeddings": config.tied,
         "resid_dropout": dense.dropout,
         "attention_dropout": dense.mixer.dropout,

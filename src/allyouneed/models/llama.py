@@ -144,7 +144,7 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
 
 def frame_rules(config: Decoder.Config) -> tuple[Rule, ...]:
     """The names of all but the channel parts."""
-    theirs, mixer = "model.layers.{i}", config.blocks[0].mixer
+    theirs, mixer = "model.layers.{i}", one_kind_of_block(config).mixer
     attention = [
         same(f"blocks.{{i}}.mixer.{ours}.{kind}", f"{theirs}.self_attn.{name}.{kind}")
         for ours, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj"))
@@ -186,7 +186,7 @@ def _read_gguf(fields: Fields) -> Decoder.Config:
 
 
 def _rules_gguf(config: Decoder.Config) -> tuple[Rule, ...]:
-    mixer = config.blocks[0].mixer
+    mixer = one_kind_of_block(config).mixer
     return (
         same("embedding.weight", "token_embd.weight"),
         same("blocks.{i}.mixer_norm.weight", "blk.{i}.attn_norm.weight"),

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, V = vocab_size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from allyouneed import core
 from allyouneed.core.errors import unknown
 from allyouneed.models.decoder import Output
 from allyouneed.nn import recurrent
+from allyouneed.nn.caches import Cache, RecurrentState, Rows
 from allyouneed.nn.moe import Experts, MoE
 from allyouneed.nn.routers import Hierarchical, NoisyTopK
 from allyouneed.nn.sandwich import Sandwich
@@ -69,30 +71,67 @@ class RecurrentModel(core.Configured, nn.Module):
         if self.config.tied:
             self.head.weight = self.embedding.weight
 
-    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Output:
         """Token ids (B, T) -> logits. `segments` (B, T) numbers the documents of a row, each of which begins anew; 0 is
-        padding. None: each row is one document.
+        padding. None: each row is one document. `cache` and `counts` are as a decoder has them.
         """
-        return Output(self.head(self.hidden(ids, segments)))
+        return Output(self.head(self.hidden(ids, segments, cache, counts)))
 
-    def hidden(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """What the head sees: (B, T) -> (B, T, dim)."""
         begins = None
         if segments is not None:
             begins = torch.ones_like(segments, dtype=torch.bool)
             begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        return self.read(ids, begins=begins)[0]
+        if cache is None:
+            return self.read(ids, begins=begins)[0]
+        states = [layer.before for layer in cache.layers if isinstance(layer, RecurrentState)]
+        hidden, after = self.read(ids, states, begins, counts)
+        if segments is None:
+            for layer, state in zip(cache.layers, after, strict=True):
+                assert isinstance(layer, RecurrentState)
+                layer.leave(*state)
+            cache.advance(ids.shape[1] if counts is None else counts)
+        return hidden
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """The states of `batch` rows of which nothing was read; of one size, whatever the `capacity`."""
+        rows = Rows(batch, self.device)
+        return Cache(rows, [RecurrentState(rows, *cell.begin(batch)) for cell in self.layers.cells])
+
+    limit = None  # it continues texts of any length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
 
     def summary(self, hidden: Tensor, segments: Tensor) -> Tensor:
         """One vector of each row, that of its last token: (B, T, dim) -> (B, dim)."""
         return last(hidden, segments)
 
     def read(
-        self, ids: Tensor, states: list[recurrent.State] | None = None, begins: Tensor | None = None
+        self,
+        ids: Tensor,
+        states: Sequence[recurrent.State] | None = None,
+        begins: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, list[recurrent.State]]:
         """What the head sees, (B, T, dim), and the states to go on from; arguments as of `nn.recurrent.Recurrent`."""
         hidden: Tensor
-        hidden, after = self.layers(self.embedding(ids), states, begins)
+        hidden, after = self.layers(self.embedding(ids), states, begins, counts)
         return hidden, after
 
 

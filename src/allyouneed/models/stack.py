@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.nn.block import AnyBlock, Block
-from allyouneed.nn.caches import Cache
+from allyouneed.nn.caches import Cache, Rows
 from allyouneed.nn.flops import Reading
 from allyouneed.nn.initialise import Initialise, Normal
 from allyouneed.nn.kernels import AnyKernel
 from allyouneed.nn.norms import LayerNorm, NoNorm, Norm
-from allyouneed.nn.positions import AnyPositions, Rotary
+from allyouneed.nn.positions import AnyPositions, Learned, Rotary
 from allyouneed.nn.sight import Memory, Sight
 
 VOCABULARY = ("embedding.", "positions.", "types.", "head.")  # where names of such tensors begin, in all stacks
@@ -74,10 +74,10 @@ class Stack(core.Configured, nn.Module):
         self.config = config
         if not config.blocks or config.num_layers < 0:
             raise core.InputError(f"blocks={config.blocks}, num_layers={config.num_layers}; at least one kind of block")
-        mixer = config.blocks[0].mixer
+        num_heads, head_dim = config.blocks[0].heads(config.dim)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.positions = config.positions.build(
-            dim=config.dim, num_heads=mixer.num_heads, head_dim=mixer.head_dim_of(config.dim), context=config.context
+            dim=config.dim, num_heads=num_heads, head_dim=head_dim, context=config.context
         )
         self.embedding_norm = config.embedding_norm.build(config.dim)
         kinds = config.blocks
@@ -112,15 +112,17 @@ class Stack(core.Configured, nn.Module):
         return next(self.parameters()).device
 
     def new_cache(self, batch: int, capacity: int, memory: Memory | None = None) -> Cache:
-        """An empty cache for `batch` rows of up to `capacity` tokens."""
-        mixer = self.config.blocks[0].mixer
-        return Cache(
-            num_layers=self.config.num_layers,
-            batch=batch,
-            num_kv_heads=mixer.num_kv_heads or mixer.num_heads,
-            capacity=capacity,
-            head_dim=mixer.head_dim_of(self.config.dim),
-            dtype=next(self.parameters()).dtype,
-            device=self.device,
-            memory=memory,
-        )
+        """An empty cache for `batch` rows of up to `capacity` tokens; of any number where no layer remembers all."""
+        rows, dtype = Rows(batch, self.device), next(self.parameters()).dtype
+        layers = [block.new_cache(rows, capacity, dtype) for block in self.blocks]  # type: ignore[operator]
+        return Cache(rows, layers, capacity if self._remembers_all else None, memory)
+
+    @property
+    def limit(self) -> int | None:
+        """The longest text it continues: its context; None, any length, where no layer remembers all."""
+        bounded = self._remembers_all or isinstance(self.config.positions, Learned.Config)
+        return self.config.context if bounded else None
+
+    @property
+    def _remembers_all(self) -> bool:
+        return any(block.remembers_all for block in self.blocks)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from allyouneed import core
-from allyouneed.nn.caches import LayerCache
+from allyouneed.nn.caches import KeyValues, Rows
 from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.kernels import AnyKernel, Sdpa, attention_weights
 from allyouneed.nn.sight import Sight
@@ -74,13 +75,18 @@ class Attention(core.Configured, nn.Module):
         self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=config.bias)
         self.out = nn.Linear(self.num_heads * self.head_dim, dim, bias=config.out_bias)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
         q, k = sight.turn(q), sight.turn(k)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self._attend(q, k, v, sight.view(self.window))
+
+    def new_cache(self, rows: Rows, capacity: int, dtype: torch.dtype) -> KeyValues:
+        """Room for the keys and values of up to `capacity` tokens in each of `rows`."""
+        shape = (len(rows.lengths), self.num_kv_heads, capacity, self.head_dim)
+        return KeyValues(rows, torch.zeros(shape, dtype=dtype, device=rows.lengths.device))
 
     def flops(self, reading: Reading) -> int:
         """Of queries, keys, values and what is made of them; scores and their sums, hidden ones too."""
@@ -132,7 +138,7 @@ class CrossAttention(Attention):
         theirs = sum(product(layer, memory.tokens) for layer in (self.k, self.v))
         return own + theirs + self._scoring(reading.tokens, memory.keys)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim), reading `sight.memory`, whose keys and values a cache computes once."""
         memory = sight.memory
         assert memory is not None, "cross attention without a memory"

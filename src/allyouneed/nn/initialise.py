@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from allyouneed import core
 from allyouneed.nn.attention import Attention
 from allyouneed.nn.moe import StackedLinear
+from allyouneed.nn.rwkv import ChannelMix, RWKVBlock, TimeMix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,4 +80,51 @@ class FanIn(core.Config):
                     module.q.weight /= module.head_dim**0.5
 
 
-Initialise = Normal | Xavier | FanIn
+@dataclass(frozen=True, kw_only=True)
+class RWKV4(core.Config):
+    """RWKV-4's (Peng et al. 2023, app. E and the authors' code): decays, bonuses and mixtures by layer and channel, so
+    that low channels and high layers look far back; matrices zero where a branch can begin as nothing, else orthogonal;
+    embeddings within ±`embedding`, which their norm scales up at once, so that they move fast.
+    """
+
+    embedding: float = 1e-4
+
+    def apply(self, model: nn.Module, num_layers: int) -> None:
+        """Initialise `model` in place, from torch's global generator."""
+        head = getattr(model, "head", None)
+        if head is not None:
+            nn.init.orthogonal_(head.weight, 0.5 * max(1.0, head.out_features / head.in_features) ** 0.5)
+        for module in model.modules():  # after the head, which may share the embedding's tensor
+            if isinstance(module, nn.Embedding):
+                nn.init.uniform_(module.weight, -self.embedding, self.embedding)
+        blocks = [module for module in model.modules() if isinstance(module, RWKVBlock)]
+        with torch.no_grad():
+            for layer, block in enumerate(blocks):
+                self._time(block.mixer, layer / max(num_layers - 1, 1), 1 - layer / num_layers)
+                self._channel(block.channel, 1 - layer / num_layers)
+
+    @staticmethod
+    def _time(part: TimeMix, height: float, depth: float) -> None:
+        """`height` rises from 0 to 1 over the layers, `depth` falls from 1 to nearly 0."""
+        dim = len(part.bonus)
+        channel = torch.arange(dim, dtype=torch.float32)
+        part.log_decay.copy_(-5 + 8 * (channel / max(dim - 1, 1)) ** (0.7 + 1.3 * height))
+        part.bonus.copy_(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
+        part.mix_k.copy_((channel / dim) ** depth)
+        part.mix_v.copy_((channel / dim) ** depth + 0.3 * height)
+        part.mix_r.copy_((channel / dim) ** (0.5 * depth))
+        nn.init.orthogonal_(part.v.weight)
+        for matrix in (part.r, part.k, part.out):
+            nn.init.zeros_(matrix.weight)
+
+    @staticmethod
+    def _channel(part: ChannelMix, depth: float) -> None:
+        dim = len(part.mix_k)
+        for mix in (part.mix_k, part.mix_r):
+            mix.copy_((torch.arange(dim) / dim) ** depth)
+        nn.init.orthogonal_(part.k.weight, max(1.0, part.k.out_features / dim) ** 0.5)
+        for matrix in (part.r, part.out):
+            nn.init.zeros_(matrix.weight)
+
+
+Initialise = Normal | Xavier | FanIn | RWKV4
