@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, t5, transformer
+from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, mixtral, rwkv, switch, t5, transformer
 from allyouneed.models.encoder_decoder import EncoderDecoder
 from allyouneed.models.stack import Stack
 from allyouneed.nn.flops import TRAINING, Reading
+from allyouneed.nn.kernels import Tiled
 
 ROWS, LENGTH, SOURCE = 3, 21, 13
 SMALL = {"vocab_size": 53, "context": 48, "dim": 24, "num_layers": 3, "num_heads": 6}
@@ -49,6 +50,23 @@ def test_a_stack(name, training):
     ours = module.flops(Reading.of(rows=ROWS, length=LENGTH)) * (TRAINING if training else 1)
     assert ours == counted(module, *ids, training=training)
     assert ours == STACKS[name].flops(ROWS, LENGTH) * (TRAINING if training else 1)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "rwkv"])
+def test_what_depends_on_the_tokens_or_is_computed_by_our_own_kernels(name):
+    config = {"mixtral": mixtral.EXAMPLE, "rwkv": rwkv.EXAMPLE}[name]
+    module = config.with_kernel(Tiled()).build()  # the CPU's own attention is one operator, unknown to the counter
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    assert config.flops(ROWS, LENGTH) == counted(module, ids, training=False)
+
+
+def test_experts_of_an_encoder_decoder():
+    ids = [torch.zeros(shape, dtype=torch.long) for shape in ((ROWS, SOURCE), (ROWS, LENGTH))]
+    stacks = {name: getattr(switch.EXAMPLE, name).with_kernel(Tiled()) for name in ("encoder", "decoder")}
+    module = switch.EXAMPLE.replace(**stacks).build().eval()  # nothing is dropped
+    readings = [Reading.of(rows=ROWS, length=length) for length in (SOURCE, LENGTH)]
+    with torch.no_grad():
+        assert module.flops(*readings) == counted(module, *ids, training=False)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])

@@ -118,8 +118,8 @@ def _read(fields: Fields) -> EncoderDecoder.Config:
 
 def _write(config: EncoderDecoder.Config) -> dict[str, Any]:
     encoder, decoder = config.encoder, config.decoder
-    block, positions = encoder.blocks[1 % len(encoder.blocks)], encoder.positions
-    channel: Any = block.channel
+    block: Any = encoder.blocks[1 % len(encoder.blocks)]
+    channel, positions = block.channel, encoder.positions
     return {
         "vocab_size": config.vocab_size,
         "d_model": encoder.dim,

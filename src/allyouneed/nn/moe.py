@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from allyouneed import core
 from allyouneed.nn.exchange import announced, exchanged
 from allyouneed.nn.ffn import activation_of
+from allyouneed.nn.flops import Reading
 from allyouneed.nn.grouped import Order, feed_forward
 from allyouneed.nn.routers import AnyRouter, Router, Routing
 
@@ -108,6 +109,11 @@ class Experts(core.Configured, nn.Module):
         """The hidden layer."""
         return self.activation(up)
 
+    def flops(self, pairs: int) -> int:
+        """Of so many pairs of a token and an expert."""
+        matrices = [part for part in self.modules() if isinstance(part, StackedLinear)]
+        return sum(2 * pairs * matrix.in_features * matrix.out_features for matrix in matrices)
+
     def spread(self, mesh: DeviceMesh) -> None:
         """Keep this rank's share of the experts only, in place: parameters become DTensors, `Shard(0)` on `mesh`, which
         has one dimension. Every rank of it then has to compute the layer whenever one does, with tokens of its own;
@@ -181,6 +187,11 @@ class MoE(core.Configured, nn.Module):
         """(B, T, dim) or (N, dim) -> the same shape."""
         rows = x if x.ndim == 3 else x[None]
         return self.experts(x.reshape(-1, x.shape[-1]), self.router(rows)).view_as(x)
+
+    def flops(self, reading: Reading) -> int:
+        """Of the router, of the experts if no token is dropped, and of gates times outputs."""
+        pairs = reading.tokens * self.router.k
+        return self.router.flops(reading) + self.experts.flops(pairs) + 2 * pairs * self.router.weight.shape[-1]
 
 
 def active_parameters(model: nn.Module) -> int:

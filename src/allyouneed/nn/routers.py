@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.nn.capacity import Capacity, Factor, Unlimited
+from allyouneed.nn.flops import Reading
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class Router(core.Configured, nn.Module):
     def choose(self, x: Tensor) -> Choice:
         """(N, dim) -> the k experts that each token would go to."""
         raise NotImplementedError
+
+    def flops(self, reading: Reading) -> int:
+        """Of one logit an expert, without noise; of a hierarchy as if every token passed all of it."""
+        return 2 * reading.tokens * self.weight.numel()
 
 
 class TopK(Router):

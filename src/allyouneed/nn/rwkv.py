@@ -7,6 +7,7 @@ layer remembers five vectors, however long the text. Shapes: B rows, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from allyouneed import core
 from allyouneed.nn import wkv
 from allyouneed.nn.caches import RecurrentState, Rows
+from allyouneed.nn.flops import Reading, product
+from allyouneed.nn.kernels import AnyKernel
 from allyouneed.nn.norms import LayerNorm, Norm
 from allyouneed.nn.sight import Sight
 
@@ -58,6 +61,10 @@ class TimeMix(core.Configured, nn.Module):
         )
         return self.out(self.r(r).sigmoid() * seen), last, state
 
+    def flops(self, reading: Reading) -> int:
+        """Of its four layers; the weighted sum itself takes no matrix products."""
+        return sum(product(layer, reading.tokens) for layer in (self.r, self.k, self.v, self.out))
+
 
 class ChannelMix(core.Configured, nn.Module):
     """σ(r) ⊙ W_v max(k, 0)² with r, k read off the token and the one before (eq. 14, 15, 18).
@@ -84,6 +91,10 @@ class ChannelMix(core.Configured, nn.Module):
         shifted, last = following.shift(x, before)
         r, k = (torch.lerp(shifted, x, mix) for mix in (self.mix_r, self.mix_k))
         return self.r(r).sigmoid() * self.out(self.k(k).relu().square()), last
+
+    def flops(self, reading: Reading) -> int:
+        """Of its three layers."""
+        return sum(product(layer, reading.tokens) for layer in (self.r, self.k, self.out))
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,10 @@ class RWKVBlock(core.Configured, nn.Module):
             """Number and size of heads: there are none, or one as wide as the model."""
             return 1, dim
 
+        def with_kernel(self, kernel: AnyKernel) -> Self:
+            """The same block: it has no attention to compute another way."""
+            return self
+
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
         self.dim, self.dropout = dim, config.dropout
@@ -159,3 +174,7 @@ class RWKVBlock(core.Configured, nn.Module):
         batch, device = len(rows.lengths), rows.lengths.device
         last = torch.zeros(batch, self.dim, dtype=dtype, device=device)
         return RecurrentState(rows, last, last, wkv.empty(batch, self.dim, device))
+
+    def flops(self, reading: Reading) -> int:
+        """Of its mixers."""
+        return self.mixer.flops(reading) + self.channel.flops(reading)
