@@ -52,6 +52,10 @@ class Positions(core.Configured, nn.Module):
         """What is added to the scores of queries at (B, T) for keys at (B, S): (B, H, T, S), or None for nothing."""
         return None
 
+    def slopes(self) -> Tensor | None:
+        """The bias in one number m a head, (H,), where it is −m · (query − key), for kernels that make no bias."""
+        return None
+
 
 class Learned(Positions):
     """A learned vector per position, added to the embeddings (Radford et al. 2018; Devlin et al. 2019).
@@ -170,7 +174,7 @@ class Alibi(Positions):
     For head counts n that are no power of two: the slopes of the next lower power of two, then every other slope of
     the next higher one, as in the authors' code.
 
-    >>> Alibi.slopes(4).tolist()
+    >>> Alibi.Config().build(dim=8, num_heads=4, head_dim=2, context=16).slopes().tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
     """
 
@@ -187,18 +191,17 @@ class Alibi(Positions):
         run = self.num_heads // of
         self.heads = slice(index * run, (index + 1) * run)
 
-    @staticmethod
-    def slopes(num_heads: int) -> Tensor:
-        """m_h = 2^(−8h/n) for h = 1 … n: (H,)."""
-        lower = 2 ** math.floor(math.log2(num_heads))
+    def slopes(self) -> Tensor:
+        """m_h = 2^(−8h/n) for h = 1 … n, of the heads that are computed here: (H,)."""
+        lower = 2 ** math.floor(math.log2(self.num_heads))
         whole = [2 ** (-8 * h / lower) for h in range(1, lower + 1)]
         between = [2 ** (-4 * h / lower) for h in range(1, 2 * lower + 1, 2)]
-        return torch.tensor((whole + between)[:num_heads])
+        return torch.tensor((whole + between)[: self.num_heads][self.heads])
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
         """−m_h · (query − key)."""
         distance = queries[:, None, :, None] - keys[:, None, None, :]
-        return self.slopes(self.num_heads)[self.heads].to(queries.device)[:, None, None] * -distance
+        return self.slopes().to(queries.device)[:, None, None] * -distance
 
 
 class RelativeBias(Positions):

@@ -20,6 +20,7 @@ from allyouneed.core import devices
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, unknown
 from allyouneed.core.files import read_json, write_json, write_text
+from allyouneed.core.workers import Workers, in_turn
 from allyouneed.papers import catalogue, pages, provenance
 from allyouneed.papers.base import SIZES, Paper, Report
 from allyouneed.papers.schema import validate
@@ -37,10 +38,12 @@ def run(
     out: Path | None = None,
     fresh: bool = False,
     quiet: bool = False,
+    workers: Workers = in_turn,
 ) -> dict[str, Any]:
     """Test a paper's claim and return the report, which is also written under `out` (default: `runs`).
 
     A run of the same paper, size, configuration, seeds and code that was stopped is taken up again, unless `fresh`.
+    `workers` do the jobs: one after another in this process, or many at once (`core.workers.over_ray`).
 
     Raises:
         InputError: unknown slug, size or override, or a paper that is not built.
@@ -54,10 +57,20 @@ def run(
     count = seeds or paper.seeds[size]
     identity = _identity(slug, size, config, count)
     ranks = join()
+    if ranks.world > 1 and workers is not in_turn:
+        raise InputError("jobs go over Ray or this run is one of torchrun's ranks, not both; leave one of them out")
     quiet = quiet or ranks.rank > 0
     with _open_together((out or RUNS) / slug, identity, fresh, ranks) as (folder, sittings):
         evidence = "paper scale" if size == "paper" else paper.evidence
-        report = Report(slug=slug, seeds=range(count), folder=folder, evidence=evidence, quiet=quiet, ranks=ranks)
+        report = Report(
+            slug=slug,
+            seeds=range(count),
+            folder=folder.resolve(),
+            evidence=evidence,
+            quiet=quiet,
+            ranks=ranks,
+            workers=workers,
+        )
         if not quiet:
             print(_opening(paper, slug, size, folder, sittings), file=sys.stderr, flush=True)
         stated, started = _stated(slug, size, config, sittings), time.monotonic()
