@@ -16,8 +16,9 @@ from allyouneed.core.errors import InputError, unknown
 if TYPE_CHECKING:
     from torch import nn
 
-    from allyouneed.train.planner import Machine, Plan, Traced
+    from allyouneed.train.planner import Machine, Traced
 
+SPLIT = ("shard", "tensor", "expert")
 VOCABULARY = 32_000  # of models whose vocabulary is set by the data
 
 
@@ -71,8 +72,8 @@ def _presets(slug: str, size: str, rows: int | None, length: int | None) -> Iter
     if not found:
         raise InputError(f"{slug}: its {size} size trains no model that can be planned")
     for model, name in found.items():
-        tokens = length or getattr(config, "length", None) or getattr(model, "context", 512)
-        batch = rows or getattr(config, "rows", None) or max(1, getattr(config, "batch_tokens", 0) // tokens) or 256
+        tokens: Any = length or getattr(config, "length", 0) or getattr(model, "context", 512)
+        batch: Any = rows or getattr(config, "rows", 0) or getattr(config, "batch_tokens", 0) // tokens or 256
         yield name, _with_vocabulary(model), batch, min(tokens, getattr(model, "context", tokens)), narrow
 
 
@@ -96,13 +97,18 @@ def _with_vocabulary(model: Any) -> Any:
     return model if model.vocab_size > 1 else model.replace(vocab_size=VOCABULARY)
 
 
-def _planned(name: str, model: Any, batch: int, length: int, narrow: bool, gpus: int, machine: Machine) -> dict[str, Any]:
+def _planned(
+    name: str, model: Any, batch: int, length: int, narrow: bool, gpus: int, machine: Machine
+) -> dict[str, Any]:
     """One model's numbers, and its plan if there is one."""
     import torch
 
     from allyouneed.train import planner
 
-    traced = planner.trace(model.build, lambda module: _pass(module, length), length, narrow=narrow)
+    try:
+        traced = planner.trace(model.build, lambda module: _pass(module, length), length, narrow=narrow)
+    except InputError as error:
+        return {"name": name, "refused": str(error)}
     with torch.device("meta"):
         outline = model.build()
     plans = planner.plan(traced, gpus, batch, outline, machine, narrow=narrow)
@@ -140,6 +146,9 @@ def _least(traced: Traced, batch: int, outline: nn.Module, machine: Machine, nar
 
 def _show(slug: str, gpus: int, memory: float, planned: list[dict[str, Any]]) -> None:
     for one in planned:
+        if "refused" in one:
+            print(f"{slug}, {one['name']}: {one['refused']}")
+            continue
         print(
             f"{slug}, {one['name']}: {one['parameters'] / 1e9:.3g} B parameters, {one['rows']} rows of {one['length']} "
             f"tokens a step in {one['precision']}, {one['step_flops']:.3g} FLOPs"
@@ -149,19 +158,20 @@ def _show(slug: str, gpus: int, memory: float, planned: list[dict[str, Any]]) ->
             print(f"  does not fit into {gpus} ranks of {memory:g} GB; {fewest}")
             continue
         found = one["plan"]
-        mesh = " ".join(f"{name}={size}" for name, size in found["mesh"].items())
+        mesh = " ".join(f"{name}={size}" for name, size in found["mesh"].items() if name != "slice_gradients")
         print(f"  mesh {mesh}; {found['rows']} rows a rank at once, accumulate={found['accumulate']}", end="")
         print(", blocks recomputed" if found["recompute"] else "")
         parts = ("weights", "gradients", "optimizer", "activations", "gathered")
         gigabytes = ", ".join(f"{part} {found[part] / 1e9:.2f}" for part in parts)
         print(f"  GB a rank: {found['memory'] / 1e9:.1f} of {memory:g} ({gigabytes})")
-        print(f"  a step: {found['seconds']:.3g} s, of which {found['messages']:.2g} s are messages, if nothing overlaps")
+        print(f"  a step: {found['seconds']:.3g} s if nothing overlaps, {found['messages']:.2g} s of it messages")
         print("  " + _settings(found))
 
 
 def _settings(found: dict[str, Any]) -> str:
     """What to add to the command to train so."""
-    chosen = {f"training.mesh.{name}": size for name, size in found["mesh"].items() if name != "data" and size > 1}
+    chosen = {f"training.mesh.{name}": size for name, size in found["mesh"].items() if name in SPLIT and size > 1}
+    chosen |= {"training.mesh.slice_gradients": True} if found["mesh"]["slice_gradients"] else {}
     chosen |= {"training.accumulate": found["accumulate"]} if found["accumulate"] > 1 else {}
     chosen |= {"training.recompute": True} if found["recompute"] else {}
     return " ".join(f"--set {name}={value}" for name, value in chosen.items()) or "no settings are needed"

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from allyouneed.core.errors import InputError
 from allyouneed.train.ranks import Ranks
-from allyouneed.train.sharding import copies, local, reduce_gradients
+from allyouneed.train.sharding import copies, local, placements, reduce_gradients
 
 Batch = Mapping[str, Tensor]  # the first dimension of each tensor counts the batch's rows
 
@@ -80,7 +79,7 @@ def differentiate(
     """
     mine = (ranks.part + i * ranks.parts for i in range(accumulate))
     pieces = [_rows(batch, first, ranks.parts * accumulate) for first in mine]
-    sums, unit = _backward(module, objective, pieces, autocast)
+    sums, unit = _backward(module, objective, pieces, autocast, ranks)
     gradients = _gradients(module)
     norm = _summed(sums, gradients, ranks)
     targets, *totals, length = torch.stack([*sums.values(), norm.float()]).tolist()  # a step's one wait for the device
@@ -106,13 +105,13 @@ def _summed(sums: dict[str, Tensor], gradients: list[Tensor], ranks: Ranks) -> T
 
 
 def _backward(
-    module: nn.Module, objective: Objective, pieces: Sequence[Batch], autocast: torch.dtype | None
+    module: nn.Module, objective: Objective, pieces: Sequence[Batch], autocast: torch.dtype | None, ranks: Ranks
 ) -> tuple[dict[str, Tensor], str]:
     """Add up the gradients of all pieces; what the objective summed over them, and what it counts in."""
     sums: dict[str, Tensor] = {}
     device = next(module.parameters()).device
     for i, piece in enumerate(pieces, start=1):
-        reduce_gradients(module, now=i == len(pieces))
+        reduce_gradients(module, last=i == len(pieces), slices=ranks.slice_gradients)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             loss = objective(module, {name: x.to(device, non_blocking=True) for name, x in piece.items()})
         loss.total.backward()
@@ -136,6 +135,6 @@ def _gradients(module: nn.Module) -> list[Tensor]:
     trainable = [p for p in module.parameters() if p.requires_grad]
     for p in trainable:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
-            p.grad = p.grad.redistribute(placements=p.placements)  # what the tensor ranks have yet to add up
+        if placements(p.grad) != placements(p):  # what tensor ranks have yet to add up
+            p.grad = cast("Any", p.grad).redistribute(placements=placements(p))
     return [p.grad for p in trainable if p.grad is not None]

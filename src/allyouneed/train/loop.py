@@ -20,7 +20,7 @@ from allyouneed import core
 from allyouneed.core.errors import InputError
 from allyouneed.core.progress import Progress
 from allyouneed.train import checkpoints as saving
-from allyouneed.train import randomness, sharding, slices
+from allyouneed.train import randomness, sharding
 from allyouneed.train.averages import Ema
 from allyouneed.train.checkpoints import Checkpoints, State, fill, weights
 from allyouneed.train.gradients import Batch, Objective, differentiate
@@ -188,11 +188,12 @@ class _Run:
         ranks: Ranks,
         checkpoints: Checkpoints | None,
     ) -> None:
-        sharding.begin(module, ranks)
+        self.narrow = torch.bfloat16 if training.precision == "bf16" else None
+        sharding.begin(module, ranks, self.narrow)
         module.train().zero_grad()
         self.module, self.objective, self.batches = module, objective, batches
         self.training, self.ranks, self.device = training, ranks, next(module.parameters()).device
-        self.saver = None if checkpoints is None or ranks.mesh is None else slices.Saver(checkpoints)
+        self.saver = None if checkpoints is None or ranks.mesh is None else _slices().Saver(checkpoints)
         self.optimizer: torch.optim.Optimizer = training.optimizer.build(module)
         self.ema = None if training.ema is None else Ema(module, training.ema)
         self.step, self.seen, self.unit = 0, 0, "targets"
@@ -212,11 +213,9 @@ class _Run:
         """Train one step further; what was measured."""
         t, batch = self.training, next(self.batches)
         self.step += 1
-        autocast = torch.bfloat16 if t.precision == "bf16" else None
+        how: dict[str, Any] = {"accumulate": t.accumulate, "clip": t.clip, "autocast": self.narrow}
         try:
-            measured = differentiate(
-                self.module, self.objective, batch, self.ranks, accumulate=t.accumulate, clip=t.clip, autocast=autocast
-            )
+            measured = differentiate(self.module, self.objective, batch, self.ranks, **how)
         except InputError as error:
             raise InputError(f"step {self.step}: {error}; training stops, the last checkpoint stands") from None
         lr = t.optimizer.lr * t.schedule(self.step, t.steps)
@@ -283,7 +282,7 @@ class _Run:
         if path is None:
             return
         self._check_same(saving.read_plain(path)["training"], checkpoints.folder)
-        state = saving.read(path) if self.saver is None else slices.read(path, self._places())
+        state = saving.read(path) if self.saver is None else _slices().read(path, self._places())
         fill(weights(self.module), state["model"], checkpoints.folder)
         if self.ema is not None:
             fill(self.ema.weights, state["averages"], checkpoints.folder)
@@ -306,3 +305,10 @@ class _Run:
             if name not in MAY_CHANGE and there.get(name) != here:
                 mend = "choose another folder, or begin again with resume=False"
                 raise InputError(f"{folder}: this run was begun with {name}={there.get(name)}, not {here}; {mend}")
+
+
+def _slices() -> Any:
+    """Distributed checkpoints, whose imports take a second."""
+    from allyouneed.train import slices
+
+    return slices

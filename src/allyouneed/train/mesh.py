@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -59,6 +60,8 @@ class Mesh(core.Config):
     shard: int = 1  # ranks that keep a slice of weights, gradients and optimiser each (FSDP; Zhao et al. 2023)
     tensor: int = 1  # ranks that split heads and hidden dimensions (Shoeybi et al. 2019)
     expert: int = 1  # ranks that split experts (Lepikhin et al. 2020, sec. 3.1)
+    # Micro-batches of a step can be added up whole and sent once, or in slices, sent each time, which takes less memory
+    slice_gradients: bool = False
 
     @property
     def splits(self) -> bool:
@@ -71,17 +74,20 @@ class Mesh(core.Config):
         Raises:
             InputError: no such grid.
         """
-        asked = {name: size for name, size in vars(self).items() if size is not None}
+        grid = {"data": self.data, "expert": self.expert, "shard": self.shard, "tensor": self.tensor}
+        asked = {name: size for name, size in grid.items() if size is not None}
         for name, size in asked.items():
             if size < 1:
                 raise InputError(f"mesh.{name}={size}; it must be 1 or more")
         inner = self.shard * self.tensor * self.expert
         data = world // inner if self.data is None else self.data
         if data * inner != world:
-            grid = " x ".join(f"{name}={size}" for name, size in asked.items() if size > 1 or name == "data")
+            shown = " x ".join(f"{name}={size}" for name, size in asked.items() if size > 1 or name == "data")
             product = inner * (self.data or 1)
             wants = f"{product} ranks" if self.data else f"a multiple of {product} ranks"
-            raise InputError(f"mesh: {grid} wants {wants}, and there are {world}; change the mesh or torchrun's number")
+            raise InputError(
+                f"mesh: {shown} wants {wants}, and there are {world}; change the mesh or torchrun's number"
+            )
         return {"data": data, "expert": self.expert, "shard": self.shard, "tensor": self.tensor}
 
     def check(self, module: nn.Module) -> None:
@@ -113,7 +119,13 @@ class Mesh(core.Config):
         if not self.splits:
             return ranks
         self.check(module)
-        return replace(ranks, mesh=init_device_mesh(ranks.device, (*sizes.values(),), mesh_dim_names=(*sizes,)))
+        return replace(ranks, mesh=_grid(ranks.device, **sizes), slice_gradients=self.slice_gradients)
+
+
+@cache
+def _grid(device: str, **sizes: int) -> DeviceMesh:
+    """One for each layout: its groups of ranks last as long as the process."""
+    return init_device_mesh(device, (*sizes.values(),), mesh_dim_names=(*sizes,))
 
 
 def divided(module: nn.Module) -> Iterator[tuple[str, Divided]]:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from allyouneed import core
 
@@ -84,7 +83,7 @@ def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Those that one kernel can take together: whole ones, and those split over the same mesh."""
     found: dict[Any, list[nn.Parameter]] = {}
     for p in parameters:
-        found.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+        found.setdefault(getattr(p, "device_mesh", None), []).append(p)
     return list(found.values())
 
 

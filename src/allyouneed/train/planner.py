@@ -7,15 +7,16 @@ assumed beyond that is said by `Machine` and at each formula; `docs/scale.md` ho
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from allyouneed import core
@@ -138,10 +139,9 @@ def trace(build: Callable[[], nn.Module], run: Callable[[nn.Module], Any], conte
         try:
             with counter, ledger.watching(), torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda x: x):
                 run(module)
-        except RuntimeError as error:
-            if "Data" not in type(error).__name__:
-                raise
-            raise InputError(f"{type(module).__name__}: what it computes depends on its data: not to be traced") from None
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            name = type(module).__name__
+            raise InputError(f"{name}: what it computes depends on its data, so that it cannot be planned") from None
         return ledger.traced(context)
 
 
@@ -160,7 +160,7 @@ class _Ledger:
     def __init__(self, module: nn.Module, counter: FlopCounterMode) -> None:
         self.module, self.counter = module, counter
         self.blocks = blocks(module)
-        self.shared = {part for _, part in divided(module)}
+        self.shared = [cast("nn.Module", part) for _, part in divided(module)]
         self.mine = {p.untyped_storage()._cdata for p in module.parameters()}
         self.inside: list[str] = []  # the kinds of parts that are at work, outermost first
         self.seen: list[Tensor] = []  # so that no storage's address is used twice
@@ -254,9 +254,19 @@ def _weights(module: nn.Module, units: list[nn.Module]) -> Iterator[Share]:
 
 
 def cost(
-    traced: Traced, sizes: dict[str, int], batch: int, rows: int, recompute: bool, machine: Machine, narrow: bool
+    traced: Traced,
+    sizes: dict[str, int],
+    batch: int,
+    rows: int,
+    machine: Machine,
+    *,
+    narrow: bool,
+    recompute: bool = False,
+    slices: bool = False,
 ) -> Plan:
-    """What a step of `batch` rows costs, of which a rank computes `rows` at once, on a grid of these sizes."""
+    """What a step of `batch` rows costs, of which a rank computes `rows` at once, on a grid of these sizes; with
+    `slices` gradients are added up in slices (`Mesh.slice_gradients`).
+    """
     data, expert, shard, tensor = (sizes[name] for name in ("data", "expert", "shard", "tensor"))
     accumulate = max(1, -(-batch // (data * expert * shard * rows)))
     held = sum(share.of_one(tensor, expert) for share in traced.weights)  # by the ranks that share a row, of all units
@@ -268,12 +278,12 @@ def cost(
         kept = traced.kept.of_one(tensor)
     alone = shard * data * expert == 1
     return Plan(
-        mesh=Mesh(data=data, expert=expert, shard=shard, tensor=tensor),
+        mesh=Mesh(data=data, expert=expert, shard=shard, tensor=tensor, slice_gradients=slices),
         rows=rows,
         accumulate=accumulate,
         recompute=recompute,
         weights=WIDE * held / shard,
-        gradients=WIDE * held / (shard if accumulate == 1 else 1),  # added up whole until the last micro-batch
+        gradients=WIDE * held / (shard if accumulate == 1 or slices else 1),
         optimizer=2 * WIDE * held / shard,
         activations=rows * kept,
         # the rest stays whole during a step; of the blocks one is at work and the next one under way
@@ -281,12 +291,20 @@ def cost(
         arithmetic=(4 if recompute else 3)  # a backward pass is twice a forward one
         * (accumulate * rows * traced.flops.of_one(tensor, expert))
         / (machine.peak * machine.reached * (1 if narrow else 0.5)),
-        messages=_messages(traced, sizes, held, rows, accumulate, recompute, machine, size),
+        messages=_messages(traced, sizes, held, rows, accumulate, recompute, slices, machine, size),
     )
 
 
 def _messages(
-    traced: Traced, sizes: dict[str, int], held: float, rows: int, accumulate: int, recompute: bool, m: Machine, size: int
+    traced: Traced,
+    sizes: dict[str, int],
+    held: float,
+    rows: int,
+    accumulate: int,
+    recompute: bool,
+    slices: bool,
+    m: Machine,
+    size: int,
 ) -> float:
     """Seconds of sending: a ring moves (n − 1)/n of a gathered or scattered tensor past each of n ranks, an all-reduce
     twice that (Thakur et al. 2005, sec. 4).
@@ -297,7 +315,7 @@ def _messages(
         return (ranks - 1) / ranks * amount / (m.inside if reach <= m.node else m.between)
 
     gathers = 2 * accumulate * past(shard, tensor * shard, size * held)  # before the forward and the backward pass
-    scatters = past(shard, tensor * shard, WIDE * held)
+    scatters = (accumulate if slices else 1) * past(shard, tensor * shard, WIDE * held)
     reduced = 2 * past(copies, tensor * shard * copies, WIDE * held / shard)
     passes = 3 if recompute else 2
     added = 2 * passes * accumulate * past(tensor, tensor, rows * traced.exchanged)
@@ -336,9 +354,11 @@ def plan(
         parts = ranks // sizes["tensor"]
         if parts > batch:
             continue
-        for recompute in (False, True):
+        for recompute, slices in itertools.product((False, True), (False, True) if sizes["shard"] > 1 else (False,)):
             for rows in _powers(batch // parts):
-                found.append(cost(traced, sizes, batch, rows, recompute, machine, narrow))
+                found.append(
+                    cost(traced, sizes, batch, rows, machine, narrow=narrow, recompute=recompute, slices=slices)
+                )
     return sorted((p for p in found if p.memory <= machine.usable * machine.memory), key=lambda p: p.seconds)
 
 

@@ -34,6 +34,7 @@ class Ranks:
     world: int = 1
     device: str = "cpu"  # where what is sent has to lie
     mesh: DeviceMesh | None = None
+    slice_gradients: bool = False  # after each micro-batch
 
     @property
     def part(self) -> int:

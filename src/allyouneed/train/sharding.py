@@ -12,29 +12,34 @@ crossed already, of everything else over all but `tensor`, whose ranks have the 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from allyouneed.core.errors import InputError
-from allyouneed.train.mesh import Narrowed, blocks, divided, spread
+from allyouneed.train.mesh import blocks
 from allyouneed.train.ranks import Ranks, join
 
-# Ways into a model other than calling it, which objectives take; PyTorch gathers weights before each.
-ENTRANCES = ("hidden", "read", "remember")
 Module = TypeVar("Module", bound=nn.Module)
-_WHOLE: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # what a split module was, on the meta device
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What is known of a module of which this process holds slices."""
+
+    mesh: DeviceMesh
+    outline: nn.Module  # what it was, on the meta device
+
+
+_SPLIT: WeakKeyDictionary[nn.Module, _Split] = WeakKeyDictionary()
 
 
 def deferred(build: Callable[[], nn.Module]) -> nn.Module:
@@ -45,18 +50,29 @@ def deferred(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def begin(module: nn.Module, ranks: Ranks) -> None:
-    """Let all ranks begin with rank 0's weights, split over the mesh if there is one. Done before, nothing is done."""
+def begin(module: nn.Module, ranks: Ranks, precision: torch.dtype | None = None) -> None:
+    """Let all ranks begin with rank 0's weights, split over the mesh if there is one. Done before, nothing is done.
+
+    `precision` is what sharded weights are gathered in, if not their own; gradients are summed in float32.
+
+    Raises:
+        InputError: it is split over another mesh.
+    """
+    known = _SPLIT.get(module)
+    if known is not None and known.mesh is not ranks.mesh:
+        raise InputError("mesh: this module was split over another one before; train with the same, or a new module")
     if ranks.mesh is None:
-        _follow(module, ranks)
-    elif module not in _WHOLE:
-        _WHOLE[module] = _outline(module)
-        _split(module, ranks, ranks.mesh)
+        follow(module, ranks)
+    elif known is None:
+        from allyouneed.train.splitting import split
+
+        _SPLIT[module] = _Split(ranks.mesh, _outline(module))
+        split(module, ranks, ranks.mesh, precision)
 
 
 def is_split(module: nn.Module) -> bool:
     """Whether this process holds a slice of `module` only."""
-    return module in _WHOLE
+    return module in _SPLIT
 
 
 def whole(module: Module) -> Module:
@@ -65,13 +81,13 @@ def whole(module: Module) -> Module:
     Gathered tensor by tensor: no device holds more than one of them beside its slices, and nobody two models. A module
     that is not split is handed back as it is.
     """
-    if module not in _WHOLE:
+    if module not in _SPLIT:
         return module
     settle(module)
-    gathered, first = cast("Module", copy.deepcopy(_WHOLE[module])), join().rank == 0
+    gathered, first = cast("Module", copy.deepcopy(_SPLIT[module].outline)), join().rank == 0
     state: dict[str, Tensor] = {}
     for name, x in [*module.named_parameters(), *module.named_buffers()]:
-        full = x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
+        full = cast("Any", x).full_tensor().detach() if placements(x) else x.detach()
         if first:
             state[name] = full.cpu()
     if first:
@@ -82,31 +98,36 @@ def whole(module: Module) -> Module:
 
 def settle(module: nn.Module) -> None:
     """Let go of weights that a forward pass gathered, so that what is changed from outside is what is gathered next."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in module.modules() if is_split(module) else ():
+        if callable(reshard := getattr(part, "reshard", None)):
+            reshard()
 
 
-def reduce_gradients(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass ends in gradients of this rank's slices, summed, or only adds to its own."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now)
+def reduce_gradients(module: nn.Module, *, last: bool, slices: bool) -> None:
+    """How the next backward pass ends: the last of a step in gradients summed over rows, in this rank's slices; one
+    before adds to the whole ones that this rank computes or, where `slices`, to slices summed over `shard` alone.
+    """
+    if hasattr(module, "set_requires_gradient_sync"):  # one of FSDP's
+        cast("Any", module).set_requires_gradient_sync(last or slices)
+        cast("Any", module).set_requires_all_reduce(last)
 
 
 def copies(x: Tensor, world: int) -> int:
     """How many of `world` ranks hold the same slice of a tensor: all of them, where it is not split."""
-    if not isinstance(x, DTensor):
-        return world
-    sizes = zip(x.placements, x.device_mesh.shape, strict=True)
     distinct = 1
-    for placement, size in sizes:
-        distinct *= size if placement.is_shard() else 1
+    for place, size in zip(placements(x), cast("Any", x).device_mesh.shape if placements(x) else (), strict=True):
+        distinct *= size if place.is_shard() else 1
     return world // distinct
 
 
 def local(x: Tensor) -> Tensor:
     """This rank's slice of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return cast("Any", x).to_local() if placements(x) else x
+
+
+def placements(x: Tensor) -> tuple[Any, ...]:
+    """How a DTensor lies on each dimension of its mesh; of other tensors nothing. Asked so, its class is not needed."""
+    return getattr(x, "placements", ())
 
 
 @contextmanager
@@ -137,46 +158,8 @@ def _fresh(given: Any) -> Any:
     return given.fresh() if hasattr(given, "fresh") else given
 
 
-def _split(module: nn.Module, ranks: Ranks, mesh: DeviceMesh) -> None:
-    done: set[nn.Parameter] = set()
-    for unit in (*blocks(module), module):
-        _follow(unit, ranks, done)
-        if mesh["tensor"].size() > 1:
-            _divide(unit, mesh["tensor"])
-        apart = _spread(unit, mesh) if mesh["expert"].size() > 1 else set[nn.Parameter]()
-        if ranks.parts > 1:
-            _shard(unit, _grid(mesh), apart)
-        done |= set(unit.parameters())
-    if isinstance(module, FSDPModule):
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here changes
-        _open(module)
-
-
-def _open(module: nn.Module) -> None:
-    """Let weights be gathered before any of the `ENTRANCES`, and once where one leads to another."""
-    inside: list[bool] = []
-
-    def entered(first: Callable[..., Any], later: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(later)
-        def enter(*given: Any, **further: Any) -> Any:
-            method = later if inside else first
-            inside.append(True)
-            try:
-                return method(*given, **further)
-            finally:
-                inside.pop()
-
-        return enter
-
-    for name in ("forward", *(name for name in ENTRANCES if hasattr(module, name))):
-        plain = getattr(module, name)
-        if name != "forward":  # around which PyTorch has its hooks already
-            register_fsdp_forward_method(module, name)
-        setattr(module, name, entered(getattr(module, name), plain))
-
-
-def _follow(unit: nn.Module, ranks: Ranks, done: set[nn.Parameter] | None = None) -> None:
-    """Bring weights and buffers to the device, from the meta one too, and take over rank 0's."""
+def follow(unit: nn.Module, ranks: Ranks, done: set[nn.Parameter] | None = None) -> None:
+    """Bring weights and buffers to the device, from the meta one too, and take over rank 0's; but for those `done`."""
     moved: dict[Tensor, Tensor] = {}
     for part in unit.modules():
         for held in (part._parameters, part._buffers):
@@ -193,44 +176,6 @@ def _placed(x: Tensor, ranks: Ranks) -> Tensor:
     if there.device == x.device:
         return x
     return nn.Parameter(there, x.requires_grad) if isinstance(x, nn.Parameter) else there
-
-
-def _divide(unit: nn.Module, mesh: DeviceMesh) -> None:
-    """Split what its parts say can be split among tensor ranks."""
-    for _, part in divided(unit):
-        styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in part.by_columns}
-        styles |= {name: RowwiseParallel() for name in part.by_rows}
-        module = cast("nn.Module", part)
-        if not any(isinstance(x, DTensor) for x in module.parameters()):
-            parallelize_module(module, mesh, styles)
-    for narrowed in unit.modules():
-        if isinstance(narrowed, Narrowed):
-            narrowed.narrow(mesh.get_local_rank(), mesh.size())
-
-
-def _spread(unit: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
-    """Split experts; their parameters, none of which may be summed over `expert`."""
-    apart: set[nn.Parameter] = set()
-    for _, part in spread(unit):
-        module = cast("nn.Module", part)
-        if not any(isinstance(x, DTensor) for x in module.parameters()):
-            part.spread(mesh["expert"])
-            if mesh["data"].size() * mesh["shard"].size() > 1:
-                _shard(module, mesh["shard"] if mesh["data"].size() == 1 else mesh["data", "shard"], set())
-        apart |= set(module.parameters())
-    return apart
-
-
-def _grid(mesh: DeviceMesh) -> DeviceMesh:
-    """Where what is no expert is sharded: over `shard`, the same on all replicas (HSDP) if there are any."""
-    replicas = mesh["data", "expert"]._flatten("replicas")
-    return mesh["shard"] if replicas.size() == 1 else DeviceMesh._concatenate([replicas, mesh["shard"]])
-
-
-def _shard(unit: nn.Module, grid: DeviceMesh, apart: set[nn.Parameter]) -> None:
-    sharded = fully_shard(unit, mesh=grid, ignored_params=apart)
-    sharded.set_gradient_divide_factor(1.0)  # sums, not means: `train.gradients` divides by the number of targets
-    sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to divide by 1
 
 
 def _outline(module: nn.Module) -> nn.Module:

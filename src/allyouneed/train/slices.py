@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future as Promise
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Saver:
 
     def __init__(self, kept: Checkpoints) -> None:
         self.kept = kept
-        self.group = dist.new_group(backend="gloo")  # its messages must not mix with those of training
+        self.group = _group()
         self.path = kept.folder
         self.pending: Promise[Any] | None = None
 
@@ -104,6 +105,12 @@ def read(folder: Path, places: Mapping[str, Tensor]) -> State:
     for name, tensor in tensors.items():
         checkpoints.put(state, name, tensor)
     return state
+
+
+@cache
+def _group() -> dist.ProcessGroup:
+    """The ranks once more: messages about checkpoints must not mix with those of training."""
+    return dist.new_group(backend="gloo")
 
 
 class _Writer(dcp.StorageWriter):
