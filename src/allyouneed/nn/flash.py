@@ -3,8 +3,8 @@
 Forward is algorithm 1 of Dao et al. 2022 with its loops exchanged (Dao 2023, sec. 3.1): each program holds one block of
 queries and goes through the keys. Backward is algorithm 4 in two kernels, one that holds a block of keys and gathers dK
 and dV, one that holds a block of queries and gathers dQ. The scores are computed twice, but nothing is added
-atomically, so gradients are the same bits in each run. Which tiles a block needs is read from the intervals of the view:
-causal, banded, packed and cached sight all skip what they do not see.
+atomically, so gradients are the same bits in each run. Which tiles a block needs is read from the intervals of the
+view: causal, banded, packed and cached sight all skip what they do not see.
 
 Inputs are multiplied in their own type. P and dS, which are results, are not rounded to it: with bfloat16 that alone
 costs 3e-3 to 6e-3 of the largest element. Their products are taken in TF32, which has float16's digits (8e-4), and with

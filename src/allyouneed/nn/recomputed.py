@@ -3,8 +3,8 @@
 So Dao et al. 2022 (algorithm 4) have memory linear in length. What runs forward and backward is handed in (`nn.tiled`,
 `nn.flash`); here stand what is kept between them and the only roundings: results come in float32 at least and are
 rounded to the type of the inputs at the very end. The gradient needs the row sums of P∘dP, which are those of dO∘O.
-Taken from an output rounded to bfloat16 they spoil it (in short rows by 2 % of its largest element), so what was rounded
-off is kept as well.
+Taken from an output rounded to bfloat16 they spoil it (in short rows by 2 % of its largest element), so what was
+rounded off is kept as well.
 
 Shapes: B rows, T queries, S keys, H heads, K heads of keys, D = head_dim.
 """
