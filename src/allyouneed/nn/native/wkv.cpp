@@ -13,12 +13,15 @@
 namespace {
 
 constexpr size_t GROUP = 256;        // channels of one thread: their sums stay in the nearest cache, their rows are read in long runs
+constexpr float LEAST = -50.0f;
 constexpr float NOTHING = -1e38f;   // the exponent of an empty sum; −∞ would make NaN of differences
 
-// e^x for x ≤ 0 to 2 units in the last place; below −87, where fp32 ends, the smallest normal number.
+// e^x for x ≤ 0 to 2 units in the last place; below −50, where 10^−22 is added to sums with a term of 1, exactly 0: what
+// such weights make of small values would be denormal, with which processors are a hundred times slower.
 // 2^n e^r with n = round(x / ln 2), taken from the bits of x / ln 2 + 1.5·2^23, and Taylor's series for |r| ≤ ln 2 / 2.
 inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
+    const bool nothing = x < LEAST;
+    x = nothing ? LEAST : x;
     float n = x * 1.44269504f + 12582912.0f;
     uint32_t bits;
     std::memcpy(&bits, &n, sizeof bits);
@@ -35,7 +38,7 @@ inline float exponential(float x) {
     bits = (bits << 23) + (127u << 23);
     float power;
     std::memcpy(&power, &bits, sizeof power);
-    return sum * power;
+    return nothing ? 0.0f : sum * power;
 }
 
 inline float larger(float x, float y) { return x > y ? x : y; }
@@ -82,7 +85,8 @@ void read(const Sizes s, size_t row, size_t from, size_t n, const float* w, cons
         const size_t at = (row * s.T + t) * s.D;
         if (states) sums.give(states + at, states + plane + at, states + 2 * plane + at, from, n);
         const float *kt = k + at + from, *vt = v + at + from, *wt = w + from, *ut = u + from;
-        float* yt = y + at + from;
+        float* __restrict yt = y + at + from;
+#pragma omp simd
         for (size_t i = 0; i < n; i++) {
             const Pair now = weights(sums.p[i], ut[i] + kt[i]);
             yt[i] = (now.x * sums.a[i] + now.y * vt[i]) / (now.x * sums.b[i] + now.y);
@@ -108,7 +112,8 @@ void differentiate(const Sizes s, size_t row, size_t from, size_t n, const float
         const size_t at = (row * s.T + t) * s.D + from;
         const float *a = states + at, *b = states + plane + at, *p = states + 2 * plane + at;
         const float *kt = k + at, *vt = v + at, *yt = y + at, *gyt = gy + at, *wt = w + from, *ut = u + from;
-        float *gkt = gk + at, *gvt = gv + at;
+        float *__restrict gkt = gk + at, *__restrict gvt = gv + at;
+#pragma omp simd
         for (size_t i = 0; i < n; i++) {
             const float own = ut[i] + kt[i];
             const Pair now = weights(p[i], own);
