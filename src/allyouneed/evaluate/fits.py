@@ -57,14 +57,16 @@ def kaplan(parameters: Column, tokens: Column, losses: Column, *, start: KaplanL
         starts = [[math.log(start.alpha_N), math.log(start.alpha_D), *middle]]
     t = _least(predict, starts, L, delta=None)
     alpha_N, alpha_D = (math.exp(_within(x, -7, 7, "L(N, D)")) for x in t[:2])
-    return KaplanLoss(math.exp(t[2] * alpha_D / alpha_N + n0), math.exp(t[3] + d0), alpha_N, alpha_D)
+    N_c, D_c = _exp(t[2] * alpha_D / alpha_N + n0, t[3] + d0, what="L(N, D)")
+    return KaplanLoss(N_c, D_c, alpha_N, alpha_D)
 
 
 def kaplan_steps(parameters: Column, steps: Column, losses: Column) -> KaplanSteps:
     """L(N, S_min) of Kaplan et al. 2020, eq. 1.6, by least squares in log L."""
     a, b, alpha, beta = _two_terms("L(N, S)", parameters, steps, losses, floor=False, delta=None)[1:]
     alpha, beta = (_within(x, 1e-3, 1e3, "L(N, S)") for x in (alpha, beta))
-    return KaplanSteps(math.exp(a / alpha), math.exp(b / beta), alpha, beta)
+    N_c, S_c = _exp(a / alpha, b / beta, what="L(N, S)")
+    return KaplanSteps(N_c, S_c, alpha, beta)
 
 
 def hoffmann(
@@ -81,7 +83,8 @@ def hoffmann(
     what = "E + A/N^α + B/D^β"
     e, a, b, alpha, beta = _two_terms(what, parameters, tokens, losses, floor=True, delta=delta, known=known)
     alpha, beta = (_within(x, 1e-3, 1e3, what) for x in (alpha, beta))
-    return HoffmannLoss(E=math.exp(e), A=math.exp(a), B=math.exp(b), alpha=alpha, beta=beta)
+    E, A, B = _exp(e, a, b, what=what)
+    return HoffmannLoss(E=E, A=A, B=B, alpha=alpha, beta=beta)
 
 
 def critical_batch(steps: Column, tokens: Column) -> tuple[float, float, float]:
@@ -164,11 +167,16 @@ def different(what: str, **given: np.ndarray) -> None:
             raise InputError(f"{what}: {name} takes {len(np.unique(values))} different values; a fit needs at least 3")
 
 
-def _within(exponent: float, least: float, most: float, what: str) -> float:
-    """An exponent that is one; beyond, a term is a constant or a wall, and its scale no number."""
-    if not least < exponent < most:
+def _within(value: float, least: float, most: float, what: str) -> float:
+    """A parameter that is one; beyond, a term is a constant or a wall."""
+    if not least < value < most:
         raise InputError(f"{what}: the losses do not fall as powers of both columns")
-    return exponent
+    return value
+
+
+def _exp(*logs: float, what: str) -> list[float]:
+    """Scales from their logarithms, where they are numbers."""
+    return [math.exp(_within(log, -700, 700, what)) for log in logs]
 
 
 def _two_terms(

@@ -73,13 +73,14 @@ class Config(core.Config):
 
 def run(config: Config, report: Report) -> None:
     """Train both ladders and the held-out run, fit the law to each seed's ladder, and see what it foretells."""
-    world = config.world.build()
+    world, text = config.world.build(), corpus(config.prose)
+    train_bytes, valid_bytes = _bytes(text.train), _bytes(text.valid)
 
     def work(member: Member, seed: int, folder: Path) -> dict[str, list[float]]:
         return vars(_trained(config, world, member, seed, folder))
 
     def read(member: Member, seed: int, folder: Path) -> dict[str, list[float]]:
-        return vars(_read(config, member, seed, folder))
+        return vars(_read(config, train_bytes, valid_bytes, member, seed, folder))
 
     runs = _grid(config, config.sizes, config.budgets)
     held = _grid(config, (config.largest,), (config.largest_tokens,), "largest, ")
@@ -220,15 +221,13 @@ def _trained(config: Config, world: Lexicon, member: Member, seed: int, folder: 
     )
 
 
-def _read(config: Config, member: Member, seed: int, folder: Path) -> ladder.Run:
-    text = corpus(config.prose)
-    valid = _bytes(text.valid)
+def _read(config: Config, text: Tensor, valid: Tensor, member: Member, seed: int, folder: Path) -> ladder.Run:
     starts = torch.randint(len(valid) - config.length, (config.held_out, 1), generator=generator(0, "held out"))
     windows = valid[starts + torch.arange(config.length + 1)].long()
     return ladder.climb(
         member,
         next_token,
-        Windows(_bytes(text.train), batch_size=config.rows, length=config.length, seed=seed),
+        Windows(text, batch_size=config.rows, length=config.length, seed=seed),
         lambda module: batch_nll(module, windows[:, :-1], windows[:, 1:]),
         batch_tokens=config.rows * config.length,
         seed=seed,
@@ -309,12 +308,12 @@ PAPER = Paper(
     sizes={
         "smoke": Config(
             sizes=tuple(_member(dim, 1, vocab_size=8, length=12) for dim in (4, 12, 32)),
-            budgets=(1000, 3000, 9000),
+            budgets=(600, 1800, 5400),
             largest=_member(48, 1, vocab_size=8, length=12),
-            largest_tokens=18_000,
+            largest_tokens=10_000,
             world=Lexicon.Config(letters=8, length=3, words=200, exponent=1.3),
             prose_sizes=tuple(_member(dim, 1, vocab_size=256, length=12) for dim in (4, 12, 32)),
-            prose_budgets=(1000, 3000, 9000),
+            prose_budgets=(600, 1800, 5400),
             prose="python-reference",
             rows=4,
             length=12,
