@@ -121,7 +121,7 @@ def _costs(config: Config, report: Report) -> None:
     rows: list[dict[str, Any]] = []
     for name in config.arms:
         held, seconds = found[name]["bytes"], found[name]["seconds"]  # by context; by context and round
-        bound = {"below": config.flat} if name == RWKV else {"above": config.grows}
+        bound: dict[str, Any] = {"below": config.flat} if name == RWKV else {"above": config.grows}
         report.check(f"{name}: growth of what is kept, {shortest} to {longest}", held[-1] / held[0] - 1, **bound)
         growth = median([last / first - 1 for first, last in zip(seconds[0], seconds[-1], strict=True)])
         report.check(
