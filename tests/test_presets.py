@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import bert, gpt, gpt2, gpt_neox, llama, t5, transformer
-from allyouneed.papers import alibi, gpt3
+from allyouneed.models import bert, bloom, gpt, gpt2, gpt3, gpt_neo, gpt_neox, llama, t5, transformer
+from allyouneed.papers import alibi
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
 GPT2 = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
@@ -37,6 +37,16 @@ PYTHIA = {
     "6.9B": (6_444_163_072, 6_857_302_016),
     "12B": (11_327_027_200, 11_846_072_320),
 }
+# Bloom and GPT-Neo: the released checkpoints' counts
+BLOOM = {
+    "560M": 559_214_592,
+    "1.1B": 1_065_314_304,
+    "1.7B": 1_722_408_960,
+    "3B": 3_002_557_440,
+    "7.1B": 7_069_016_064,
+    "176B": 176_247_271_424,
+}
+GPT_NEO = {"125M": 125_198_592, "1.3B": 1_315_575_808, "2.7B": 2_651_307_520}
 # T5: the released checkpoints' counts
 T5 = {
     ("small", "1.0"): 60_506_624,
@@ -55,7 +65,7 @@ TRANSFORMER = {"base": 65e6, "big": 213e6}
 
 
 def test_gpt():
-    assert gpt.published().num_parameters() == 116_534_784  # the released model's; the paper prints no count
+    assert gpt.sized().num_parameters() == 116_534_784  # the released model's; the paper prints no count
 
 
 @pytest.mark.parametrize("name", GPT2)
@@ -79,6 +89,16 @@ def test_gpt3(name):
     assert abs(gpt3.sized(name).num_parameters() / GPT3[name] - 1) < 0.025
     windows = [block.mixer.window for block in gpt3.sized(name).blocks]
     assert windows == [None, 256]
+
+
+@pytest.mark.parametrize("name", BLOOM)
+def test_bloom(name):
+    assert bloom.sized(name).num_parameters() == BLOOM[name]
+
+
+@pytest.mark.parametrize("name", GPT_NEO)
+def test_gpt_neo(name):
+    assert gpt_neo.sized(name).num_parameters() == GPT_NEO[name]
 
 
 @pytest.mark.parametrize("name", PYTHIA)

@@ -75,14 +75,15 @@ def run(
 def publish(
     slug: Annotated[str | None, typer.Argument(help="The paper whose result to publish.")] = None,
     run_dir: Annotated[Path | None, typer.Argument(help="Its run folder; else the newest laptop run.")] = None,
-    pages: Annotated[bool, typer.Option("--pages", help="Only rewrite the pages under docs/papers/.")] = False,
+    pages: Annotated[bool, typer.Option("--pages", help="Only rewrite docs/papers/ and docs/architecture.md.")] = False,
 ) -> None:
     """Copy a laptop run to results/ and rewrite the papers' pages."""
+    from allyouneed.papers import architecture_page
     from allyouneed.papers import publish as publishing
 
     if pages == (slug is not None):
         raise InputError("publish: give either a paper's name or --pages")
-    written = publishing.publish(slug, run_dir) if slug else publishing.write_pages()
+    written = publishing.publish(slug, run_dir) if slug else [*publishing.write_pages(), *architecture_page.write()]
     for path in written:
         print(path)
 

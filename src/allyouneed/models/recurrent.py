@@ -1,4 +1,4 @@
-"""A language model of recurrent cells: embedding, layers, head.
+"""The recurrent language model (Mikolov et al. 2010): embedding, layers of cells, head.
 
 Shapes: B rows, T tokens, V = vocab_size.
 """
@@ -17,7 +17,7 @@ from allyouneed.nn.sight import last
 
 
 class RecurrentModel(core.Configured, nn.Module):
-    """A causal language model that remembers what came before in its cells' states (Mikolov et al. 2010).
+    """A causal language model that remembers what came before in its cells' states.
 
     >>> from allyouneed.nn.recurrent import LSTM, Recurrent
     >>> config = RecurrentModel.Config(vocab_size=11, dim=8, layers=Recurrent.Config(cell=LSTM.Config()))
@@ -79,3 +79,8 @@ class RecurrentModel(core.Configured, nn.Module):
         hidden: Tensor
         hidden, after = self.layers(self.embedding(ids), states, begins)
         return hidden, after
+
+
+EXAMPLE = RecurrentModel.Config(
+    vocab_size=53, dim=24, layers=recurrent.Recurrent.Config(cell=recurrent.LSTM.Config(), num_layers=2)
+)

@@ -1,7 +1,7 @@
 """The translator before the Transformer: an LSTM reads both ways, another writes and looks back by additive attention.
 
-Bahdanau et al. 2015 (arXiv:1409.0473), with LSTMs in place of its gated units. It is called and asked as
-`EncoderDecoder` is. Shapes: B rows, M source tokens, T target tokens, V = vocab_size, H = hidden_dim.
+It is the model of Bahdanau et al. 2015 (arXiv:1409.0473) with LSTMs in place of its gated units, and is called and
+asked as `EncoderDecoder` is. Shapes: B rows, M source tokens, T target tokens, V = vocab_size, H = hidden_dim.
 """
 
 from __future__ import annotations
@@ -122,3 +122,6 @@ class Answering:
         """(B, T) -> (B, T, dim)."""
         assert cache is not None
         return self.model.write(ids, cache)
+
+
+EXAMPLE = RecurrentTranslator.Config(vocab_size=53, context=48, dim=20, hidden_dim=24)

@@ -119,6 +119,11 @@ def sized(name: str = "base", *, version: str = "1.0") -> EncoderDecoder.Config:
     return architecture(**size, activation="gelu_tanh", gated=True, tied=False, scaled=False)
 
 
+def published() -> dict[str, EncoderDecoder.Config]:
+    """Every size of both versions."""
+    return {f"{version} {name}": sized(name, version=version) for version in ("1.0", "1.1") for name in SIZES}
+
+
 # what `feed_forward_proj` may be: our activation, and whether it gates; transformers takes gated-gelu for the tanh form
 _CHANNELS = {name: (ours, False) for name, ours in ACTIVATIONS.items()} | {
     f"gated-{name}": ("gelu_tanh" if name == "gelu" else ours, True) for name, ours in ACTIVATIONS.items()
