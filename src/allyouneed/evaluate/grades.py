@@ -16,7 +16,7 @@ import numpy as np
 
 from allyouneed.core.errors import InputError
 
-Ids = Sequence[int]
+Ids = Sequence[object]  # or words, or letters
 
 
 def exact_match(found: Sequence[Ids], references: Sequence[Ids]) -> np.ndarray:
