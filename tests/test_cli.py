@@ -13,8 +13,8 @@ from typing import ClassVar
 import pytest
 
 from allyouneed import cli
-from allyouneed.core.workers import in_turn
 from allyouneed.core.errors import InputError
+from allyouneed.core.workers import in_turn
 from allyouneed.papers import runner
 from allyouneed.train.interrupts import Stopped
 

@@ -195,6 +195,7 @@ def test_rwkv(name):
     dim, layers = config.dim, config.num_layers  # sec. 4's formula
     assert config.num_parameters() == 2 * config.vocab_size * dim + 13 * dim**2 * layers + dim * (11 * layers + 4)
 
+
 def test_kaplan_s_largest():
     """1.5 billion without embeddings, 12 · layers · dim² (Kaplan et al. 2020, sec. 1.3 and 3), and norms and biases."""
     model = scaling_laws.PAPER.sizes["paper"].largest.model

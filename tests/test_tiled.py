@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import attention_cases
 import pytest
 import torch
 from attention_cases import KINDS, random_case
 
 from allyouneed.core.errors import InputError
+from allyouneed.models import llama
+from allyouneed.models.checkpoints.loading import save
 from allyouneed.nn.attention import Attention
 from allyouneed.nn.kernels import Tiled
 from allyouneed.nn.positions import Positions, RelativeBias
@@ -119,3 +123,9 @@ def test_what_tiles_cannot_do_is_refused():
     with pytest.raises(InputError, match=r"Tiled has no dropout of the attention weights; dropout=0\.1 needs Sdpa"):
         Tiled()(q, q, q, view, dropout=0.1)
     assert len(attention_cases.KIND) == len(KINDS)
+
+
+def test_a_kernel_does_not_change_the_layout_on_disk(tmp_path):
+    config = llama.EXAMPLE.with_kernel(Tiled())
+    save(config.build(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
