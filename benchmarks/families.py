@@ -106,6 +106,7 @@ GPT_NEOX = {
     "intermediate_size": HIDDEN,
     "max_position_embeddings": CONTEXT,
 }
+RWKV = {"hidden_size": DIM, "num_hidden_layers": 5, "intermediate_size": HIDDEN, "context_length": CONTEXT}
 
 
 def llama(dim: int, num_layers: int, num_heads: int, hidden_dim: int) -> dict[str, Any]:
@@ -285,6 +286,7 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "bloom": lambda: decoder("Bloom", BLOOM, attention="eager"),
     "gpt_neo": lambda: decoder("GPTNeo", GPT_NEO, attention="eager"),
     "gpt_neox": lambda: decoder("GPTNeoX", GPT_NEOX),
+    "rwkv": lambda: decoder("Rwkv", RWKV, attention="eager"),
     "bert": bert,
     "t5": lambda: translator(t5()),
     "t5-1.1": lambda: translator(t5_1_1()),

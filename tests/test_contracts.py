@@ -105,7 +105,6 @@ def test_cached_equals_uncached(model, steps):
     pieces = []
     for piece in x.split(steps, 1):
         pieces.append(model(piece, cache=cache).logits)
-        cache.advance(piece.shape[1])
     close(torch.cat(pieces, 1), model(x).logits)
 
 
@@ -115,10 +114,8 @@ def test_rows_of_unequal_length_share_a_cache(model):
     new = ids(3, 4, seed=5)
     cache = model.new_cache(3, 13)
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    model(padded, cache=cache)
-    cache.advance(torch.tensor([len(row) for row in rows]))
+    model(padded, cache=cache, counts=torch.tensor([len(row) for row in rows]))
     logits = model(new, cache=cache).logits
-    cache.advance(4)
     fork, kept = cache.lengths.clone(), torch.tensor([2, 0])
     cache.select(kept)
     assert cache.lengths.tolist() == fork[kept].tolist()
@@ -134,7 +131,6 @@ def test_alternatives_do_not_see_each_other(model):
     context, ends = ids(1, 6), [ids(1, n, seed=n)[0] for n in (3, 1, 4)]
     cache = model.new_cache(1, 14)
     model(context, cache=cache)
-    cache.advance(6)
     segments = torch.tensor([[1] * 3 + [2] + [3] * 4])
     logits = model(torch.cat(ends)[None], segments=segments, cache=cache).logits[0]
     for number, end in enumerate(ends, 1):

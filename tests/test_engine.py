@@ -119,6 +119,7 @@ def test_end_token_ends_unless_ignored(lm):
         def __init__(self, module):
             super().__init__()
             self.module, self.config, self.device = module, module.config, module.device
+            self.limit = module.limit
 
         def hidden(self, *args, **kwargs):
             return self.module.hidden(*args, **kwargs)

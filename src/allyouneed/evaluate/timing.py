@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 Given = TypeVar("Given")
@@ -30,3 +31,30 @@ def ratios(
             seconds.append(time.perf_counter() - began)
         found.append(seconds[1] / seconds[0])
     return found[warm_up:]
+
+
+def in_turn(
+    cases: Mapping[Given, Callable[[], object]], *, rounds: int, repeats: int = 8, warm_up: int = 2
+) -> dict[Given, list[float]]:
+    """Seconds that each case takes, `rounds` times: of each round the fastest of `repeats` calls in a row.
+
+    Every round has every case, in an order drawn anew, so that no case has a time of day or a neighbour of its own; the
+    fastest call is the one that nothing else on the machine interrupted. What slows all calls alike (another process
+    that fills caches and memory) stays, and widens the spread over rounds. The first `warm_up` rounds do not count.
+
+    >>> sorted(len(seconds) for seconds in in_turn({"one": int, "other": list}, rounds=3).values())
+    [3, 3]
+    """
+    found: dict[Given, list[float]] = {name: [] for name in cases}
+    order, source = list(cases), random.Random(0)
+    for _ in range(warm_up + rounds):
+        source.shuffle(order)
+        for name in order:
+            found[name].append(min(_seconds(cases[name]) for _ in range(repeats)))
+    return {name: seconds[warm_up:] for name, seconds in found.items()}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

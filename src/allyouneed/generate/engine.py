@@ -1,4 +1,5 @@
-"""The engine: token ids in, token ids out. It knows nothing of text.
+"""The engine: token ids in, token ids out. It knows nothing of text, nor whether a module keeps keys and values of all
+tokens or a state of fixed size.
 
 Prompts of unequal length share a batch, each row at its own position in the cache; a finished row leaves the batch at
 once. Shapes: R rows still running, V vocabulary.
@@ -16,7 +17,8 @@ from torch import Tensor
 from allyouneed.core.errors import InputError
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.sampling import Sampler
-from allyouneed.nn.caches import Cache
+
+PIECE = 4096  # tokens of a prompt read in one pass, which bounds the memory that reading a long one takes
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,25 @@ class Step:
 
 
 class Continues(Protocol):
-    """What the engine generates with: a decoder, or one that has read its source."""
+    """What the engine generates with: a decoder, one that has read its source, a recurrent model."""
 
-    config: Any  # with `context` and `vocab_size`
+    config: Any  # with `vocab_size`
+
+    @property
+    def limit(self) -> int | None:
+        """The longest text it continues; None: any."""
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
 
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """An empty cache for `batch` rows of up to `capacity` tokens."""
+        """An empty cache for `batch` rows of up to `capacity` tokens, with `select(rows)`."""
 
-    def hidden(self, ids: Tensor, segments: Tensor | None = None, cache: Any = None) -> Tensor:
-        """(B, T) -> (B, T, dim), writing to the cache."""
+    def hidden(
+        self, ids: Tensor, segments: Tensor | None = None, cache: Any = None, counts: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) -> (B, T, dim), keeping in the cache the first `counts` tokens of each row, or all."""
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, dim) -> logits (…, V)."""
@@ -101,32 +109,37 @@ class Engine:
                 cache.select(torch.tensor(kept))
             logits = self.decode(tokens, cache)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
-        """Read the prompts, right-padded; the logits after each one's last token, (R, V)."""
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
+        """Read the prompts, right-padded, piece by piece; the logits after each one's last token, (R, V)."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.as_tensor(prompt)
-        hidden = self.module.hidden(ids.to(self.module.device), cache=cache)
-        cache.advance(lengths)
-        return self.module.head(hidden[torch.arange(len(prompts)), lengths - 1]).float().cpu()
+        rows, found = [], []
+        for start in range(0, ids.shape[1], PIECE):
+            counts = (lengths - start).clamp(0, PIECE)
+            hidden = self.module.hidden(
+                ids[:, start : start + PIECE].to(self.module.device), cache=cache, counts=counts
+            )
+            ended = ((lengths > start) & (lengths <= start + PIECE)).nonzero()[:, 0]
+            rows.append(ended)
+            found.append(hidden[ended, counts[ended] - 1])
+        return self.module.head(torch.cat(found)[torch.cat(rows).argsort()]).float().cpu()
 
-    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
+    def decode(self, tokens: Tensor, cache: Any) -> Tensor:
         """One more token a row: (R,) -> (R, V)."""
         hidden = self.module.hidden(tokens[:, None].to(self.module.device), cache=cache)
-        cache.advance(1)
         return self.module.head(hidden[:, 0]).float().cpu()
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Refuse a prompt that is empty, or that the context cannot hold together with what is asked for."""
-        context = self.module.config.context
+        limit = self.module.limit
         if not len(prompt):
             raise InputError("prompt is empty; give at least one token")
-        excess = len(prompt) + max_new_tokens - context
-        if excess > 0:
+        if limit is not None and len(prompt) + max_new_tokens > limit:
             raise InputError(
                 f"prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed the context of "
-                f"{context} by {excess}; shorten the prompt or lower max_new_tokens"
+                f"{limit} by {len(prompt) + max_new_tokens - limit}; shorten the prompt or lower max_new_tokens"
             )
 
     def _finished(self, request: int, token: int, left: int, sampling: Sampling, stop: Stop) -> str | None:

@@ -17,6 +17,7 @@ from allyouneed.generate.stopping import StopStrings
 from allyouneed.models.decoder import Decoder
 
 PIECE = 256  # tokens of continuations scored in one pass: bounds the memory that their logits take
+MOST = 4096  # tokens of contexts read in one pass
 
 
 class LocalModel:
@@ -168,9 +169,9 @@ class _Reader:
 
     def __init__(self, module: Decoder, asked: Mapping[tuple[int, ...], Iterable[tuple[int, ...]]]) -> None:
         longest = max((len(context) + len(one) for context in asked for one in asked[context]), default=0)
-        if longest > module.config.context:
-            over = longest - module.config.context
-            raise InputError(f"score: {longest} tokens exceed the context of {module.config.context} by {over}")
+        if module.limit is not None and longest > module.limit:
+            over = longest - module.limit
+            raise InputError(f"score: {longest} tokens exceed the context of {module.limit} by {over}")
         widest = max((min(sum(map(len, asked[context])), PIECE + longest) for context in asked), default=0)
         self.module, self.cache = module, module.new_cache(1, longest + widest)
         self.read: tuple[int, ...] = ()
@@ -203,11 +204,19 @@ class _Reader:
 
     def _read(self, context: tuple[int, ...]) -> None:
         shared = _common(self.read, context[:-1])
-        self.cache.truncate(shared)
-        ids = torch.tensor([context[shared:]], device=self.module.device)
-        hidden: Tensor = self.module.hidden(ids, cache=self.cache)
-        self.cache.advance(len(context) - shared)
+        held = self.cache.rewind(shared)
+        if held < shared:  # a state goes back to marks only; the next context is likely to share as much
+            self._extend(context[held:shared])
+            self.cache.mark()
+        hidden = self._extend(context[shared:])
         self.last, self.read = self.module.head(hidden[0, -1]).cpu().double(), context
+
+    def _extend(self, tokens: Sequence[int]) -> Tensor:
+        """Read some tokens more, at least one: what the head sees of the last ones."""
+        for start in range(0, len(tokens), MOST):
+            ids = torch.tensor([tokens[start : start + MOST]], device=self.module.device)
+            hidden: Tensor = self.module.hidden(ids, cache=self.cache)
+        return hidden
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from allyouneed.models.stack import Stack
 from allyouneed.nn.caches import Cache
+from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.sight import last, whole_rows, within_segments
 
 
@@ -44,27 +45,44 @@ class Decoder(Stack):
         if self.config.tied:
             self.head.weight = self.embedding.weight
 
-    def forward(self, ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None) -> Output:
+    def forward(
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Output:
         """Token ids (B, T) -> logits.
 
         Args:
             ids: token ids.
             segments: (B, T), the number of each token's document within its row, counted from 1, 0 for padding; None:
                 each row is one document. Says the same of left-padded, right-padded and packed rows.
-            cache: what came before; new tokens are written to it after each row's last. The caller then says with
-                `cache.advance` how many of them to keep. With `segments` they are alternative continuations.
+            cache: what came before; the new tokens are kept in it after each row's last. With `segments` they are
+                alternative continuations, of which nothing is kept.
+            counts: (B), how many tokens of each row are kept, where rows are padded on the right; None: all.
         """
-        return Output(self.head(self.hidden(ids, segments, cache)))
+        return Output(self.head(self.hidden(ids, segments, cache, counts)))
 
-    def hidden(self, ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """What the head sees: (B, T) -> (B, T, dim)."""
-        if cache is not None:
-            sight = cache.sight(self.positions, ids.shape[1], segments)
-        elif segments is not None:
-            sight = within_segments(self.positions, segments)
-        else:
-            sight = whole_rows(self.positions, ids)
-        return self.read(ids, sight, cache)
+        if cache is None:
+            part = self.positions
+            return self.read(ids, whole_rows(part, ids) if segments is None else within_segments(part, segments))
+        hidden = self.read(ids, cache.sight(self.positions, ids.shape[1], segments, counts), cache)
+        if segments is None:
+            cache.advance(ids.shape[1] if counts is None else counts)
+        return hidden
+
+    def flops(self, reading: Reading) -> int:
+        """Of the blocks and the head."""
+        return super().flops(reading) + product(self.head, reading.tokens)
 
     def summary(self, hidden: Tensor, segments: Tensor) -> Tensor:
         """One vector of each row, that of its last token, the only one that has seen all: (B, T, dim) -> (B, dim)."""

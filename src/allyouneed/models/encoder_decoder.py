@@ -5,7 +5,7 @@ Shapes: B rows, M tokens of source, T tokens of target, V = vocab_size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from allyouneed import core
 from allyouneed.models.decoder import Output
 from allyouneed.models.stack import Stack
 from allyouneed.nn.caches import Cache
+from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.sight import Memory, whole_rows, within_segments
 
 
@@ -101,6 +102,11 @@ class EncoderDecoder(core.Configured, nn.Module):
         logits: Tensor = self.head(self.config.head_scale * hidden)
         return logits
 
+    def flops(self, source: Reading, target: Reading) -> int:
+        """FLOPs of the matrix products of one forward pass; the target's memory is the source."""
+        written = replace(target, memory=source)
+        return self.encoder.flops(source) + self.decoder.flops(written) + product(self.head, target.tokens)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -115,6 +121,7 @@ class Answering:
 
     def __init__(self, model: EncoderDecoder, source: Tensor, segments: Tensor | None = None) -> None:
         self.model, self.config, self.device = model, model.config, model.device
+        self.limit = model.decoder.limit
         with torch.inference_mode():
             self.memory = model.remember(source.to(self.device), segments)
 
@@ -123,10 +130,19 @@ class Answering:
         assert batch == len(self.memory.states), f"{batch} targets of {len(self.memory.states)} sources"
         return self.model.decoder.new_cache(batch, capacity, self.memory)
 
-    def hidden(self, ids: Tensor, segments: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """(B, T) -> (B, T, dim)."""
-        assert cache is not None
-        return self.model.decoder.read(ids, cache.sight(self.model.decoder.positions, ids.shape[1], segments), cache)
+        assert cache is not None and segments is None
+        decoder = self.model.decoder
+        hidden = decoder.read(ids, cache.sight(decoder.positions, ids.shape[1], counts=counts), cache)
+        cache.advance(ids.shape[1] if counts is None else counts)
+        return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """(…, dim) -> logits (…, V)."""

@@ -142,7 +142,7 @@ def _write(config: Decoder.Config) -> dict[str, Any]:
 
 
 def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
-    theirs, mixer = "gpt_neox.layers.{i}", config.blocks[0].mixer
+    theirs, mixer = "gpt_neox.layers.{i}", one_kind_of_block(config).mixer
     attention: list[Rule] = []
     for kind in ("weight", "bias") if mixer.bias else ("weight",):
         fused = f"{theirs}.attention.query_key_value.{kind}"

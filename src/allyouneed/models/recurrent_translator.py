@@ -1,7 +1,7 @@
 """The translator before the Transformer: an LSTM reads both ways, another writes and looks back by additive attention.
 
-Bahdanau et al. 2015 (arXiv:1409.0473), with LSTMs in place of its gated units. It is called and asked as
-`EncoderDecoder` is. Shapes: B rows, M source tokens, T target tokens, V = vocab_size, H = hidden_dim.
+It is the model of Bahdanau et al. 2015 (arXiv:1409.0473) with LSTMs in place of its gated units, and is called and
+asked as `EncoderDecoder` is. Shapes: B rows, M source tokens, T target tokens, V = vocab_size, H = hidden_dim.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ class State:
         """Keep only `rows` (n,), in that order, possibly repeated."""
         self.hidden, self.cell = self.hidden[rows], self.cell[rows]
         self.read, self.keys, self.padding = self.read[rows], self.keys[rows], self.padding[rows]
-
-    def advance(self, counts: Tensor | int) -> None:
-        """Every token read is remembered; a part of them cannot be taken back."""
 
 
 class RecurrentTranslator(core.Configured, nn.Module):
@@ -110,6 +107,7 @@ class Answering:
 
     def __init__(self, model: RecurrentTranslator, source: Tensor, segments: Tensor | None = None) -> None:
         self.model, self.config, self.device, self.head = model, model.config, model.device, model.head
+        self.limit = model.config.context
         with torch.inference_mode():
             self.state = model.remember(source.to(self.device), segments)
 
@@ -118,7 +116,17 @@ class Answering:
         assert batch == len(self.state.read), f"{batch} targets of {len(self.state.read)} sources"
         return State(**vars(self.state))
 
-    def hidden(self, ids: Tensor, segments: Tensor | None = None, cache: State | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        segments: Tensor | None = None,
+        cache: State | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """(B, T) -> (B, T, dim)."""
-        assert cache is not None
+        assert cache is not None and segments is None
+        assert counts is None or bool((counts == ids.shape[1]).all()), "targets begin alike"
         return self.model.write(ids, cache)
+
+
+EXAMPLE = RecurrentTranslator.Config(vocab_size=53, context=48, dim=20, hidden_dim=24)

@@ -6,20 +6,23 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
-from allyouneed.nn.block import AnyBlock
-from allyouneed.nn.caches import Cache
+from allyouneed.nn.block import AnyBlock, Block
+from allyouneed.nn.caches import Cache, Rows
+from allyouneed.nn.flops import Reading
 from allyouneed.nn.initialise import Initialise, Normal
 from allyouneed.nn.kernels import AnyKernel
 from allyouneed.nn.norms import LayerNorm, NoNorm, Norm
-from allyouneed.nn.positions import AnyPositions, Rotary
+from allyouneed.nn.positions import AnyPositions, Learned, Rotary
 from allyouneed.nn.sight import Memory, Sight
+
+VOCABULARY = ("embedding.", "positions.", "types.", "head.")  # where names of such tensors begin, in all stacks
 
 
 class Stack(core.Configured, nn.Module):
@@ -42,10 +45,20 @@ class Stack(core.Configured, nn.Module):
         norm_dropout: float = 0.0  # of what the last norm gives (Raffel et al. 2020, sec. 2.1)
         initialise: Initialise = field(default_factory=Normal)
 
-        def num_parameters(self) -> int:
-            """Counted on the meta device, so that any size can be asked for."""
+        def num_parameters(self, *, embeddings: bool = True) -> int:
+            """Counted on the meta device, so that any size can be asked for.
+
+            Without `embeddings`, those of vocabulary and positions, the head being one: N of Kaplan et al. 2020
+            (sec. 1.3), of which alone their law of size is regular (fig. 6).
+            """
             with torch.device("meta"):
-                return sum(p.numel() for p in self.build().parameters())
+                named = self.build().named_parameters()
+            return sum(p.numel() for name, p in named if embeddings or not name.startswith(VOCABULARY))
+
+        def flops(self, rows: int, length: int) -> int:
+            """Of one forward pass over so many rows; training takes `nn.flops.TRAINING` times as many."""
+            with torch.device("meta"):
+                return int(self.build().flops(Reading.of(rows=rows, length=length)))
 
         def with_kernel(self, kernel: AnyKernel) -> Self:
             """The same model, attention computed another way; its weights are the same."""
@@ -61,10 +74,10 @@ class Stack(core.Configured, nn.Module):
         self.config = config
         if not config.blocks or config.num_layers < 0:
             raise core.InputError(f"blocks={config.blocks}, num_layers={config.num_layers}; at least one kind of block")
-        mixer = config.blocks[0].mixer
+        num_heads, head_dim = config.blocks[0].heads(config.dim)
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.positions = config.positions.build(
-            dim=config.dim, num_heads=mixer.num_heads, head_dim=mixer.head_dim_of(config.dim), context=config.context
+            dim=config.dim, num_heads=num_heads, head_dim=head_dim, context=config.context
         )
         self.embedding_norm = config.embedding_norm.build(config.dim)
         kinds = config.blocks
@@ -89,21 +102,27 @@ class Stack(core.Configured, nn.Module):
             x = block(x, sight, None if cache is None else cache.layers[i])
         return F.dropout(self.norm(x), self.config.norm_dropout, self.training)
 
+    def flops(self, reading: Reading) -> int:
+        """FLOPs of the matrix products of one forward pass."""
+        return sum(cast("Block", block).flops(reading) for block in self.blocks)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
 
     def new_cache(self, batch: int, capacity: int, memory: Memory | None = None) -> Cache:
-        """An empty cache for `batch` rows of up to `capacity` tokens."""
-        mixer = self.config.blocks[0].mixer
-        return Cache(
-            num_layers=self.config.num_layers,
-            batch=batch,
-            num_kv_heads=mixer.num_kv_heads or mixer.num_heads,
-            capacity=capacity,
-            head_dim=mixer.head_dim_of(self.config.dim),
-            dtype=next(self.parameters()).dtype,
-            device=self.device,
-            memory=memory,
-        )
+        """An empty cache for `batch` rows of up to `capacity` tokens; of any number where no layer remembers all."""
+        rows, dtype = Rows(batch, self.device), next(self.parameters()).dtype
+        layers = [block.new_cache(rows, capacity, dtype) for block in self.blocks]  # type: ignore[operator]
+        return Cache(rows, layers, capacity if self._remembers_all else None, memory)
+
+    @property
+    def limit(self) -> int | None:
+        """The longest text it continues: its context; None, any length, where no layer remembers all."""
+        bounded = self._remembers_all or isinstance(self.config.positions, Learned.Config)
+        return self.config.context if bounded else None
+
+    @property
+    def _remembers_all(self) -> bool:
+        return any(block.remembers_all for block in self.blocks)

@@ -8,12 +8,15 @@ Shapes: B rows, T queries, S keys, M tokens of memory, H heads, D = head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from allyouneed import core
-from allyouneed.nn.caches import LayerCache
+from allyouneed.nn.caches import KeyValues, Rows
+from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.kernels import AnyKernel, Sdpa, attention_weights
 from allyouneed.nn.sight import Sight
 from allyouneed.nn.view import View
@@ -33,6 +36,8 @@ class Attention(core.Configured, nn.Module):
     >>> Attention.Config(num_heads=2).build(8)(x, whole_rows(positions, x)).shape
     torch.Size([1, 3, 8])
     """
+
+    by_columns, by_rows = ("q", "k", "v"), ("out",)  # how tensor ranks share it: whole heads each (`train.mesh`)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
@@ -70,7 +75,7 @@ class Attention(core.Configured, nn.Module):
         self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=config.bias)
         self.out = nn.Linear(self.num_heads * self.head_dim, dim, bias=config.out_bias)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         q, k, v = self._heads(self.q(x)), self._heads(self.k(x)), self._heads(self.v(x))
         q, k = sight.turn(q), sight.turn(k)
@@ -78,9 +83,27 @@ class Attention(core.Configured, nn.Module):
             k, v = cache.extend(k, v)
         return self._attend(q, k, v, sight.view(self.window))
 
+    def new_cache(self, rows: Rows, capacity: int, dtype: torch.dtype) -> KeyValues:
+        """Room for the keys and values of up to `capacity` tokens in each of `rows`."""
+        shape = (len(rows.lengths), self.num_kv_heads, capacity, self.head_dim)
+        return KeyValues(rows, torch.zeros(shape, dtype=dtype, device=rows.lengths.device))
+
+    def flops(self, reading: Reading) -> int:
+        """Of queries, keys, values and what is made of them; scores and their sums, hidden ones too."""
+        layers = sum(product(layer, reading.tokens) for layer in (self.q, self.k, self.v, self.out))
+        return layers + self._scoring(reading.tokens, reading.keys)
+
+    def _scoring(self, tokens: int, keys: int) -> int:
+        """QKᵀ and the weights times V."""
+        return 2 * 2 * tokens * keys * self.num_heads * self.head_dim
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         attended = self.kernel(q, k, v, view, scale=self.scale, dropout=self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads·D) -> (B, heads, T, D)."""
@@ -107,7 +130,15 @@ class CrossAttention(Attention):
         """How much each query of x (B, T, dim) looks at each token of a memory (B, M, dim): (B, H, T, M)."""
         return attention_weights(self._heads(self.q(x)), self._heads(self.k(memory)), scale=self.scale)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def flops(self, reading: Reading) -> int:
+        """Queries of the row, keys and values of the memory."""
+        memory = reading.memory
+        assert memory is not None, "cross attention without a memory"
+        own = sum(product(layer, reading.tokens) for layer in (self.q, self.out))
+        theirs = sum(product(layer, memory.tokens) for layer in (self.k, self.v))
+        return own + theirs + self._scoring(reading.tokens, memory.keys)
+
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim), reading `sight.memory`, whose keys and values a cache computes once."""
         memory = sight.memory
         assert memory is not None, "cross attention without a memory"

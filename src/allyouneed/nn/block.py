@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.nn.attention import Attention, CrossAttention
-from allyouneed.nn.caches import LayerCache
+from allyouneed.nn.caches import KeyValues, Rows
 from allyouneed.nn.ffn import MLP, GatedMLP
+from allyouneed.nn.flops import Reading
 from allyouneed.nn.kernels import AnyKernel
+from allyouneed.nn.moe import MoE
 from allyouneed.nn.norms import LayerNorm, Norm
+from allyouneed.nn.rwkv import RWKVBlock
 from allyouneed.nn.sight import Sight
 
 
@@ -39,12 +43,14 @@ class PostNorm(core.Config):
 class Block(core.Configured, nn.Module):
     """Two residual branches: `mixer` over tokens, then `channel` over each token's dimensions."""
 
+    remembers_all = True  # what it keeps of a text grows with it
+
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
         """The parts; `dropout` is applied to each branch's output."""
 
         mixer: Attention.Config
-        channel: MLP.Config | GatedMLP.Config
+        channel: MLP.Config | GatedMLP.Config | MoE.Config
         norm: Norm = field(default_factory=LayerNorm.Config)
         placement: PreNorm | PostNorm = field(default_factory=PreNorm)
         dropout: float = 0.0
@@ -53,16 +59,29 @@ class Block(core.Configured, nn.Module):
             """The same block, attention computed another way."""
             return self.replace(mixer=self.mixer.replace(kernel=kernel))
 
+        def heads(self, dim: int) -> tuple[int, int]:
+            """Number and size of the mixer's heads in a model `dim` wide."""
+            return self.mixer.num_heads, self.mixer.head_dim_of(dim)
+
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
         self.placement, self.dropout = config.placement, config.dropout
         self.mixer_norm, self.mixer = config.norm.build(dim), config.mixer.build(dim)
         self.channel_norm, self.channel = config.norm.build(dim), config.channel.build(dim)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
         return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
+
+    def new_cache(self, rows: Rows, capacity: int, dtype: torch.dtype) -> KeyValues:
+        """Room for what it keeps of up to `capacity` tokens in each of `rows`."""
+        cache: KeyValues = self.mixer.new_cache(rows, capacity, dtype)
+        return cache
+
+    def flops(self, reading: Reading) -> int:
+        """Of its mixers."""
+        return self.mixer.flops(reading) + self.channel.flops(reading)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -79,7 +98,7 @@ class ParallelBlock(Block):
 
         placement: PreNorm = field(default_factory=PreNorm)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         mixed = self._drop(self.mixer(self.mixer_norm(x), sight, cache))
         return x + mixed + self._drop(self.channel(self.channel_norm(x)))
@@ -102,11 +121,15 @@ class CrossBlock(Block):
         super().__init__(config, dim)
         self.cross_norm, self.cross = config.norm.build(dim), config.cross.build(dim)
 
-    def forward(self, x: Tensor, sight: Sight, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
         x = self.placement(x, self.cross_norm, lambda h: self._drop(self.cross(h, sight, cache)))
         return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
 
+    def flops(self, reading: Reading) -> int:
+        """Of its mixers and the reader of the memory."""
+        return super().flops(reading) + self.cross.flops(reading)
 
-AnyBlock = Block.Config | ParallelBlock.Config | CrossBlock.Config
+
+AnyBlock = Block.Config | ParallelBlock.Config | CrossBlock.Config | RWKVBlock.Config

@@ -9,6 +9,7 @@ Shapes: B rows, T queries, S keys, H heads, D = head_dim. Positions are counted 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,14 +184,19 @@ class Alibi(Positions):
 
     def __init__(self, config: core.Config, *, dim: int, num_heads: int, head_dim: int, context: int) -> None:
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
-        self.num_heads = num_heads
+        self.num_heads, self.heads = num_heads, slice(None)
+
+    def narrow(self, index: int, of: int) -> None:
+        """Lower the scores of the `index`-th of `of` equal runs of heads only, those of one tensor rank."""
+        run = self.num_heads // of
+        self.heads = slice(index * run, (index + 1) * run)
 
     def slopes(self) -> Tensor:
-        """m_h = 2^(−8h/n) for h = 1 … n: (H,)."""
+        """m_h = 2^(−8h/n) for h = 1 … n, of the heads that are computed here: (H,)."""
         lower = 2 ** math.floor(math.log2(self.num_heads))
         whole = [2 ** (-8 * h / lower) for h in range(1, lower + 1)]
         between = [2 ** (-4 * h / lower) for h in range(1, 2 * lower + 1, 2)]
-        return torch.tensor((whole + between)[: self.num_heads])
+        return torch.tensor((whole + between)[: self.num_heads][self.heads])
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
         """−m_h · (query − key)."""
@@ -209,6 +215,8 @@ class RelativeBias(Positions):
     torch.Size([1, 2, 3, 5])
     """
 
+    by_columns, by_rows = ("embedding",), ()  # tensor ranks hold the biases of their own heads (`train.mesh`)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
         """T5's numbers."""
@@ -220,6 +228,10 @@ class RelativeBias(Positions):
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
         self.num_buckets, self.max_distance = config.num_buckets, config.max_distance
         self.embedding = nn.Embedding(config.num_buckets, num_heads)
+
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"num_heads": self.embedding.embedding_dim}
 
     def buckets(self, distance: Tensor) -> Tensor:
         """The bucket of each distance query − key."""

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, D = dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -162,30 +163,37 @@ class Recurrent(core.Configured, nn.Module):
         self.cells = nn.ModuleList(config.cell.build(dim) for _ in range(config.num_layers))
 
     def forward(
-        self, x: Tensor, states: list[State] | None = None, begins: Tensor | None = None
+        self,
+        x: Tensor,
+        states: Sequence[State] | None = None,
+        begins: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, list[State]]:
         """(B, T, D) -> what the last layer shows (B, T, D), and the state of each layer after the last token.
 
         Args:
             x: the inputs.
             states: of each layer, what it remembers from before; None: nothing.
-            begins: (B, T), true where a document begins, before which all is forgotten.
+            begins: (B, T), true at tokens that follow on `states`, not on the token before them.
+            counts: (B), after how many tokens of each row its state is wanted; None: all.
         """
         after = []
         for i, cell in enumerate(self.cells):
             assert isinstance(cell, Cell)
             if i:
                 x = F.dropout(x, self.dropout, self.training)
-            x, state = _along(cell, x, cell.begin(len(x)) if states is None else states[i], begins)
+            x, state = _along(cell, x, cell.begin(len(x)) if states is None else states[i], begins, counts)
             after.append(state)
         return x, after
 
 
-def _along(cell: Cell, x: Tensor, state: State, begins: Tensor | None) -> tuple[Tensor, State]:
-    shown = []
+def _along(cell: Cell, x: Tensor, before: State, begins: Tensor | None, counts: Tensor | None) -> tuple[Tensor, State]:
+    shown, state, kept = [], before, before
     for t, summed in enumerate(cell.input(x).unbind(1)):
         if begins is not None:
-            state = tuple(s.masked_fill(begins[:, t, None], 0.0) for s in state)
+            state = tuple(torch.where(begins[:, t, None], b, s) for b, s in zip(before, state, strict=True))
         state = cell.step(summed, state)
         shown.append(state[0])
-    return torch.stack(shown, 1), state
+        if counts is not None:
+            kept = tuple(torch.where((t < counts)[:, None], s, k) for s, k in zip(state, kept, strict=True))
+    return torch.stack(shown, 1), state if counts is None else kept

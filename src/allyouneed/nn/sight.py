@@ -5,7 +5,9 @@ Computed once a pass from segments or a cache, read by every attention layer. Sh
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -72,9 +74,26 @@ class Sight:
         self.rotation = part.rotation(queries)
         self._views: dict[int | None, View] = {}
 
+    def fresh(self) -> Sight:
+        """The same with no view made yet, for a block that is computed twice and must do the same both times."""
+        sight = copy.copy(self)
+        sight._views = {}
+        return sight
+
     def turn(self, x: Tensor) -> Tensor:
         """Queries or new keys (B, H, T, D), turned to their positions."""
         return self.part.turn(x, self.rotation)
+
+    @cached_property
+    def begins(self) -> Tensor | None:
+        """Which tokens do not follow the one at their left but what was read before the row, (B, T); None: none. For
+        layers that carry a state along the row.
+        """
+        if self.plain:
+            return None
+        begins = torch.zeros_like(self.queries, dtype=torch.bool)
+        begins[:, 1:] = self.queries[:, 1:] != self.queries[:, :-1] + 1
+        return begins if bool(begins.any()) else None
 
     def view(self, window: int | None) -> View:
         """What the queries see through a layer's `window`: of w, itself and the w − 1 tokens before it, and after it

@@ -1,7 +1,8 @@
-"""The C++ kernels of packed weights: built once on the machine that runs them, kept in the user's cache folder.
+"""The C++ kernels: built once on the machine that runs them, kept in the user's cache folder.
 
-The source asks nothing of torch's headers, so any g++ or clang++ builds it in a few seconds. Its OpenMP runtime is the
-one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in `packed.cpp`.
+The sources ask nothing of torch's headers, so any g++ or clang++ builds them in a few seconds. Their OpenMP runtime is
+the one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in `packed.cpp`
+(packed weights) and `wkv.cpp` (RWKV's weighted sums).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch  # noqa: F401  # its OpenMP runtime must be in the process before o
 
 from allyouneed.core.files import replacing
 
-SOURCE = Path(__file__).with_name("packed.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "wkv.cpp"))
 FLAGS = ("-O3", "-march=native")
 ALWAYS = ("-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
 THREADED = "-fopenmp"  # Apple's clang has none: without it the kernels run on one thread
@@ -34,8 +35,8 @@ _LOADING = threading.Lock()  # two threads would write the same temporary file
 def library() -> ctypes.CDLL | None:
     """The kernels, built if need be; None where `ALLYOUNEED_NATIVE=0` or, with a warning, where they cannot be built.
 
-    `packed_linear(kind, weight, x, y, M, N, K, threads)` and `packed_unpack(kind, weight, out, blocks, threads)` take
-    addresses of contiguous memory and check nothing.
+    What they take is said in their sources: addresses of contiguous memory, sizes, and how many threads to use. They
+    check nothing.
     """
     if os.environ.get("ALLYOUNEED_NATIVE") == "0":
         return None
@@ -45,7 +46,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"no native kernels ({_reason(error)}): packed weights are unpacked to fp32 and kept, which takes 4 to 7 "
-            "times their memory and makes a token several times slower; install g++ or clang++, or name one in CXX",
+            "times their memory and makes a token several times slower, and RWKV trains and reads more slowly; install "
+            "g++ or clang++, or name one in CXX",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -53,7 +55,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def built(flags: tuple[str, ...] = FLAGS) -> Path:
-    """The path of the shared library for this source, compiler, `flags` and processor; compiled where it is missing.
+    """The path of the shared library for these sources, compiler, `flags` and processor; compiled where it is missing.
 
     Raises:
         OSError: no compiler, or a cache folder that is not ours to write.
@@ -62,7 +64,7 @@ def built(flags: tuple[str, ...] = FLAGS) -> Path:
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     options = repr((compiler, flags, ALWAYS, THREADED, _processor())).encode()
-    digest = hashlib.sha256(SOURCE.read_bytes() + version + options).hexdigest()
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES) + version + options).hexdigest()
     target = folder() / f"{digest[:32]}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.parent.chmod(0o700)  # only its owner may: code is loaded from here, never from a folder of somebody else's
@@ -76,7 +78,10 @@ def declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     kernels.packed_linear.argtypes = [number, address, address, address, size, size, size, number]
     kernels.packed_unpack.argtypes = [number, address, address, size, number]
-    kernels.packed_linear.restype = kernels.packed_unpack.restype = None
+    kernels.wkv_read.argtypes = [size] * 3 + [address] * 10 + [number]
+    kernels.wkv_differentiate.argtypes = [size] * 3 + [address] * 12 + [number]
+    for kernel in (kernels.packed_linear, kernels.packed_unpack, kernels.wkv_read, kernels.wkv_differentiate):
+        kernel.restype = None
     return kernels
 
 
@@ -88,7 +93,7 @@ def folder() -> Path:
 
 def _compile(compiler: list[str], flags: tuple[str, ...], target: Path) -> None:
     with replacing(target) as temporary:
-        command = [*compiler, *flags, *ALWAYS, str(SOURCE), "-o", str(temporary)]
+        command = [*compiler, *flags, *ALWAYS, *map(str, SOURCES), "-o", str(temporary)]
         try:
             subprocess.run([*command, THREADED], capture_output=True, check=True, timeout=300)
         except subprocess.CalledProcessError:

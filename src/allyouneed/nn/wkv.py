@@ -1,0 +1,260 @@
+"""RWKV's weighted sum of values (Peng et al. 2023, eq. 16; app. D for its recurrent form):
+
+wkv_t = (Σ_{i<t} e^{−(t−1−i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{−(t−1−i)w + k_i} + e^{u+k_t}), by channel.
+
+What a token finds of those before it are two sums, kept divided by e^p with p the largest exponent in them, so that no
+exponential has an argument above 0: the state is (a, b, p) with Σ e^… v = e^p a and Σ e^… = e^p b.
+
+`step` is the recurrent form. `wkv` is the parallel one, with a gradient of its own: on a CPU one sweep of
+`native/wkv.cpp`, channels side by side; elsewhere chunks of tokens walk side by side, then are joined. The gradient is
+a sum of the same kind, from the last token to the first.
+
+Shapes: B rows, T tokens, D channels, C chunks of L tokens; a state is (B, 3, D) fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from allyouneed.nn import native
+
+NOTHING = -1e38  # the exponent of an empty sum; −∞ would make NaN of differences
+CHUNK = 32  # tokens: of T = 1,024 as many as chunks, so that neither of the two loops is long
+
+
+def empty(rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+    """The state of `rows` rows of which nothing was read: (rows, 3, dim).
+
+    >>> empty(1, 2)[0, :2].tolist()
+    [[0.0, 0.0], [0.0, 0.0]]
+    """
+    state = torch.zeros(rows, 3, dim, device=device)
+    state[:, 2] = NOTHING
+    return state
+
+
+def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: w, u (D), k, v (B, D) and the state before -> what it sees (B, D), and the state after.
+
+    >>> w, u, k, v = torch.ones(2), torch.zeros(2), torch.zeros(1, 2), torch.ones(1, 2)
+    >>> step(w, u, k, v, empty(1, 2))[0].tolist()
+    [[1.0, 1.0]]
+    """
+    a, b, p = state.unbind(1)
+    k, v = k.to(state.dtype), v.to(state.dtype)
+    most = torch.maximum(p, u + k)
+    past, now = (p - most).exp(), (u + k - most).exp()
+    return (past * a + now * v) / (past * b + now), torch.stack(_next(a, b, p - w, k, v, torch.ones_like(v)), 1)
+
+
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    begins: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What every token sees (B, T, D) in v's dtype, and the state after each row's last.
+
+    Gradients reach w, u, k and v; not the state, which is what was read before.
+
+    Args:
+        w: (D) how fast each channel forgets, above 0.
+        u: (D) what is added to the exponent of a token's own key.
+        k: (B, T, D) keys.
+        v: (B, T, D) values.
+        state: (B, 3, D) to begin from; None: nothing was read.
+        begins: (B, T), true at tokens that follow on `state`, not on the token before them.
+        counts: (B), how many tokens of each row the state after it is to hold; None: all.
+
+    >>> w, u, k, v = torch.ones(2), torch.zeros(2), torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
+    >>> wkv(w, u, k, v)[0][0, -1].tolist()
+    [1.0, 1.0]
+    """
+    if state is None:
+        state = empty(len(k), k.shape[2], k.device).to(torch.promote_types(k.dtype, torch.float32))
+    seen, after = _Wkv.apply(*(x.to(state.dtype) for x in (w, u, k, v)), state, begins, counts)
+    return seen.to(v.dtype), after
+
+
+class Read(NamedTuple):
+    """What the gradient needs of a pass: `states` (3, B, T, D) are a, b, p as each token found them."""
+
+    w: Tensor
+    u: Tensor
+    k: Tensor
+    v: Tensor
+    seen: Tensor
+    states: Tensor
+    begins: Tensor | None
+
+
+class _Wkv(torch.autograd.Function):
+    """`wkv`, and its gradient by w, u, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        u: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor,
+        begins: Tensor | None,
+        counts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        saves = any(ctx.needs_input_grad)
+        w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
+        kernels = _kernels(k)
+        if kernels is not None:
+            seen, after, states = _read_natively(kernels, w, u, k, v, state, begins, counts, saves=saves)
+        else:
+            seen, after, states = _read_in_chunks(w, u, k, v, state, begins, counts)
+        if saves:
+            ctx.save_for_backward(w, u, k, v, seen, states)
+            ctx.begins = begins
+        ctx.mark_non_differentiable(after)
+        return seen, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        w, u, k, v, seen, states = ctx.saved_tensors
+        read = Read(w, u, k, v, seen, states, ctx.begins)
+        kernels = _kernels(gradient)
+        if kernels is not None:
+            return *_differentiate_natively(kernels, read, gradient.contiguous()), None, None, None
+        return *_differentiate_in_chunks(read, gradient), None, None, None
+
+
+def _kernels(x: Tensor) -> ctypes.CDLL | None:
+    return native.library() if x.is_cpu and x.dtype is torch.float32 else None
+
+
+def _read_natively(
+    kernels: ctypes.CDLL,
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    begins: Tensor | None,
+    counts: Tensor | None,
+    *,
+    saves: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    seen, after = torch.empty_like(k), torch.empty_like(state)
+    states = k.new_empty(3, *k.shape) if saves else None
+    begins = None if begins is None else begins.contiguous()
+    counts = None if counts is None else counts.long().contiguous()
+    tensors = (w, u, k, v, begins, counts, state, after, seen, states)
+    kernels.wkv_read(*k.shape, *(None if x is None else x.data_ptr() for x in tensors), torch.get_num_threads())
+    return seen, after, states
+
+
+def _differentiate_natively(kernels: ctypes.CDLL, read: Read, gradient: Tensor) -> tuple[Tensor, ...]:
+    k = read.k
+    of_w, of_u = k.new_empty(len(k), k.shape[2]), k.new_empty(len(k), k.shape[2])  # of each row
+    of_k, of_v = torch.empty_like(k), torch.empty_like(k)
+    begins = None if read.begins is None else read.begins.contiguous()
+    tensors = (read.w, read.u, k, read.v, begins, read.seen, read.states, gradient, of_w, of_u, of_k, of_v)
+    places = (None if x is None else x.data_ptr() for x in tensors)
+    kernels.wkv_differentiate(*k.shape, *places, torch.get_num_threads())
+    return of_w.sum(0), of_u.sum(0), of_k, of_v
+
+
+def _read_in_chunks(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, begins: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    states, last = _scan(w, k, v, torch.ones_like(v), state, begins)
+    a, b, p = states
+    most = torch.maximum(p, u + k)
+    past, now = (p - most).exp_(), (u + k - most).exp_()
+    seen = (past * a + now * v) / (past * b + now)
+    if counts is None:
+        return seen, last, states
+    after = torch.cat((states.permute(1, 2, 0, 3), last[:, None]), 1)  # by how many tokens were read
+    return seen, after[torch.arange(len(k), device=k.device), counts], states
+
+
+def _differentiate_in_chunks(read: Read, gradient: Tensor) -> tuple[Tensor, ...]:
+    """With A = e^p a and B = e^p b before token t and D_t = B + e^{u+k_t} the denominator, the derivatives by the sums
+    after it are those by A_{t'} and B_{t'}, 1/D_{t'} and −wkv_{t'}/D_{t'}, of all later tokens t', decayed.
+    """
+    w, k, v, begins = read.w, read.k, read.v, read.begins
+    a, b, p = read.states
+    most = torch.maximum(p, read.u + k)
+    past, now = (p - most).exp_(), (read.u + k - most).exp_()
+    scaled = gradient / (past * b + now)  # times e^most
+    direct = now * scaled
+    through = direct * (v - read.seen)
+    turned = None if begins is None else torch.cat((begins[:, 1:], begins[:, :1]), 1).flip(1)
+    nothing = empty(len(k), k.shape[2], k.device).to(k.dtype)
+    sums, _ = _scan(w, -most.flip(1), scaled.flip(1), -(scaled * read.seen).flip(1), nothing, turned)
+    by_a, by_b, exponent = sums.flip(2)
+    later, decayed = (k + exponent).exp_(), (p - w + exponent).exp_()
+    of_w = -(decayed * (by_a * a + by_b * b)).sum((0, 1))
+    return of_w, through.sum((0, 1)), through + later * (by_a * v + by_b), direct + later * by_a
+
+
+def _scan(
+    w: Tensor, exponents: Tensor, first: Tensor, second: Tensor, state: Tensor, begins: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The decaying sums of e^exponent·first and e^exponent·second, all (B, T, D): as each token finds them,
+    (3, B, T, D), and after the last, (B, 3, D).
+
+    All chunks walk once from nothing, which gives each one's own share; the shares are joined from chunk to chunk; then
+    all walk again from what came before them.
+    """
+    rows, length, dim = exponents.shape
+    excess = -length % CHUNK
+    if excess:  # tokens that add nothing; that the sums decay over them touches nothing that is given back
+        exponents = torch.nn.functional.pad(exponents, (0, 0, 0, excess), value=NOTHING)
+        first, second = (torch.nn.functional.pad(x, (0, 0, 0, excess)) for x in (first, second))
+        begins = None if begins is None else torch.nn.functional.pad(begins, (0, excess))
+    exponents, first, second = (x.unflatten(1, (-1, CHUNK)) for x in (exponents, first, second))  # (B, C, L, D)
+    marks = None if begins is None else begins.unflatten(1, (-1, CHUNK))[..., None]
+    start = tuple(x[:, None] for x in state.unbind(1))  # (B, 1, D)
+    nothing = tuple(x[:, None] for x in empty(rows, dim, exponents.device).to(exponents.dtype).unbind(1))
+
+    def walk(sums: tuple[Tensor, ...], found: Tensor | None = None) -> tuple[Tensor, ...]:
+        for j in range(CHUNK):
+            if marks is not None:
+                sums = tuple(torch.where(marks[:, :, j], s, x) for s, x in zip(start, sums, strict=True))
+            if found is not None:
+                found[:, :, :, j] = torch.stack(sums)
+            a, b, p = sums
+            sums = _next(a, b, p - w, exponents[:, :, j], first[:, :, j], second[:, :, j])
+        return sums
+
+    own = walk(tuple(x.expand(exponents.shape[0], exponents.shape[1], dim) for x in nothing))
+    fresh = None if marks is None else marks.any(2)
+    sums, before = tuple(x[:, 0] for x in start), []
+    for c in range(exponents.shape[1]):
+        before.append(sums)
+        a, b, p = sums
+        mine_a, mine_b, mine_p = (x[:, c] for x in own)
+        sums = _next(a, b, p - CHUNK * w, mine_p, mine_a, mine_b)
+        if fresh is not None:
+            mine = (mine_a, mine_b, mine_p)
+            sums = tuple(torch.where(fresh[:, c], m, s) for m, s in zip(mine, sums, strict=True))
+    found = exponents.new_empty(3, *exponents.shape)
+    walk(tuple(torch.stack(x, 1) for x in zip(*before, strict=True)), found)
+    states = found.flatten(2, 3)
+    a, b, p = states[:, :, length - 1]
+    last = _next(a, b, p - w, *(x.flatten(1, 2)[:, length - 1] for x in (exponents, first, second)))
+    return states[:, :, :length], torch.stack(last, 1)
+
+
+def _next(a: Tensor, b: Tensor, p: Tensor, k: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """e^p·(a, b) + e^k·(first, second), over e^most, and most = max(p, k)."""
+    most = torch.maximum(p, k)
+    past, now = (p - most).exp_(), (k - most).exp_()
+    return past * a + now * first, past * b + now * second, most
