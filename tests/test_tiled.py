@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import attention_cases
 import pytest
@@ -123,6 +125,42 @@ def test_what_tiles_cannot_do_is_refused():
     with pytest.raises(InputError, match=r"Tiled has no dropout of the attention weights; dropout=0\.1 needs Sdpa"):
         Tiled()(q, q, q, view, dropout=0.1)
     assert len(attention_cases.KIND) == len(KINDS)
+
+
+PROGRAM = """
+import sys, torch
+from allyouneed.nn.kernels import Tiled, attention_weights
+from allyouneed.nn.positions import Positions
+from allyouneed.nn.sight import whole_rows
+
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+
+def attend(length, kernel):
+    part = Positions.Config().build(dim=64, num_heads=1, head_dim=64, context=length)
+    q, k, v = torch.randn(3, 1, 1, length, 64).requires_grad_()
+    out = kernel(q, k, v, whole_rows(part, q.transpose(1, 2)).view(None))
+    torch.autograd.grad(out.sum(), (q, k, v))
+
+def naive(q, k, v, view):
+    return attention_weights(q, k) @ v  # without the mask, which would be one matrix more
+
+kernel = {"naive": naive, "tiled": Tiled()}[sys.argv[1]]
+attend(64, kernel)  # libraries are loaded, threads started
+before = status("VmRSS")
+attend(16_384, kernel)
+print(status("VmHWM") - before)
+"""
+
+
+def test_memory_at_16384_tokens_is_a_twentieth_of_the_naive_one():
+    """Resident memory of a fresh process at its highest, forward and backward, beyond what stood before."""
+    naive, tiled = (
+        float(subprocess.run([sys.executable, "-c", PROGRAM, way], capture_output=True, text=True, check=True).stdout)
+        for way in ("naive", "tiled")
+    )
+    assert naive > 2**10  # MiB: one matrix of scores alone
+    assert tiled <= naive / 20
 
 
 def test_a_kernel_does_not_change_the_layout_on_disk(tmp_path):
