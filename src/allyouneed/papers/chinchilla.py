@@ -9,7 +9,7 @@ Here    Decoders of GPT-2's block learn words that follow Zipf's law and are spe
         at every step, so that no token is seen twice. Each budget is spent on every size, with a cosine that ends with
         the budget; FLOPs are counted part by part. All three approaches are fitted to the same runs, and their
         intervals are of drawing these runs anew, within each budget.
-Apart   A source whose rules are independent words instead of language, a thousandth and less of the paper's smallest
+Apart   A source whose rules are independent words instead of language, a two-hundredth and less of the paper's smallest
         model, a factor of 32 of compute instead of three hundred. One size's learning rate is a constant over its
         width and not tuned for each budget. That the exponents of one source are those of another is not to be had from
         this, nor the ratio of tokens to parameters. Chinchilla's and Gopher's relative positions (Dai et al. 2019) are
@@ -60,7 +60,7 @@ class Config(core.Config):
     sizes: tuple[Member, ...]
     budgets: tuple[float, ...]  # FLOPs of training
     world: Lexicon.Config
-    ratios: tuple[float, float] = (1.0, 400.0)  # tokens a parameter, of a run: least and most
+    ratios: tuple[float, float] = (2.0, 400.0)  # tokens a parameter, of a run: least and most
     rows: int = 8
     length: int = 60
     held_out: int = 256  # rows
@@ -308,7 +308,7 @@ PAPER = Paper(
             resamples=3,
         ),
         "laptop": Config(
-            sizes=tuple(_member(dim) for dim in (12, 16, 24, 32, 48, 64, 96)),
+            sizes=tuple(_member(dim) for dim in (16, 20, 24, 32, 48, 64, 96)),
             budgets=(3e10, 6e10, 1.2e11, 2.4e11, 4.8e11, 9.6e11),
             world=Lexicon.Config(letters=32, length=6, words=2**17, exponent=1.3),
         ),
