@@ -318,12 +318,12 @@ PAPER = Paper(
             sizes=tuple(
                 _published(*shape) for shape in ((2, 128), (3, 256), (6, 384), (12, 512), (12, 768), (24, 1024))
             ),
-            budgets=(22e6, 172e6, 2.7e9, 22e9),  # fig. 9 reads from 22 million to 22 billion tokens
+            budgets=(22e6, 230e6, 2.3e9, 22e9),  # sec. 3: from 22 million to 23 billion tokens
             largest=_published(48, 1600),
             largest_tokens=22e9,
             world=Lexicon.Config(letters=50_257, length=4, words=10**7, exponent=1.1),
             prose_sizes=tuple(_published(*shape) for shape in ((2, 128), (3, 256), (6, 384))),
-            prose_budgets=(22e6, 172e6, 2.7e9),
+            prose_budgets=(22e6, 230e6, 2.3e9),
             rows=512,
             length=1024,
         ),
