@@ -6,7 +6,7 @@ Claim   Loss falls as a power of parameters N and of data D. One formula of both
         L(N, D) = [(N_c/N)^(α_N/α_D) + D_c/D]^α_D, and so the loss of a larger run can be foretold from small ones.
 Here    A ladder of decoders of GPT-2's block, six sizes on four amounts of data, each run with a cosine of its own.
         They learn words that follow Zipf's law and are spelled by lot (`data.lexicon`), whose entropy is known exactly;
-        the formula is fitted to what loss there is beyond it. A run three times as dear as the dearest of the ladder,
+        the formula is fitted to what loss there is beyond it. A run four times as dear as the dearest of the ladder,
         larger than all and longer than all, is held out. The control foretells it by a plane in log N and log D. N
         leaves embeddings out. A second, small ladder reads Python's own sources as bytes; of these the entropy is not
         known, and the formula is fitted to the loss itself, as in the paper.
@@ -49,6 +49,8 @@ from allyouneed.train.optimizers import AdamW
 from allyouneed.train.schedules import Cosine
 from allyouneed.train.suite import Member
 
+WORDS, SOURCES = "words, beyond the entropy", "Python's sources"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(core.Config):
@@ -89,48 +91,43 @@ def run(config: Config, report: Report) -> None:
     told = report.repeat(prose, read, report.seeds[:1])
     for name, member in (runs | held | prose).items():
         report.arm(name, parameters=_size(member), tokens=_tokens(config, member), rate=member.training.optimizer.lr)
-    try:
-        _judge(config, report, runs, held, prose, found | told, world.entropy)
-    except InputError as error:  # no law at all
-        report.note(f"{error}.")
-        report.check("share of ladders that the law can be fitted to", 0.0, above=0.99)
-
-
-def _judge(
-    config: Config,
-    report: Report,
-    runs: Mapping[str, Member],
-    held: Mapping[str, Member],
-    prose: Mapping[str, Member],
-    found: Mapping[str, Sequence[Mapping[str, Any]]],
-    entropy: float,
-) -> None:
-    """Fit both ladders and foretell the held-out run."""
     (largest,) = held
     N, D, measured = _size(held[largest]), _tokens(config, held[largest]), [one["losses"][-1] for one in found[largest]]
     by_seed = [_columns(config, runs, {name: [found[name][i]] for name in runs}) for i in range(len(measured))]
-    _check(config, report, by_seed, N, D, measured, entropy)
-    every, of_prose = np.concatenate(by_seed), _columns(config, prose, found)
-    law, exponents = _law(config, every, entropy)
-    law_of_prose, exponents_of_prose = _law(config, of_prose, 0.0)
-    report.table(
-        "exponents of L(N, D)",
-        [
-            _exponents("words, beyond the entropy", law, exponents),
-            _exponents("Python's sources", law_of_prose, exponents_of_prose),
-            _exponents("Kaplan et al. 2020, table 2", KAPLAN, {}),
-        ],
-    )
-    for name in ("alpha_N", "alpha_D"):
-        one = exponents[name]
-        report.check(
-            name.replace("alpha", "α"),
-            one.estimate,
-            interval=(one.low, one.high),
-            method="95 % bootstrap interval over runs",
-            above=0.0,
-        )
-    _figure(report, every, law, entropy, (N, D, measured), of_prose, law_of_prose)
+    every, of_prose = np.concatenate(by_seed), _columns(config, prose, told)
+    laws = _laws(config, report, {WORDS: (every, world.entropy), SOURCES: (of_prose, 0.0)})
+    try:
+        _check(config, report, by_seed, N, D, measured, world.entropy)
+    except InputError as error:  # no law at all
+        report.note(f"{error}.")
+        report.check("share of ladders that the law can be fitted to", 0.0, above=0.99)
+    figure, (left, right) = figures.new(10, 4.2, columns=2)
+    _lines(report, left, every, laws.get(WORDS), world.entropy, WORDS)
+    _star(left, N, D, np.array(measured) - world.entropy, laws.get(WORDS))
+    _lines(report, right, of_prose, laws.get(SOURCES), 0.0, SOURCES)
+    report.figure(figure, "Points: runs; lines: the fitted L(N, D). The star was not fitted; the circle foretells it.")
+
+
+def _laws(config: Config, report: Report, ladders: Mapping[str, tuple[np.ndarray, float]]) -> dict[str, KaplanLoss]:
+    """The law of each ladder's runs beyond its floor, where there is one; its exponents as a table, and checked."""
+    found, rows = {}, []
+    for name, (runs, floor) in ladders.items():
+        try:
+            found[name], exponents = _law(config, runs, floor)
+        except InputError as error:
+            report.note(f"{name}: {error}.")
+            continue
+        rows.append(_exponents(name, found[name], exponents))
+        for key, one in exponents.items() if name == WORDS else ():
+            report.check(
+                key,
+                one.estimate,
+                interval=(one.low, one.high),
+                method="95 % bootstrap interval over runs",
+                above=0.0,
+            )
+    report.table("exponents of L(N, D)", [*rows, _exponents("Kaplan et al. 2020, table 2", KAPLAN, {})])
+    return found
 
 
 def _check(
@@ -168,7 +165,7 @@ def _law(config: Config, runs: np.ndarray, floor: float) -> tuple[KaplanLoss, di
 
     def fit(some: np.ndarray) -> dict[str, float]:
         law = fits.kaplan(some[:, 0], some[:, 1], some[:, 2] - floor, start=whole)
-        return {"alpha_N": law.alpha_N, "alpha_D": law.alpha_D}
+        return {"α_N": law.alpha_N, "α_D": law.alpha_D}
 
     return whole, fits.intervals(runs, fit, resamples=config.resamples)
 
@@ -181,7 +178,7 @@ def _plane(runs: np.ndarray, N: float, D: float) -> float:
 
 
 def _exponents(name: str, law: KaplanLoss, found: Mapping[str, Interval]) -> dict[str, Any]:
-    shown = {f"{key.replace('alpha', 'α')}, 95 %": found.get(key) for key in ("alpha_N", "alpha_D")}
+    shown = {f"{key}, 95 %": found.get(key) for key in ("α_N", "α_D")}
     between = {key: f"{one.low:.3f} … {one.high:.3f}" if one else "–" for key, one in shown.items()}
     return {"of": name, "α_N": round(law.alpha_N, 3), "α_D": round(law.alpha_D, 3)} | between
 
@@ -240,42 +237,30 @@ def _bytes(documents: Sequence[Document]) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def _figure(
-    report: Report,
-    runs: np.ndarray,
-    law: KaplanLoss,
-    entropy: float,
-    largest: tuple[int, int, Sequence[float]],
-    prose: np.ndarray,
-    law_of_prose: KaplanLoss,
-) -> None:
-    figure, (left, right) = figures.new(10, 4.2, columns=2)
-    N, D, measured = largest
-    _lines(report, left, runs, law, entropy, "words")
-    left.plot([N] * len(measured), np.array(measured) - entropy, "*", color="#222222", markersize=9, label="held out")
-    left.plot([N], [law(N, D)], "o", mfc="none", color="#222222", markersize=11, label="foretold")
-    _lines(report, right, prose, law_of_prose, 0.0, "sources")
-    figures.describe(
-        left, title="Words", x="parameters without embeddings", y="loss beyond the entropy (nats per token)"
-    )
-    figures.describe(right, title="Python's sources", x="parameters without embeddings", y="loss (nats per byte)")
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.legend(fontsize=8)
-    report.figure(figure, "Points: runs; lines: the fitted L(N, D). The star was not fitted; the circle foretells it.")
+def _star(axes: Any, N: int, D: int, measured: np.ndarray, law: KaplanLoss | None) -> None:
+    """The run that was held out, and what was foretold of it."""
+    axes.plot([N] * len(measured), measured, "*", color="#222222", markersize=9, label="held out")
+    if law is not None:
+        axes.plot([N], [law(N, D)], "o", mfc="none", color="#222222", markersize=11, label="foretold")
+    axes.legend(fontsize=8)
 
 
-def _lines(report: Report, axes: Any, runs: np.ndarray, law: KaplanLoss, floor: float, name: str) -> None:
+def _lines(report: Report, axes: Any, runs: np.ndarray, law: KaplanLoss | None, floor: float, name: str) -> None:
     for i, D in enumerate(np.unique(runs[:, 1])):
         here, color = runs[runs[:, 1] == D], figures.PALETTE[i % len(figures.PALETTE)]
         axes.scatter(here[:, 0], here[:, 2] - floor, s=12, color=color)
         sizes = np.geomspace(runs[:, 0].min(), runs[:, 0].max(), 40)
-        axes.plot(sizes, [law(n, D) for n in sizes], color=color, label=f"{ladder.short(D)} tokens")
+        fitted = [law(n, D) if law else np.nan for n in sizes]
+        axes.plot(sizes, fitted, color=color, label=f"{ladder.short(D)} tokens")
         each = np.unique(here[:, 0])
         means = [float(here[here[:, 0] == n, 2].mean()) for n in each]
         label = f"{name}, {ladder.short(D)} tokens"
         report.curve(label, each, [means], x_label="parameters without embeddings", y_label="loss (nats per token)")
+    y = "loss beyond the entropy (nats per token)" if floor else "loss (nats per byte)"
+    figures.describe(axes, title=name, x="parameters without embeddings", y=y)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
 
 
 def _member(dim: int, num_layers: int = 2, *, vocab_size: int = 32, length: int = 60) -> Member:
@@ -304,7 +289,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 27},
+    minutes={"smoke": 0.2, "laptop": 25},
     sizes={
         "smoke": Config(
             sizes=tuple(_member(dim, 1, vocab_size=8, length=12) for dim in (4, 12, 32)),
@@ -321,7 +306,7 @@ PAPER = Paper(
             resamples=3,
         ),
         "laptop": Config(
-            sizes=tuple(_member(dim) for dim in (12, 16, 24, 32, 48, 64)),
+            sizes=tuple(_member(dim) for dim in (16, 20, 24, 32, 48, 64)),
             budgets=(2e5, 4e5, 8e5, 1.6e6),
             largest=_member(96),
             largest_tokens=3.2e6,
@@ -333,12 +318,12 @@ PAPER = Paper(
             sizes=tuple(
                 _published(*shape) for shape in ((2, 128), (3, 256), (6, 384), (12, 512), (12, 768), (24, 1024))
             ),
-            budgets=(22e6, 172e6, 2.7e9, 22e9),  # fig. 9 reads from 22 million to 22 billion tokens
+            budgets=(22e6, 230e6, 2.3e9, 22e9),  # sec. 3: from 22 million to 23 billion tokens
             largest=_published(48, 1600),
             largest_tokens=22e9,
             world=Lexicon.Config(letters=50_257, length=4, words=10**7, exponent=1.1),
             prose_sizes=tuple(_published(*shape) for shape in ((2, 128), (3, 256), (6, 384))),
-            prose_budgets=(22e6, 172e6, 2.7e9),
+            prose_budgets=(22e6, 230e6, 2.3e9),
             rows=512,
             length=1024,
         ),
