@@ -14,7 +14,7 @@ from allyouneed.models.stack import Stack
 
 C = TypeVar("C", bound=Config)  # the configuration of a model
 
-# What training or the machine chooses; it does not change what a trained model computes, and not every layout can say it.
+# What training or the machine chooses; no trained model computes anything else for it, nor can every layout say it.
 NOT_COMPUTED = ("dropout", "norm_dropout", "initialise", "context", "kernel")
 
 HEAD_STORED = "head_stored"  # what the weights tell `read` beside the fields of config.json: they hold an lm_head
