@@ -32,6 +32,7 @@ from allyouneed.core.seeds import derive, generator, seed_everything
 from allyouneed.data.batches import Generated
 from allyouneed.data.packing import Batch
 from allyouneed.data.worlds import Markov
+from allyouneed.evaluate.laws import training_flops
 from allyouneed.evaluate.perplexity import token_nll
 from allyouneed.evaluate.statistics import median
 from allyouneed.generate.engine import Engine
@@ -147,7 +148,7 @@ def _best_rate(
 def _record(config: Config, report: Report, name: str, model: Decoder.Config, training: Training) -> float:
     """Put down what an arm had at its disposal; its training FLOPs, 6 · parameters · tokens (Kaplan et al. 2020)."""
     tokens, parameters = training.steps * config.rows * config.length, model.num_parameters()
-    flops = 6.0 * parameters * tokens
+    flops = training_flops(parameters, tokens)
     report.arm(
         name,
         parameters=parameters,
