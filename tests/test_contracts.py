@@ -12,7 +12,7 @@ from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import LanguageModel, Sampling
 from allyouneed.generate.local import LocalModel
-from allyouneed.models import llama
+from allyouneed.models import llama, rwkv
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
@@ -35,7 +35,8 @@ POSITIONS = {
 }
 POST_NORM = llama.EXAMPLE.replace(blocks=(llama.EXAMPLE.blocks[0].replace(placement=PostNorm()),))
 SCALED = llama.EXAMPLE.replace(embedding_scale=3.0)
-CONFIGS = {**FAMILIES, **POSITIONS, "post norm": POST_NORM, "scaled embeddings": SCALED}
+HYBRID = llama.EXAMPLE.replace(blocks=(*rwkv.EXAMPLE.blocks, *llama.EXAMPLE.blocks))
+CONFIGS = {**FAMILIES, **POSITIONS, "post norm": POST_NORM, "scaled embeddings": SCALED, "states and keys": HYBRID}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
