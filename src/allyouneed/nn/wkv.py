@@ -80,12 +80,13 @@ def wkv(
     """
     if state is None:
         state = empty(len(k), k.shape[2], k.device).to(torch.promote_types(k.dtype, torch.float32))
-    given = (*(x.to(state.dtype) for x in (w, u, k, v)), state, begins, counts)
+    dtype = v.dtype
+    w, u, k, v = (x.to(state.dtype) for x in (w, u, k, v))
     if torch.is_grad_enabled():
-        seen, after = _Wkv.apply(*given)
+        seen, after = _Wkv.apply(w, u, k, v, state, begins, counts)
     else:
-        seen, after, _ = _read(*given, saves=False)
-    return seen.to(v.dtype), after
+        seen, after, _ = _read(w, u, k, v, state, begins, counts, saves=False)
+    return seen.to(dtype), after
 
 
 class Read(NamedTuple):

@@ -11,11 +11,12 @@ Here    Two decoders of the same number of parameters: RWKV-4 (time mixing and c
         through the same engine, whose cache holds keys and values of the one and states of the other. A token's time is
         the fastest of eight in a row, all lengths of both models in turn, again and again; growth is the ratio of the
         longest context to the shortest within a round, and its median over rounds is judged by its interval. Both learn
-        English prose as bytes, each at the better of two rates tried before.
+        English prose as bytes, at the rate that was better for either of two tried before.
         Beside the verdict, the weak point that the paper names (sec. 9): what a value read long ago is worth to a state
         of fixed size. Both learn to recall the values of keys, and are asked by how many pairs ago a key was last seen.
 Apart   0.2 million parameters instead of 169 million to 14 billion, 0.3 MB of text instead of the Pile; no downstream
-        tasks. Times are of one row on one processor, where weights of this size lie in its caches, so that attention's
+        tasks. In so short a training the Transformer is slow to begin, so that the comparison of losses is an easy one
+        and its margin says only that RWKV does not fall behind. Times are of one row on one processor, where weights of this size lie in its caches, so that attention's
         share of a token is larger than in a large model. Timings on a machine that is busy with something else have
         wide intervals: the check is then undecided, seldom wrong. That both are comparable at this size says nothing
         about the paper's sizes.
@@ -43,6 +44,7 @@ from allyouneed.evaluate.timing import in_turn
 from allyouneed.generate.engine import Engine
 from allyouneed.models import gpt_neox, rwkv
 from allyouneed.models.decoder import Decoder
+from allyouneed.nn.initialise import Normal
 from allyouneed.objectives.next_token import next_token
 from allyouneed.papers import figures
 from allyouneed.papers.base import Paper, Report
@@ -276,12 +278,16 @@ def _training(steps: int, lr: float) -> Training:
 
 
 def _arms(*, dim: int, num_layers: int, prose: int, recall: int) -> dict[str, Any]:
-    """Time mixing has as many matrices as attention, channel mixing one more, which the Transformer has as width."""
+    """Time mixing has as many matrices as attention, channel mixing one more, which the Transformer has as width. Its
+    weights begin as those of a narrow model should, not with the 0.02 of 768 dimensions.
+    """
     size: dict[str, Any] = {"vocab_size": 256, "context": 256, "dim": dim, "num_layers": num_layers}
     transformer = gpt_neox.architecture(num_heads=4, hidden_dim=9 * dim // 2, **size)
+    transformer = transformer.replace(initialise=Normal(std=dim**-0.5))
+    training = {"prose": _training(prose, 1e-2), "recall": _training(recall, 4e-3)}
     return {
-        "rwkv": Arm(model=rwkv.architecture(**size), prose=_training(prose, 3e-3), recall=_training(recall, 3e-3)),
-        "transformer": Arm(model=transformer, prose=_training(prose, 3e-3), recall=_training(recall, 3e-3)),
+        "rwkv": Arm(model=rwkv.architecture(**size), **training),
+        "transformer": Arm(model=transformer, **training),
     }
 
 
@@ -317,7 +323,7 @@ PAPER = Paper(
             rounds=7,
         ),
         "laptop": Config(
-            **_arms(dim=64, num_layers=3, prose=300, recall=800), world=Recall.Config(symbols=4, pairs=32)
+            **_arms(dim=64, num_layers=3, prose=600, recall=800), world=Recall.Config(symbols=4, pairs=32)
         ),
         "paper": Config(
             **_published(),
