@@ -16,10 +16,10 @@ Here    Two decoders of the same number of parameters: RWKV-4 (time mixing and c
         of fixed size. Both learn to recall the values of keys, and are asked by how many pairs ago a key was last seen.
 Apart   0.2 million parameters instead of 169 million to 14 billion, 0.3 MB of text instead of the Pile; no downstream
         tasks. In so short a training the Transformer is slow to begin, so that the comparison of losses is an easy one
-        and its margin says only that RWKV does not fall behind. Times are of one row on one processor, where weights of this size lie in its caches, so that attention's
-        share of a token is larger than in a large model. Timings on a machine that is busy with something else have
-        wide intervals: the check is then undecided, seldom wrong. That both are comparable at this size says nothing
-        about the paper's sizes.
+        and its margin says only that RWKV does not fall behind; it says nothing about the paper's sizes. Times are of
+        one row on one processor, whose caches hold weights of this size, so that attention's share of a token is larger
+        than in a large model. Timings on a machine that is busy with something else have wide intervals: the check is
+        then undecided, seldom wrong.
 """
 
 from __future__ import annotations
