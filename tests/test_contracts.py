@@ -12,7 +12,7 @@ from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import LanguageModel, Sampling
 from allyouneed.generate.local import LocalModel
-from allyouneed.models import llama
+from allyouneed.models import llama, rwkv
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
@@ -41,7 +41,9 @@ TILED = {
     f"{name} in tiles": {**FAMILIES, **POSITIONS}[name].with_kernel(TILES) for name in ("gpt_neo", "llama", "bloom")
 }
 TILED["positions RelativeBias in tiles"] = POSITIONS["positions RelativeBias"].with_kernel(TILES)
-CONFIGS = {**FAMILIES, **POSITIONS, "post norm": POST_NORM, "scaled embeddings": SCALED, **TILED}
+HYBRID = llama.EXAMPLE.replace(blocks=(*rwkv.EXAMPLE.blocks, *llama.EXAMPLE.blocks))
+ARRANGED = {"post norm": POST_NORM, "scaled embeddings": SCALED, "states and keys": HYBRID}
+CONFIGS = {**FAMILIES, **POSITIONS, **ARRANGED, **TILED}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
