@@ -26,7 +26,6 @@ Apart   Three hundred to seventy thousand parameters and two tasks of our making
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,10 +188,11 @@ def _judge(config: Config, report: Report, world: Any, compute: list[float], cur
     def check(what: str, values: Sequence[float], *, above: float | None = None, below: float | None = None) -> None:
         report.check(f"{name}: {what}", values=values, above=above, below=below)
 
-    last = [max(sum(1 for _ in itertools.takewhile(lambda y: y <= config.near, ys)) - 1, 0) for ys in whole]
+    leaves = [grades.crossing(compute, curve, config.near) for curve in whole]
     check("exact match of the largest", [curve[-1] for curve in whole], above=config.far)
-    check("share of the ladder near chance", [_share(compute, at) for at in last], above=config.flat)
-    risen = [_share(curve, at) for curve, at in zip(curves[even[0]], last, strict=True)]
+    spans = [(x - compute[0]) / (compute[-1] - compute[0]) for x in leaves]
+    check("share of the ladder near chance", spans, above=config.flat)
+    risen = [_risen(compute, curve, x) for curve, x in zip(curves[even[0]], leaves, strict=True)]
     check(f"share of its rise made there, {even[0]}", risen, above=config.hidden)
     for grade in even:
         values = _less(bends[_exact(k)], bends[grade])
@@ -211,9 +211,9 @@ def _furthest(ys: list[list[float]], given: list[list[float]], law: Callable[[fl
     return [max(abs(y - law(p)) for y, p in zip(*pair, strict=True)) for pair in zip(ys, given, strict=True)]
 
 
-def _share(curve: Sequence[float], at: int) -> float:
-    """The share of a curve's rise that is made at one of its points; a curve that hardly rises has none."""
-    return (curve[at] - curve[0]) / max(curve[-1] - curve[0], 0.05)
+def _risen(compute: Sequence[float], curve: Sequence[float], at: float) -> float:
+    """The share of a curve's rise that is made where it has come so far; a curve that hardly rises has none."""
+    return (float(np.interp(at, compute, curve)) - curve[0]) / max(curve[-1] - curve[0], 0.05)
 
 
 def _less(ones: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -255,7 +255,7 @@ def _draw(
 
 
 def _member(dim: int, steps: int) -> Member:
-    """LLaMA's block, two layers; the smaller the model, the higher its rate (found in trials, at which large ones trail else)."""
+    """LLaMA's block, two layers. Rates fall with the width, as trials had it: at one rate for all, large ones trail."""
     config = llama.architecture(
         vocab_size=2, context=16, dim=dim, num_layers=2, num_heads=max(1, dim // 16), hidden_dim=3 * dim, tied=True
     )
