@@ -17,7 +17,9 @@ from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.block import PostNorm
+from allyouneed.nn.moe import Experts, MoE
 from allyouneed.nn.positions import Positions
+from allyouneed.nn.routers import Top1, Top2
 
 
 def with_heirs(kind: type) -> list[type]:
@@ -35,7 +37,18 @@ POSITIONS = {
 }
 POST_NORM = llama.EXAMPLE.replace(blocks=(llama.EXAMPLE.blocks[0].replace(placement=PostNorm()),))
 SCALED = llama.EXAMPLE.replace(embedding_scale=3.0)
-CONFIGS = {**FAMILIES, **POSITIONS, "post norm": POST_NORM, "scaled embeddings": SCALED}
+ROUTERS = {
+    f"router {router.__name__}": llama.EXAMPLE.replace(
+        blocks=(
+            llama.EXAMPLE.blocks[0],
+            llama.EXAMPLE.blocks[0].replace(
+                channel=MoE.Config(router=router.Config(), experts=Experts.Config(num_experts=3, hidden_dim=20))
+            ),
+        )
+    )
+    for router in (Top1, Top2)
+}
+CONFIGS = {**FAMILIES, **POSITIONS, **ROUTERS, "post norm": POST_NORM, "scaled embeddings": SCALED}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
