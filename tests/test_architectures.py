@@ -52,7 +52,7 @@ def test_every_part_of_the_model_is_listed():
             layers = config.encoder.num_layers if path[0] == "encoder" else config.decoder.num_layers
             listed = sum(c.num_layers for c in (config.encoder, config.decoder)) if name != "CrossAttention" else layers
             assert built.count(name) == listed
-        elif "placement" not in path:
+        elif not {"placement", "kernel"} & set(path):  # which are functions, no modules
             assert name in built
 
 

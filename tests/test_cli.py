@@ -14,6 +14,7 @@ import pytest
 
 from allyouneed import cli
 from allyouneed.core.errors import InputError
+from allyouneed.core.workers import in_turn
 from allyouneed.papers import runner
 from allyouneed.train.interrupts import Stopped
 
@@ -115,7 +116,7 @@ def test_options_of_run_reach_the_runner(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(runner, "run", lambda slug, size, **options: seen.update(options, slug=slug, size=size))
     line = "run alibi --size smoke --seeds 2 --set a.b=1 --set c=x,y --out there --fresh"
     assert cli.main(line.split()) == 0
-    assert seen.pop("out").name == "there"
+    assert seen.pop("out").name == "there" and seen.pop("workers") is in_turn
     assert seen == {"slug": "alibi", "size": "smoke", "seeds": 2, "overrides": ["a.b=1", "c=x,y"], "fresh": True}
 
 

@@ -176,9 +176,10 @@ def test_resamples_keep_their_strata_and_refused_ones_are_drawn_again():
         (lambda: fits.hoffmann([1, 2, 3], [1, 2, 3], [1, -1, 1]), "losses holds -1"),
         (lambda: fits.kaplan([1, 1, 1], [1, 2, 3], [1, 1, 1]), "parameters takes 1 different values"),
         (lambda: fits.critical_batch([1, 2, 3], [1, 3, 9]), "larger batches do not save steps here"),
+        (lambda: fits.kaplan(*grid((3, 5), (4, 6), 3), [2.0] * 9), "the losses do not fall as powers of both columns"),
         (lambda: frontiers.envelope([]), "envelope: 0 curves are too few; give at least 3"),
         (lambda: frontiers.profiles([1, 1, 1], [1, 2, 4], [1, 2, 1]), "the losses have no minimum over size"),
-        (lambda: frontiers.profiles([1, 1, 2], [1, 2, 4], [1, 2, 1]), "IsoFLOP profile of 1 FLOPs: parameters takes 2"),
+        (lambda: frontiers.profiles([1, 1, 2], [1, 2, 4], [1, 2, 1]), "IsoFLOP profile of 1 FLOPs: 2 runs are too few"),
         (
             lambda: BY_NAME["Kaplan"].of_compute(1e6),
             r"compute=1e\+06: by the law .Kaplan. that is for .* fewer than the smallest",

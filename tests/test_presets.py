@@ -23,7 +23,7 @@ from allyouneed.models import (
     transformer,
 )
 from allyouneed.nn.moe import active_parameters
-from allyouneed.papers import alibi
+from allyouneed.papers import alibi, chinchilla, scaling_laws
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
 GPT2 = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
@@ -194,6 +194,25 @@ def test_rwkv(name):
     assert config.num_parameters() == pytest.approx(RWKV[name], rel=4e-4)  # as many digits as the table prints
     dim, layers = config.dim, config.num_layers  # sec. 4's formula
     assert config.num_parameters() == 2 * config.vocab_size * dim + 13 * dim**2 * layers + dim * (11 * layers + 4)
+
+
+def test_kaplan_s_largest():
+    """1.5 billion without embeddings, 12 · layers · dim² (Kaplan et al. 2020, sec. 1.3 and 3), and norms and biases."""
+    model = scaling_laws.PAPER.sizes["paper"].largest.model
+    assert (model.num_layers, model.dim) == (48, 1600)
+    assert abs(model.num_parameters(embeddings=False) / (12 * 48 * 1600**2) - 1) < 1e-3
+    assert abs(model.num_parameters(embeddings=False) / 1.5e9 - 1) < 0.02
+
+
+# Hoffmann et al. 2022, table 4. Their relative positions (Dai et al. 2019) multiply a matrix of dim² a layer, which our
+# parts do not have: with it the counts are the names'
+@pytest.mark.parametrize(
+    ("name", "built", "whole"), [("Chinchilla 70B", 64.7e9, 70e9), ("Gopher 280B", 258.2e9, 280e9)]
+)
+def test_chinchilla_and_gopher(name, built, whole):
+    config = chinchilla.sized(name)
+    assert abs(config.num_parameters() / built - 1) < 0.001
+    assert abs((config.num_parameters() + config.num_layers * config.dim**2) / whole - 1) < 0.005
 
 
 def test_alibi():

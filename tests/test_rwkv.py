@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from allyouneed.cli import main
 from allyouneed.data.batches import Windows
 from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate import engine, local
@@ -18,6 +19,7 @@ from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.local import LocalModel
 from allyouneed.models import llama, rwkv
 from allyouneed.models.checkpoints import huggingface
+from allyouneed.models.checkpoints.loading import save
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.recurrent import RecurrentModel
 from allyouneed.nn import native
@@ -261,6 +263,19 @@ def test_scores_with_a_state_share_what_prompts_share(monkeypatch: pytest.Monkey
     lm.module = counting  # type: ignore[assignment]
     assert lm.score(prompts, continuations) == found
     assert counting.tokens < 2.5 * len(shared) + sum(len(p) for p in prompts) - 5 * len(shared) + 20
+
+
+def test_the_commands_take_it(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    save(rwkv.EXAMPLE.replace(vocab_size=tokenizer.vocab_size).build(), tmp_path, tokenizer)
+    prompt = "longer than the context " * 4
+    for command in (
+        ["generate", str(tmp_path), prompt, "--max-new-tokens", "4", "--json"],
+        ["score", str(tmp_path), prompt, " yes", " no"],
+    ):
+        assert main(command) == 0
+        assert capsys.readouterr().out
 
 
 @torch.no_grad()

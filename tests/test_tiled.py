@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ import torch
 from attention_cases import KINDS, random_case
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import bert, marian, t5
+from allyouneed.models import bert, llama, marian, t5
+from allyouneed.models.checkpoints.loading import save
 from allyouneed.nn.attention import Attention, use_kernel
 from allyouneed.nn.kernels import Tiled
 from allyouneed.nn.positions import Positions, RelativeBias
@@ -174,3 +176,9 @@ def test_memory_at_16384_tokens_is_a_twentieth_of_the_naive_one():
     )
     assert naive > 2**10  # MiB: one matrix of scores alone
     assert tiled <= naive / 20
+
+
+def test_a_kernel_does_not_change_the_layout_on_disk(tmp_path):
+    config = llama.EXAMPLE.with_kernel(Tiled())
+    save(config.build(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"

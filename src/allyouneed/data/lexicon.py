@@ -15,6 +15,7 @@ from torch import Tensor
 from allyouneed import core
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import generator
+from allyouneed.data.batches import Generated
 from allyouneed.data.packing import Batch
 
 
@@ -45,6 +46,7 @@ class Lexicon(core.Configured):
         if not 0 < 2 * config.words <= strings:
             raise InputError(f"words={config.words}; at most half of the {strings} strings there are may be words")
         frequency = torch.arange(1, config.words + 1, dtype=torch.double) ** -config.exponent
+        self.seed = config.seed
         self.vocab_size, self.length, self.probabilities = config.letters, config.length, frequency / frequency.sum()
         self.cumulative = self.probabilities.cumsum(0)
         self.places = config.letters ** torch.arange(config.length - 1, -1, -1)
@@ -62,6 +64,17 @@ class Lexicon(core.Configured):
         """The world's own −log p of each word, in nats: (B, T) -> (B, T / length)."""
         codes = (targets.unflatten(1, (-1, self.length)) * self.places).sum(-1)
         return -self.probabilities[self.ranks[torch.searchsorted(self.codes, codes)]].log()
+
+    def batches(self, rows: int, length: int, *, seed: int) -> Generated:
+        """Endless batches, no text of which was ever there before."""
+        return Generated(lambda source: self.batch(rows, length, source), seed=seed)
+
+    def held_out(self, rows: int, length: int) -> tuple[Batch, float]:
+        """A batch to test on, the same for all, and how much more or less than the entropy it costs the world itself,
+        in nats a token: less this, a loss is hardly moved by which words happen to stand there.
+        """
+        batch = self.batch(rows, length, generator(self.seed, "held out"))
+        return batch, self.nll(batch["targets"]).sum().item() / (rows * length) - self.entropy
 
     def batch(self, rows: int, length: int, source: torch.Generator) -> Batch:
         """`ids` and `targets`, each (rows, length). The targets are whole words; the first input ends a word before.

@@ -20,7 +20,7 @@ from allyouneed.evaluate.laws import HoffmannLoss, KaplanLoss, KaplanSteps, Powe
 from allyouneed.evaluate.statistics import Interval
 
 Column = Sequence[float] | np.ndarray
-DESCENTS = 12  # starts of the grid that are followed to the end: those whose loss is least to begin with
+DESCENTS = 6  # starts of the grid that are followed to the end: those whose loss is least to begin with
 
 
 def power_law(x: Column, y: Column) -> PowerLaw:
@@ -35,8 +35,11 @@ def power_law(x: Column, y: Column) -> PowerLaw:
     return PowerLaw.through(x, y)
 
 
-def kaplan(parameters: Column, tokens: Column, losses: Column) -> KaplanLoss:
-    """L(N, D) of Kaplan et al. 2020, eq. 1.5, by least squares in log L."""
+def kaplan(parameters: Column, tokens: Column, losses: Column, *, start: KaplanLoss | None = None) -> KaplanLoss:
+    """L(N, D) of Kaplan et al. 2020, eq. 1.5, by least squares in log L.
+
+    With a `start`, the fit of nearly the same runs, only that is followed.
+    """
     N, D, L = columns("L(N, D)", parameters=parameters, tokens=tokens, losses=losses)
     different("L(N, D)", parameters=N, tokens=D)
     (n, d), (n0, d0) = _centred(N, D)
@@ -48,26 +51,40 @@ def kaplan(parameters: Column, tokens: Column, losses: Column) -> KaplanLoss:
     level = float(np.log(L).mean())
     exponents = [0.05, 0.1, 0.2, 0.4, 0.8]
     starts = [[np.log(i), np.log(j), level / j, level / j + k] for i, j, k in product(exponents, exponents, (-2, 0, 2))]
+    if start is not None:
+        ratio = start.alpha_N / start.alpha_D
+        middle = [ratio * (math.log(start.N_c) - n0), math.log(start.D_c) - d0]
+        starts = [[math.log(start.alpha_N), math.log(start.alpha_D), *middle]]
     t = _least(predict, starts, L, delta=None)
-    alpha_N, alpha_D = math.exp(t[0]), math.exp(t[1])
-    return KaplanLoss(math.exp(t[2] * alpha_D / alpha_N + n0), math.exp(t[3] + d0), alpha_N, alpha_D)
+    alpha_N, alpha_D = (math.exp(_within(x, -7, 7, "L(N, D)")) for x in t[:2])
+    N_c, D_c = _exp(t[2] * alpha_D / alpha_N + n0, t[3] + d0, what="L(N, D)")
+    return KaplanLoss(N_c, D_c, alpha_N, alpha_D)
 
 
 def kaplan_steps(parameters: Column, steps: Column, losses: Column) -> KaplanSteps:
     """L(N, S_min) of Kaplan et al. 2020, eq. 1.6, by least squares in log L."""
     a, b, alpha, beta = _two_terms("L(N, S)", parameters, steps, losses, floor=False, delta=None)[1:]
-    return KaplanSteps(math.exp(a / alpha), math.exp(b / beta), alpha, beta)
+    alpha, beta = (_within(x, 1e-3, 1e3, "L(N, S)") for x in (alpha, beta))
+    N_c, S_c = _exp(a / alpha, b / beta, what="L(N, S)")
+    return KaplanSteps(N_c, S_c, alpha, beta)
 
 
-def hoffmann(parameters: Column, tokens: Column, losses: Column, *, delta: float = 1e-3) -> HoffmannLoss:
+def hoffmann(
+    parameters: Column, tokens: Column, losses: Column, *, delta: float = 1e-3, start: HoffmannLoss | None = None
+) -> HoffmannLoss:
     """L(N, D) = E + A/N^α + B/D^β by the third approach of Hoffmann et al. 2022 (sec. 3.3 and D.3).
 
     Huber's loss of the residuals of log L, summed over runs, is minimised by L-BFGS from a grid of starts, the terms
     being added as logarithms. The paper's grid is kept, but only its best starts are followed; the sum, not the mean,
-    since an objective as small as the mean ends the descent too early (Besiroglu et al. 2024).
+    since an objective as small as the mean ends the descent too early (Besiroglu et al. 2024). With a `start`, the fit
+    of nearly the same runs, only that is followed.
     """
-    e, a, b, alpha, beta = _two_terms("E + A/N^α + B/D^β", parameters, tokens, losses, floor=True, delta=delta)
-    return HoffmannLoss(E=math.exp(e), A=math.exp(a), B=math.exp(b), alpha=alpha, beta=beta)
+    known = None if start is None else [*np.log([start.E, start.A, start.B]).tolist(), start.alpha, start.beta]
+    what = "E + A/N^α + B/D^β"
+    e, a, b, alpha, beta = _two_terms(what, parameters, tokens, losses, floor=True, delta=delta, known=known)
+    alpha, beta = (_within(x, 1e-3, 1e3, what) for x in (alpha, beta))
+    E, A, B = _exp(e, a, b, what=what)
+    return HoffmannLoss(E=E, A=A, B=B, alpha=alpha, beta=beta)
 
 
 def critical_batch(steps: Column, tokens: Column) -> tuple[float, float, float]:
@@ -150,8 +167,27 @@ def different(what: str, **given: np.ndarray) -> None:
             raise InputError(f"{what}: {name} takes {len(np.unique(values))} different values; a fit needs at least 3")
 
 
+def _within(value: float, least: float, most: float, what: str) -> float:
+    """A parameter that is one; beyond, a term is a constant or a wall."""
+    if not least < value < most:
+        raise InputError(f"{what}: the losses do not fall as powers of both columns")
+    return value
+
+
+def _exp(*logs: float, what: str) -> list[float]:
+    """Scales from their logarithms, where they are numbers."""
+    return [math.exp(_within(log, -700, 700, what)) for log in logs]
+
+
 def _two_terms(
-    what: str, x: Column, y: Column, losses: Column, *, floor: bool, delta: float | None
+    what: str,
+    x: Column,
+    y: Column,
+    losses: Column,
+    *,
+    floor: bool,
+    delta: float | None,
+    known: list[float] | None = None,
 ) -> tuple[float, float, float, float, float]:
     """e, a, b, α, β of L = exp(e) + exp(a)/x^α + exp(b)/y^β; without a floor e is −∞."""
     X, Y, L = columns(what, parameters=x, tokens=y, losses=losses)
@@ -163,11 +199,9 @@ def _two_terms(
         return torch.logaddexp(t[..., 0:1], both) if floor else both
 
     steps, exponents = np.arange(0, 26, 5.0), np.arange(0, 2.1, 0.5)
-    starts = [  # the paper's grid of e, a, b, α, β, its intercepts moved to the centre of the data
-        [e, a - alpha * x0, b - beta * y0, alpha, beta]
-        for e, a, b, alpha, beta in product(
-            np.arange(-1, 1.1, 0.5) if floor else [0.0], steps, steps, exponents, exponents
-        )
+    grid = product(np.arange(-1, 1.1, 0.5) if floor else [0.0], steps, steps, exponents, exponents)  # the paper's
+    starts = [  # of e, a, b, α, β, the intercepts moved to the centre of the data
+        [e, a - alpha * x0, b - beta * y0, alpha, beta] for e, a, b, alpha, beta in ([known] if known else grid)
     ]
     e, a, b, alpha, beta = _least(predict, starts, L, delta=delta)
     return e if floor else -np.inf, a + alpha * x0, b + beta * y0, alpha, beta
@@ -195,13 +229,14 @@ def _least(
     grid = torch.tensor(starts, dtype=torch.double)
     order = torch.cat([objective(some) for some in grid.split(512)]).argsort()
     ends = [_descend(objective, grid[i]) for i in order[:DESCENTS]]
-    return [float(value) for value in min(ends, key=lambda t: float(objective(t)))]
+    values = torch.stack([objective(t) for t in ends]).nan_to_num(nan=math.inf)
+    return [float(value) for value in ends[int(values.argmin())]]
 
 
 def _descend(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     t = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [t], max_iter=1000, tolerance_grad=1e-10, tolerance_change=1e-13, history_size=20, line_search_fn="strong_wolfe"
+        [t], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-13, history_size=20, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:

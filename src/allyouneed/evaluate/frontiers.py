@@ -84,7 +84,7 @@ def profiles(compute: Column, parameters: Column, losses: Column) -> list[Profil
         InputError: fewer than three sizes for a budget, or losses that have no minimum.
     """
     C, N, L = columns("IsoFLOP profiles", compute=compute, parameters=parameters, losses=losses)
-    return [_parabola(budget, N[budget == C], L[budget == C]) for budget in np.unique(C).tolist()]
+    return [profile(budget, N[budget == C], L[budget == C]) for budget in np.unique(C).tolist()]
 
 
 def frontier(found: Sequence[Profile]) -> PowerLaw:
@@ -92,11 +92,17 @@ def frontier(found: Sequence[Profile]) -> PowerLaw:
     return power_law([one.compute for one in found], [one.parameters for one in found])
 
 
-def _parabola(budget: float, parameters: np.ndarray, losses: np.ndarray) -> Profile:
+def profile(budget: float, parameters: Column, losses: Column) -> Profile:
+    """The parabola of one budget.
+
+    Raises:
+        InputError: as of `profiles`.
+    """
     what = f"IsoFLOP profile of {budget:.3g} FLOPs"
-    different(what, parameters=parameters)
-    x = np.log(parameters)
-    curvature, slope, level = np.polyfit(x - x.mean(), losses, 2)
+    N, L = columns(what, parameters=parameters, losses=losses)
+    different(what, parameters=N)
+    x = np.log(N)
+    curvature, slope, level = np.polyfit(x - x.mean(), L, 2)
     if curvature <= 0:
         raise InputError(f"{what}: the losses have no minimum over size; try sizes further apart")
     least = -slope / (2 * curvature)

@@ -22,7 +22,7 @@ Path = tuple[
     str, ...
 ]  # where something stands in a configuration: ("decoder", "blocks", "mixer"), or ("blocks", "1", "mixer")
 
-_TRAINING = ("initialise", "eps")  # and every dropout: not what an architecture is known by
+_BESIDE = ("initialise", "eps", "kernel")  # and every dropout: not what an architecture is known by
 _ALWAYS = ("tied", "activation")  # is said even where it is the default
 _SIZES = ("vocab_size", "context", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim")
 
@@ -154,7 +154,7 @@ def _place(path: Path) -> str:
 def _children(config: Config, at: Path) -> Iterator[tuple[Path, Config]]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _TRAINING:
+        if field.name in _BESIDE:
             continue
         if isinstance(value, Config):
             yield (*at, field.name), value
@@ -169,7 +169,7 @@ def _own_facts(config: Config) -> dict[str, Any]:
     return {
         name: _by_dim(value, values.get("dim") or getattr(values.get("decoder"), "dim", None))
         for name, value in values.items()
-        if not isinstance(value, Config | tuple) and name not in _TRAINING and not name.endswith("dropout")
+        if not isinstance(value, Config | tuple) and name not in _BESIDE and not name.endswith("dropout")
     }
 
 

@@ -138,7 +138,7 @@ def _write(config: EncoderDecoder.Config) -> dict[str, Any]:
         "router_dtype": "float32",
         "relative_attention_num_buckets": positions.num_buckets,  # type: ignore[union-attr]
         "relative_attention_max_distance": positions.max_distance,  # type: ignore[union-attr]
-        "layer_norm_epsilon": block.norm.eps,  # type: ignore[union-attr]
+        "layer_norm_epsilon": block.norm.eps,
         "tie_word_embeddings": True,
         "dropout_rate": block.dropout,
         "is_encoder_decoder": True,

@@ -80,8 +80,13 @@ def wkv(
     """
     if state is None:
         state = empty(len(k), k.shape[2], k.device).to(torch.promote_types(k.dtype, torch.float32))
-    seen, after = _Wkv.apply(*(x.to(state.dtype) for x in (w, u, k, v)), state, begins, counts)
-    return seen.to(v.dtype), after
+    given = v.dtype
+    w, u, k, v = (x.to(state.dtype) for x in (w, u, k, v))
+    if torch.is_grad_enabled():
+        seen, after = _Wkv.apply(w, u, k, v, state, begins, counts)
+    else:
+        seen, after, _ = _read(w, u, k, v, state, begins, counts, saves=False)
+    return seen.to(given), after
 
 
 class Read(NamedTuple):
@@ -110,13 +115,9 @@ class _Wkv(torch.autograd.Function):
         begins: Tensor | None,
         counts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        saves = any(ctx.needs_input_grad)
         w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
-        kernels = _kernels(k)
-        if kernels is not None:
-            seen, after, states = _read_natively(kernels, w, u, k, v, state, begins, counts, saves=saves)
-        else:
-            seen, after, states = _read_in_chunks(w, u, k, v, state, begins, counts)
+        saves = any(ctx.needs_input_grad)
+        seen, after, states = _read(w, u, k, v, state, begins, counts, saves=saves)
         if saves:
             ctx.save_for_backward(w, u, k, v, seen, states)
             ctx.begins = begins
@@ -138,8 +139,7 @@ def _kernels(x: Tensor) -> ctypes.CDLL | None:
     return native.library() if x.is_cpu and x.dtype is torch.float32 else None
 
 
-def _read_natively(
-    kernels: ctypes.CDLL,
+def _read(
     w: Tensor,
     u: Tensor,
     k: Tensor,
@@ -150,6 +150,11 @@ def _read_natively(
     *,
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What every token sees, the states after each row's last, and where they are wanted those each token found."""
+    kernels = _kernels(k)
+    if kernels is None:
+        return _read_in_chunks(w, u, k, v, state, begins, counts)
+    w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
     seen, after = torch.empty_like(k), torch.empty_like(state)
     states = k.new_empty(3, *k.shape) if saves else None
     begins = None if begins is None else begins.contiguous()

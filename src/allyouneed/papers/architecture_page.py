@@ -62,8 +62,9 @@ def target() -> Path:
 
 
 _LEGEND = """\
-Below, values that are defaults of a part are left out, and so is what only training looks at; numbers that differ from
-size to size stand in the tables. Parameters are those of the configuration, counted without allocating them."""
+Below, values that are defaults of a part are left out, and so is what makes no difference to a trained model; numbers
+that differ from size to size stand in the tables. Parameters are those of the configuration, counted without allocating
+them."""
 
 
 def _groups(one: Architecture) -> list[dict[str, Config]]:

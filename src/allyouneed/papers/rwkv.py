@@ -121,7 +121,7 @@ def _costs(config: Config, report: Report) -> None:
     rows: list[dict[str, Any]] = []
     for name in config.arms:
         held, seconds = found[name]["bytes"], found[name]["seconds"]  # by context; by context and round
-        bound = {"below": config.flat} if name == RWKV else {"above": config.grows}
+        bound: dict[str, Any] = {"below": config.flat} if name == RWKV else {"above": config.grows}
         report.check(f"{name}: growth of what is kept, {shortest} to {longest}", held[-1] / held[0] - 1, **bound)
         growth = median([last / first - 1 for first, last in zip(seconds[0], seconds[-1], strict=True)])
         report.check(
@@ -274,7 +274,7 @@ def _training(steps: int, lr: float) -> Training:
     )
 
 
-def _arms(*, dim: int, num_layers: int, prose: int, recall: int) -> dict[str, Arm]:
+def _arms(*, dim: int, num_layers: int, prose: int, recall: int) -> dict[str, Any]:
     """Time mixing has as many matrices as attention, channel mixing one more, which the Transformer has as width."""
     size: dict[str, Any] = {"vocab_size": 256, "context": 256, "dim": dim, "num_layers": num_layers}
     transformer = gpt_neox.architecture(num_heads=4, hidden_dim=9 * dim // 2, **size)
@@ -284,7 +284,7 @@ def _arms(*, dim: int, num_layers: int, prose: int, recall: int) -> dict[str, Ar
     }
 
 
-def _published() -> dict[str, Arm]:
+def _published() -> dict[str, Any]:
     """The paper's smallest model beside a Pythia with a little more width, so that both have as many parameters; the
     rate of app. G.
     """

@@ -22,6 +22,7 @@ from allyouneed.train.loop import Batches, train
 from allyouneed.train.suite import Member
 
 POINTS = 16  # of a run's curve
+UNITS = ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"))  # powers of ten
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ def climb(
 def short(amount: float) -> str:
     """Three digits and a unit: a name.
 
-    >>> short(250_000), short(1.5e12), short(96)
-    ('250k', '1.5T', '96')
+    >>> short(250_000), short(6e18), short(96)
+    ('250k', '6E', '96')
     """
-    size, unit = next((s, u) for s, u in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, "")) if amount >= s)
-    return f"{amount / (size or 1.0):.3g}{unit}"
+    size, unit = next(((10.0**p, u) for p, u in UNITS if amount >= 10.0**p), (1.0, ""))
+    return f"{amount / size:.3g}{unit}"
