@@ -130,7 +130,7 @@ def batch_of(objective: Objective) -> Mapping[str, Tensor]:
 
 def settings(**changes: Any) -> Training:
     """Fifty steps, fast enough to learn, saved in the middle and at the end."""
-    given: dict[str, Any] = {"steps": 50, "optimizer": AdamW.Config(lr=3e-3), "schedule": Cosine(warmup=5)}
+    given: dict[str, Any] = {"steps": 50, "optimizer": AdamW.Config(lr=3e-3), "schedule": Cosine(warmup=5, until=50)}
     return Training(**given | {"log_every": 1, "save_every": 25, "keep": 9} | changes)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sharded_run import FAMILIES, MESHES, batch_of, built, run, settings, sparse
+from sharded_run import FAMILIES, MESHES, batch_of, batches, built, run, settings, sparse
 from test_distributed import finish, launch
 from tiny_run import counting
 from torch import nn
@@ -37,6 +39,7 @@ from allyouneed.train.schedules import Constant
 from allyouneed.train.suite import Snapshots
 
 ALONE = Ranks()
+SHORT = 12  # steps, where fifty would show no more
 CROSSED = {
     "shard by tensor": Mesh(shard=2, tensor=2),
     "data by shard": Mesh(data=2, shard=2),
@@ -133,7 +136,8 @@ def test_the_loss_curve_is_that_of_one_process(two_ranks, alone, mesh):
     "name", ["recomputed", "sliced", "deferred", "alone to shard", "shard to tensor", "tensor to shard"]
 )
 def test_so_is_that_of_a_run_that(two_ranks, alone, name):
-    assert losses(two_ranks / name) == pytest.approx(losses(alone["folder"] / "dense"), abs=1e-4)
+    here, there = losses(alone["folder"] / "dense"), losses(two_ranks / name)
+    assert len(there) == (50 if " to " in name else SHORT) and there == pytest.approx(here[: len(there)], abs=1e-4)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -185,6 +189,17 @@ def test_a_broken_slice_is_named_and_passed_over(two_ranks, tmp_path, capsys, na
 
 def test_ranks_agree_on_passing_over_a_broken_one(two_ranks):
     assert losses(two_ranks / "broken") == losses(two_ranks / "shard")
+
+
+def test_a_disk_that_is_full_for_one_rank_stops_both_with_one_line(two_ranks, alone, tmp_path):
+    lines = [(two_ranks / f"full-{rank}.txt").read_text() for rank in (0, 1)]
+    assert lines[0] == lines[1] and "\n" not in lines[0]
+    assert re.search(r"step-00000010: cannot be written: .*File too large.*; the last checkpoint stands", lines[0])
+    folder = shutil.copytree(two_ranks / "full", tmp_path / "full")
+    assert Checkpoints(folder / "checkpoints").paths() == [folder / "checkpoints/step-00000005"]
+    run(built(seed=5), folder, settings(steps=SHORT))
+    assert losses(folder) == pytest.approx(losses(alone["folder"] / "dense")[:SHORT], abs=1e-4)
+    assert not list((folder / "checkpoints").glob(".*"))  # what was half-written is gone
 
 
 def test_a_split_model_is_exported_and_shown_whole(two_ranks, alone):
@@ -260,10 +275,10 @@ def test_the_planner_foresees_the_memory_of_a_rank(measured, mesh):
 
 
 def test_sixteen_bits_are_sent_and_summed_in_thirty_two(two_ranks):
-    alone = [row["loss"] for row in run(built(), training=settings(precision="bf16")).history]
+    alone = [row["loss"] for row in run(built(), training=settings(steps=SHORT, precision="bf16")).history]
     for mesh in ("shard", "tensor"):
         assert losses(two_ranks / f"{mesh}-bf16") == pytest.approx(alone, abs=5e-2)
-        stored = saving.read(two_ranks / f"{mesh}-bf16/checkpoints/step-00000050")["model"]
+        stored = saving.read(two_ranks / f"{mesh}-bf16/checkpoints/step-00000012")["model"]
         assert {x.dtype for x in stored.values()} == {torch.float32}
 
 
@@ -403,12 +418,16 @@ def curves(folder: Path, rank: int) -> None:
             exported = sharding.whole(module)
             if rank == 0:
                 save(exported, folder / f"{name}-exported")
-    run(built(seed=rank), folder / "recomputed", settings(mesh=MESHES["shard"], recompute=True, accumulate=2))
+    run(
+        built(seed=rank),
+        folder / "recomputed",
+        settings(steps=SHORT, mesh=MESHES["shard"], recompute=True, accumulate=2),
+    )
     for name in ("shard", "tensor"):
-        run(built(seed=rank), folder / f"{name}-bf16", settings(mesh=MESHES[name], precision="bf16", keep=1))
+        run(built(seed=rank), folder / f"{name}-bf16", settings(steps=SHORT, mesh=MESHES[name], precision="bf16"))
     sliced = MESHES["shard"].replace(slice_gradients=True)
-    run(built(seed=rank), folder / "sliced", settings(mesh=sliced, accumulate=4))
-    run(sharding.deferred(built), folder / "deferred", settings(mesh=MESHES["shard"]))
+    run(built(seed=rank), folder / "sliced", settings(steps=SHORT, mesh=sliced, accumulate=4))
+    run(sharding.deferred(built), folder / "deferred", settings(steps=SHORT, mesh=MESHES["shard"]))
 
 
 def epochs(folder: Path, rank: int) -> None:
@@ -447,6 +466,25 @@ def moved(folder: Path, rank: int) -> None:
         os.truncate(folder / "broken/checkpoints/step-00000050/model-00001.safetensors", 99)
     torch.distributed.barrier()
     run(built(seed=7), folder / "broken", settings(ema=0.9, mesh=MESHES["shard"]))
+
+
+def full(folder: Path, rank: int) -> None:
+    """From the eighth step on rank 1 cannot write."""
+    calls, limits = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def objective(module: nn.Module, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 8 and rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        return next_token(module, batch)
+
+    try:
+        training = settings(mesh=MESHES["shard"], save_every=5)
+        train(built(), objective, batches(), training, folder=folder / "full", quiet=True)
+    except InputError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (folder / f"full-{rank}.txt").write_text(str(error))
 
 
 def looked_at(folder: Path, rank: int) -> None:
@@ -528,7 +566,7 @@ if __name__ == "__main__":
     programs: dict[str, Any] = {
         "measure": (refused, gradients, reductions, memory),
         "cross": (cross,),
-        "train": (curves, epochs, moved, looked_at),
+        "train": (curves, epochs, moved, full, looked_at),
     }
     for work in programs[sys.argv[1]]:
         work(where, me)
