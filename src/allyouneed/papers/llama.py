@@ -43,8 +43,10 @@ from allyouneed.objectives.next_token import next_token
 from allyouneed.papers import figures
 from allyouneed.papers.base import Paper, Report
 from allyouneed.train.loop import Training, train
+from allyouneed.train.mesh import mesh_for
 from allyouneed.train.optimizers import AdamW
 from allyouneed.train.schedules import Cosine
+from allyouneed.train.sharding import deferred
 
 SMALL_LONG, SMALL_HALF, LARGE_SHORT = "small, trained long", "small, half as long", "large, trained short"
 
@@ -180,7 +182,7 @@ def _trained(
 
     seed_everything(seed)
     done = train(
-        model.build(),
+        deferred(model.build),
         next_token,
         Generated(make, seed=seed),
         training.replace(seed=seed, evaluate_every=max(1, training.steps // 10)),
@@ -287,7 +289,7 @@ PAPER = Paper(
             small=llama.sized("7B"),
             large=llama.sized("13B"),
             world=Markov.Config(vocab_size=512),
-            training=_published(250_000, 3e-4),
+            training=_published(250_000, 3e-4).replace(mesh=mesh_for(13e9)),
             shorter=1 / 6,
             rates=(3e-4,),
             rows=2048,
