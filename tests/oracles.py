@@ -43,6 +43,21 @@ def llama(**changes: object) -> transformers.PreTrainedModel:
     return _random(transformers.LlamaForCausalLM, transformers.LlamaConfig(**(EVEN | sizes | changes)))
 
 
+def mixtral(**changes: object) -> transformers.PreTrainedModel:
+    """Grouped heads, five experts; PyTorch's grouped product, by which they compute, wants sizes divisible by four."""
+    sizes = {
+        "hidden_size": 60,
+        "intermediate_size": 76,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "num_local_experts": 5,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
+    return _random(transformers.MixtralForCausalLM, transformers.MixtralConfig(**(EVEN | sizes | changes)))
+
+
 def bloom(**changes: object) -> transformers.PreTrainedModel:
     """A head count that is no power of two."""
     sizes = {"hidden_size": 48, "n_layer": 3, "n_head": 6}
@@ -112,6 +127,31 @@ def t5_1_1() -> transformers.PreTrainedModel:
     return model
 
 
+def switch(**changes: object) -> transformers.PreTrainedModel:
+    """Stacks of unequal height, every other block of the one and every third of the other sparse."""
+    sizes = {
+        "d_model": 48,
+        "d_kv": 10,
+        "d_ff": 77,
+        "num_layers": 4,
+        "num_sparse_encoder_layers": 2,
+        "num_decoder_layers": 3,
+        "num_sparse_decoder_layers": 1,
+        "num_heads": 5,
+        "num_experts": 4,
+        "relative_attention_num_buckets": 12,
+        "relative_attention_max_distance": 20,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = transformers.SwitchTransformersConfig(**(EVEN | sizes | changes))
+    model = _random(transformers.SwitchTransformersForConditionalGeneration, config)
+    with torch.no_grad():
+        model.shared.weight *= 5  # as of T5
+    return model
+
+
 def marian(**changes: object) -> transformers.PreTrainedModel:
     """Stacks of unequal height, width and heads."""
     sizes = {
@@ -157,11 +197,37 @@ def bert_encoder(**changes: object) -> transformers.PreTrainedModel:
     return _random(transformers.BertModel, transformers.BertConfig(**(BERT | changes)))
 
 
-ALL = {"gpt": gpt, "gpt2": gpt2, "llama": llama, "bloom": bloom, "gpt_neo": gpt_neo, "gpt_neox": gpt_neox, "rwkv": rwkv}
+ALL = {
+    "gpt": gpt,
+    "gpt2": gpt2,
+    "llama": llama,
+    "mixtral": mixtral,
+    "bloom": bloom,
+    "gpt_neo": gpt_neo,
+    "gpt_neox": gpt_neox,
+    "rwkv": rwkv,
+}
 
-# parameters that transformers calls otherwise in its files than in memory
-ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
-TRANSLATORS = {"t5": t5, "t5 1.1": t5_1_1, "marian": marian}
+TRANSLATORS = {"t5": t5, "t5 1.1": t5_1_1, "switch": switch, "marian": marian}
+
+
+def on_disk(model_type: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters, or their gradients, under the names that transformers gives them in its files."""
+    if model_type == "gpt_neox":
+        return {{"lm_head.weight": "embed_out.weight"}.get(name, name): tensor for name, tensor in tensors.items()}
+    if model_type != "mixtral":
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.replace(".mlp.", ".block_sparse_moe.").partition(".experts.")
+        for e, of_expert in enumerate(tensor if part else ()):
+            halves = (
+                zip(("w1", "w3"), of_expert.chunk(2), strict=True) if part == "gate_up_proj" else [("w2", of_expert)]
+            )
+            found |= {f"{layer}.experts.{e}.{matrix}.weight": half for matrix, half in halves}
+        if not part:
+            found[layer] = tensor
+    return found
 
 
 def randomised(config: Config) -> torch.nn.Module:

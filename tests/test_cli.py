@@ -14,6 +14,7 @@ import pytest
 
 from allyouneed import cli
 from allyouneed.core.errors import InputError
+from allyouneed.core.workers import in_turn
 from allyouneed.papers import runner
 from allyouneed.train.interrupts import Stopped
 
@@ -115,7 +116,7 @@ def test_options_of_run_reach_the_runner(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(runner, "run", lambda slug, size, **options: seen.update(options, slug=slug, size=size))
     line = "run alibi --size smoke --seeds 2 --set a.b=1 --set c=x,y --out there --fresh"
     assert cli.main(line.split()) == 0
-    assert seen.pop("out").name == "there"
+    assert seen.pop("out").name == "there" and seen.pop("workers") is in_turn
     assert seen == {"slug": "alibi", "size": "smoke", "seeds": 2, "overrides": ["a.b=1", "c=x,y"], "fresh": True}
 
 
@@ -172,3 +173,47 @@ def test_chat_keeps_what_was_said_and_unsays_what_was_refused(
     code, out, err = run("chat", "--system", "be brief", capsys=capsys)
     assert (code, err) == (0, "error: prompt exceeds the context by 7\n") and out.count("yes!") == 2
     assert Model.asked[-1] == ["be brief", "hello", "yes!", "again"]
+
+
+def test_laws_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("laws", "--compute", "1e21", capsys=capsys)
+    assert code == 0 and max(map(len, out.splitlines())) <= 120
+    for row in (
+        ("Kaplan", "4.68 B", "5.37", "1.86"),  # 4.68 and 2.86: Hoffmann et al. 2022, sec. D.4
+        ("Hoffmann 1", "2.86 B", "3.15", "3.18"),
+        ("Hoffmann 2", "2.82 B", "3.09", "3.24"),
+        ("Hoffmann 3", "2.22 B", "2.86", "3.50"),
+        ("Besiroglu", "2.78 B", "3.26", "3.07"),
+    ):
+        (line,) = [line for line in out.splitlines() if line.startswith(row[0])]
+        assert all(cell in line for cell in row)
+
+
+def test_laws_as_json_say_what_follows_from_two_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("laws", "--parameters", "70e9", "--tokens", "1.4e12", "--json", capsys=capsys)
+    told = json.loads(out)
+    assert code == 0 and [row["law"] for row in told["yours"]] == ["Kaplan", "Hoffmann 3", "Besiroglu"]
+    assert all(row["compute"] == 6 * 70e9 * 1.4e12 and row["tokens_per_parameter"] == 20 for row in told["yours"])
+    assert told["yours"][1]["loss"] == round(
+        1.69337368 + 406.401018 / 70e9**0.33917084 + 410.722827 / 1.4e12**0.2849083, 4
+    )
+    assert len(told["laws"]) == 5 and all(row["source"] for row in told["laws"])
+    alone = json.loads(run("laws", "--compute", "1e21", "--parameters", "1e9", "--json", capsys=capsys)[1])
+    assert alone["yours"][0]["tokens"] == 1e21 / 6e9
+    table3 = json.loads(run("laws", "--parameters", "1e12", "--json", capsys=capsys)[1])["laws"][1]
+    assert abs(table3["compute"] / 1.27e26 - 1) < 0.01 and abs(table3["tokens"] / 21.2e12 - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give one or two of --compute, --parameters and --tokens"),
+        (("--compute", "1e3"), "compute=1000: by the law 'Kaplan' that is for"),
+        (("--tokens", "-5"), "tokens=-5; it must be a finite number above 0"),
+        (("--compute", "nan", "--tokens", "1e9"), "compute=nan; it must be a finite number above 0"),
+        (("--compute", "lots"), "Invalid value for '--compute'"),
+    ],
+)
+def test_laws_refuse_in_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("laws", *arguments, capsys=capsys)
+    assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1

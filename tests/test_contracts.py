@@ -17,6 +17,7 @@ from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.block import PostNorm
+from allyouneed.nn.kernels import Tiled
 from allyouneed.nn.positions import Positions
 
 
@@ -36,7 +37,13 @@ POSITIONS = {
 POST_NORM = llama.EXAMPLE.replace(blocks=(llama.EXAMPLE.blocks[0].replace(placement=PostNorm()),))
 SCALED = llama.EXAMPLE.replace(embedding_scale=3.0)
 HYBRID = llama.EXAMPLE.replace(blocks=(*rwkv.EXAMPLE.blocks, *llama.EXAMPLE.blocks))
-CONFIGS = {**FAMILIES, **POSITIONS, "post norm": POST_NORM, "scaled embeddings": SCALED, "states and keys": HYBRID}
+TILES = Tiled(queries=4, keys=4)
+TILED = {
+    f"{name} in tiles": {**FAMILIES, **POSITIONS}[name].with_kernel(TILES) for name in ("gpt_neo", "llama", "bloom")
+}
+TILED["positions RelativeBias in tiles"] = POSITIONS["positions RelativeBias"].with_kernel(TILES)
+OTHERS = {"post norm": POST_NORM, "scaled embeddings": SCALED, "states and keys": HYBRID}
+CONFIGS = {**FAMILIES, **POSITIONS, **OTHERS, **TILED}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

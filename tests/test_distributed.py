@@ -17,20 +17,23 @@ import torch
 from tiny_run import At, batches, run, settings, tiny, untimed
 
 from allyouneed.core.errors import InputError
+from allyouneed.core.files import read_json
 from allyouneed.core.metrics import read
 from allyouneed.objectives.next_token import next_token
+from allyouneed.train import checkpoints as saving
 from allyouneed.train.checkpoints import Checkpoints
 from allyouneed.train.gradients import differentiate
 from allyouneed.train.interrupts import Stopped
+from allyouneed.train.mesh import Mesh
 from allyouneed.train.ranks import Ranks, join
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TRAINING = settings(steps=20, accumulate=2, ema=0.9)
 
 
-def launch(what: str, folder: Path) -> subprocess.Popen[str]:
+def launch(what: str, folder: Path, program: str = __file__, *options: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*TORCHRUN, __file__, what, str(folder)]
+    command = [*TORCHRUN, *options, program, what, str(folder)]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -39,7 +42,7 @@ def launch(what: str, folder: Path) -> subprocess.Popen[str]:
 def finish(launched: subprocess.Popen[str]) -> str:
     """What it printed; torchrun takes its ranks along when it is asked to end."""
     try:
-        return launched.communicate(timeout=60)[0]
+        return launched.communicate(timeout=100)[0]
     except subprocess.TimeoutExpired:
         launched.terminate()
         return launched.communicate()[0]
@@ -62,7 +65,7 @@ def test_loss_curve_and_weights_are_those_of_one_process(two_ranks):
     assert len(together) == len(alone) == 20
     for a, b in zip(untimed(alone), untimed(together), strict=True):
         assert b == pytest.approx(a, abs=1e-5)
-    stored = Checkpoints(two_ranks / "plain/checkpoints").newest()["model"]
+    stored = saving.read(Checkpoints(two_ranks / "plain/checkpoints").newest())["model"]
     assert all(torch.allclose(stored[name], p, atol=1e-5) for name, p in module.named_parameters())
 
 
@@ -115,7 +118,8 @@ def test_ctrl_c_on_torchrun_finishes_the_step_and_saves(tmp_path):
     output = finish(launched)
     lines = [(tmp_path / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
     assert lines[0] == lines[1], output
-    assert f"after step {Checkpoints(tmp_path / 'checkpoints').newest()['run']['step']} of" in lines[0]
+    step = saving.read_plain(Checkpoints(tmp_path / "checkpoints").newest())["run"]["step"]
+    assert f"after step {step} of" in lines[0]
 
 
 def test_alone_nothing_is_sent(monkeypatch):
@@ -125,6 +129,49 @@ def test_alone_nothing_is_sent(monkeypatch):
     ranks.add([x])
     assert x.tolist() == [1, 1] and ranks.any(7) == 7 and ranks.gather(x)[0] is x
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("mesh", ["whole", "split"])
+def test_kill_9_of_one_rank_ends_the_job_with_a_line(tmp_path, mesh):
+    began = time.monotonic()
+    launched = launch(f"die {mesh}", tmp_path)
+    output = finish(launched)
+    assert launched.returncode != 0 and time.monotonic() - began < 60
+    assert re.search(r"rank 0: another rank is gone \(.*\); the last checkpoint stands, the same call goes on", output)
+    step = saving.read_plain(Checkpoints(tmp_path / "checkpoints").newest())["run"]["step"]
+    assert step == 9 or (mesh == "split" and step == 6)  # slices of step 9 may still have been under way
+
+
+def test_torchrun_starts_anew_from_the_last_checkpoint(tmp_path):
+    launched = launch("die split", tmp_path, __file__, "--max-restarts", "1")
+    output = finish(launched)
+    assert launched.returncode == 0, output
+    alone = run(tiny(dropout=0.0), training=TRAINING).history
+    together = list(read(tmp_path / "metrics.jsonl"))
+    assert [row["step"] for row in together] == list(range(1, 21))
+    assert [row["loss"] for row in together] == pytest.approx([row["loss"] for row in alone], abs=1e-5)
+
+
+def test_papers_are_written_by_the_first_rank_alone(tmp_path):
+    command = [*TORCHRUN, "-m", "allyouneed", "run", "alibi", "--size", "smoke", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "alibi").iterdir()
+    assert read_json(folder / "report.json")["slug"] == "alibi"
+    assert done.stdout.count("95 % interval") == 1 and done.stderr.count("size smoke") == 1
+
+
+def test_the_command_line_refuses_a_mesh_on_each_rank_with_code_2(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"text {n} " * 40}) + "\n" for n in range(9)))
+    command = [*TORCHRUN, "-m", "allyouneed", "train", "new:llama", str(tmp_path / "texts.jsonl"), "--vocab", "257"]
+    sizes = ["--length", "16", "--dim", "24", "--heads", "3", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, *sizes, "--set", "mesh.tensor=2"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    line = "error: mesh.tensor=2 does not divide num_heads=3 of blocks.0.mixer"
+    assert line in done.stderr.splitlines() and "exitcode  : 2" in done.stderr, done.stderr
 
 
 # As a program: one rank of two
@@ -168,6 +215,24 @@ def wait(folder: Path, rank: int) -> None:
         (folder / f"stopped-{rank}.txt").write_text(str(error))
 
 
+def die(folder: Path, rank: int, mesh: Mesh) -> None:
+    """Rank 1 kills itself at step 10, the first time."""
+    calls = 0
+
+    def objective(module: torch.nn.Module, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * 10 and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return next_token(module, batch)
+
+    run(tiny(dropout=0.0), folder, TRAINING.replace(mesh=mesh), objective=objective)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"work": work, "wait": wait}[sys.argv[1]](Path(sys.argv[2]), int(os.environ["RANK"]))
+    what, where, me = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
+    if what.startswith("die"):
+        die(where, me, Mesh(shard=2 if what.endswith("split") else 1))
+    else:
+        {"work": work, "wait": wait}[what](where, me)

@@ -16,7 +16,7 @@ import allyouneed as ayn
 from allyouneed.core.errors import InputError
 from allyouneed.data import materials
 from allyouneed.generate.language_model import LanguageModel
-from allyouneed.generate.local_encoder import LocalEncoder, Reading
+from allyouneed.generate.local_encoder import CACHED, LocalEncoder, Reading
 from allyouneed.nn.prepacked import prepack
 
 NAME = "all-minilm-l6-v2"
@@ -62,6 +62,14 @@ def test_batches_do_not_matter(lm):
     asked = texts()[:40]
     one_by_one = np.concatenate([lm.embed([text]) for text in asked])
     np.testing.assert_allclose(lm.embed(asked), one_by_one, atol=1e-5)
+
+
+def test_long_texts_are_read_a_few_at_a_time(lm, monkeypatch):
+    read, hidden = [], lm.module.hidden
+    monkeypatch.setattr(lm.module, "hidden", lambda ids, segments: read.append(ids.shape) or hidden(ids, segments))
+    lm.embed(["a bridge " * 200] * 20 + ["a bridge"] * 40)
+    assert max(rows * width for rows, width in read) <= CACHED and max(rows for rows, _ in read) == lm.batch
+    assert sorted(rows for rows, _ in read) == [4, 8, 8, 8, 32]
 
 
 def test_meaning(lm):

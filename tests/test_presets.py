@@ -6,8 +6,24 @@ import pytest
 import torch
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import bert, gpt, gpt2, gpt_neox, llama, rwkv, t5, transformer
-from allyouneed.papers import alibi, gpt3
+from allyouneed.models import (
+    bert,
+    bloom,
+    gpt,
+    gpt2,
+    gpt3,
+    gpt_neo,
+    gpt_neox,
+    llama,
+    mixtral,
+    recurrent,
+    rwkv,
+    switch,
+    t5,
+    transformer,
+)
+from allyouneed.nn.moe import active_parameters
+from allyouneed.papers import alibi, chinchilla, scaling_laws
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
 GPT2 = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
@@ -37,6 +53,16 @@ PYTHIA = {
     "6.9B": (6_444_163_072, 6_857_302_016),
     "12B": (11_327_027_200, 11_846_072_320),
 }
+# Bloom and GPT-Neo: the released checkpoints' counts
+BLOOM = {
+    "560M": 559_214_592,
+    "1.1B": 1_065_314_304,
+    "1.7B": 1_722_408_960,
+    "3B": 3_002_557_440,
+    "7.1B": 7_069_016_064,
+    "176B": 176_247_271_424,
+}
+GPT_NEO = {"125M": 125_198_592, "1.3B": 1_315_575_808, "2.7B": 2_651_307_520}
 # T5: the released checkpoints' counts
 T5 = {
     ("small", "1.0"): 60_506_624,
@@ -50,6 +76,21 @@ T5 = {
     ("3B", "1.1"): 2_849_757_184,
     ("11B", "1.1"): 11_135_332_352,
 }
+# Mixtral: parameters, and those that a token passes, as its authors' announcements give them
+MIXTRAL = {"8x7B": (46.7e9, 12.9e9), "8x22B": (140.6e9, 39.1e9)}
+# Switch: Fedus et al. 2021, table 9
+SWITCH = {"base": 7e9, "large": 26e9, "xxl": 395e9, "c": 1571e9}
+# Mixtures of 2017: Shazeer et al., table 7: ops a timestep and parameters without embedding and head in millions, all
+# parameters in billions
+MIXTURES = {
+    "MoE-4": (8.4, 8.4, 0.8),
+    "MoE-32": (8.4, 37.8, 0.9),
+    "MoE-256": (8.6, 272.9, 1.1),
+    "MoE-256-h": (8.4, 272.9, 1.1),
+    "MoE-1024-h": (8.5, 1079.0, 1.9),
+    "MoE-4096-h": (8.9, 4303.4, 5.1),
+    "MoE-34M": (33.8, 4313.9, 6.0),
+}
 # The Transformer: Vaswani et al. 2017, table 3
 TRANSFORMER = {"base": 65e6, "big": 213e6}
 # RWKV-4: table 2
@@ -57,7 +98,7 @@ RWKV = {"169M": 1.693e8, "430M": 4.304e8, "1.5B": 1.515e9, "3B": 2.985e9, "7B": 
 
 
 def test_gpt():
-    assert gpt.published().num_parameters() == 116_534_784  # the released model's; the paper prints no count
+    assert gpt.sized().num_parameters() == 116_534_784  # the released model's; the paper prints no count
 
 
 @pytest.mark.parametrize("name", GPT2)
@@ -83,6 +124,16 @@ def test_gpt3(name):
     assert windows == [None, 256]
 
 
+@pytest.mark.parametrize("name", BLOOM)
+def test_bloom(name):
+    assert bloom.sized(name).num_parameters() == BLOOM[name]
+
+
+@pytest.mark.parametrize("name", GPT_NEO)
+def test_gpt_neo(name):
+    assert gpt_neo.sized(name).num_parameters() == GPT_NEO[name]
+
+
 @pytest.mark.parametrize("name", PYTHIA)
 def test_pythia(name):
     config, (without_embeddings, whole) = gpt_neox.sized(name), PYTHIA[name]
@@ -100,6 +151,38 @@ def test_t5(name):
     assert t5.sized(name[0], version=name[1]).num_parameters() == T5[name]
 
 
+@pytest.mark.parametrize("name", MIXTRAL)
+def test_mixtral(name):
+    with torch.device("meta"):
+        model = mixtral.sized(name).build()
+    total, active = MIXTRAL[name]
+    assert abs(mixtral.sized(name).num_parameters() / total - 1) < 0.002
+    assert abs(active_parameters(model) / active - 1) < 0.003
+
+
+@pytest.mark.parametrize("name", SWITCH)
+def test_switch(name):
+    assert abs(switch.sized(name).num_parameters() / SWITCH[name] - 1) < (0.06 if name in ("base", "large") else 0.002)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_2017(name):
+    config, (ops, inner, total) = recurrent.mixture(name), MIXTURES[name]
+    with torch.device("meta"):
+        model = config.build()
+    outer = model.embedding.weight.numel() + model.head.weight.numel()
+    parameters = config.num_parameters()
+    assert abs((parameters - outer) / 1e6 / inner - 1) < 0.002
+    assert abs(parameters / 1e9 - total) < (0.06 if name != "MoE-34M" else 0.1)
+    # one multiplication and addition is one op: of each weight that a token passes; of a hierarchy's second level those
+    # of its two groups, which is where the count of active parameters, that knows no groups, is too high
+    router, active = model.layers.between.router, active_parameters(model) - outer
+    if hasattr(router, "primary"):
+        second = router.weight.numel() + router.noise.numel()
+        active -= second - second * router.config.k // router.config.groups
+    assert abs(active / 1e6 / ops - 1) < 0.01
+
+
 @pytest.mark.parametrize("name", TRANSFORMER)
 def test_transformer(name):
     assert abs(transformer.sized(name).num_parameters() / TRANSFORMER[name] - 1) < 0.035
@@ -111,6 +194,25 @@ def test_rwkv(name):
     assert config.num_parameters() == pytest.approx(RWKV[name], rel=4e-4)  # as many digits as the table prints
     dim, layers = config.dim, config.num_layers  # sec. 4's formula
     assert config.num_parameters() == 2 * config.vocab_size * dim + 13 * dim**2 * layers + dim * (11 * layers + 4)
+
+
+def test_kaplan_s_largest():
+    """1.5 billion without embeddings, 12 · layers · dim² (Kaplan et al. 2020, sec. 1.3 and 3), and norms and biases."""
+    model = scaling_laws.PAPER.sizes["paper"].largest.model
+    assert (model.num_layers, model.dim) == (48, 1600)
+    assert abs(model.num_parameters(embeddings=False) / (12 * 48 * 1600**2) - 1) < 1e-3
+    assert abs(model.num_parameters(embeddings=False) / 1.5e9 - 1) < 0.02
+
+
+# Hoffmann et al. 2022, table 4. Their relative positions (Dai et al. 2019) multiply a matrix of dim² a layer, which our
+# parts do not have: with it the counts are the names'
+@pytest.mark.parametrize(
+    ("name", "built", "whole"), [("Chinchilla 70B", 64.7e9, 70e9), ("Gopher 280B", 258.2e9, 280e9)]
+)
+def test_chinchilla_and_gopher(name, built, whole):
+    config = chinchilla.sized(name)
+    assert abs(config.num_parameters() / built - 1) < 0.001
+    assert abs((config.num_parameters() + config.num_layers * config.dim**2) / whole - 1) < 0.005
 
 
 def test_alibi():

@@ -10,10 +10,16 @@ from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError
 from allyouneed.data.batches import Windows
 from allyouneed.models.recurrent import RecurrentModel
+from allyouneed.nn.ffn import MLP
+from allyouneed.nn.moe import Experts, MoE
 from allyouneed.nn.norms import BatchNorm, LayerNorm, NoNorm, RMSNorm
 from allyouneed.nn.recurrent import GRU, LSTM, Recurrent
+from allyouneed.nn.routers import Hierarchical, NoisyTopK
+from allyouneed.nn.sandwich import Sandwich
+from allyouneed.objectives.balanced import balanced
 from allyouneed.objectives.next_token import next_token
 from allyouneed.train.loop import Training, train
+from allyouneed.train.optimizers import AdamW
 
 NORMS = {"layer": LayerNorm.Config(), "rms": RMSNorm.Config(), "batch": BatchNorm.Config(), "none": NoNorm.Config()}
 CELLS = {"lstm": LSTM, "gru": GRU}
@@ -208,3 +214,47 @@ def test_the_model_trains_in_the_loop_and_learns(cell: str, norm: str, tied: boo
 def test_no_layers_are_refused() -> None:
     with pytest.raises(InputError, match="num_layers=0; at least 1 is needed"):
         Recurrent.Config(cell=LSTM.Config(), num_layers=0).build(4)
+
+
+def mixture(between: Config) -> RecurrentModel:
+    torch.manual_seed(3)
+    layers = Sandwich.Config(cell=LSTM.Config(), between=between, dropout=0.2)
+    return randomised(RecurrentModel.Config(vocab_size=11, dim=8, layers=layers).build())
+
+
+BETWEEN = {
+    "network": MLP.Config(hidden_dim=12, activation="relu", bias=False),
+    "experts": MoE.Config(router=NoisyTopK.Config(k=2), experts=Experts.Config(num_experts=4, hidden_dim=12)),
+    "a hierarchy": MoE.Config(
+        router=Hierarchical.Config(groups=2), experts=Experts.Config(num_experts=4, hidden_dim=12)
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_a_sandwich_read_in_pieces_is_what_it_is_read_at_once(kind: str) -> None:
+    model, ids = mixture(BETWEEN[kind]).eval(), torch.randint(11, (3, 9))
+    states, pieces = None, []
+    for piece in ids.split([4, 1, 4], 1):
+        hidden, states = model.read(piece, states)
+        pieces.append(hidden)
+    assert (torch.cat(pieces, 1) - model.hidden(ids)).abs().max() <= 1e-6
+    layers, x = model.layers, model.embedding(ids)
+    x = x + layers.below(x)[0]
+    x = x + torch.sigmoid(layers.between(x))
+    assert (model.hidden(ids) - (x + layers.above(x)[0])).abs().max() <= 1e-6
+    packed = torch.cat((ids[0], ids[1]))[None]
+    segments = torch.tensor([[1] * 9 + [2] * 9])
+    assert (model(packed, segments).logits[0, 9:] - model(ids[1:2]).logits[0]).abs().max() <= 1e-6
+
+
+def test_a_sandwich_of_experts_learns() -> None:
+    model = RecurrentModel.Config(
+        vocab_size=8, dim=16, layers=Sandwich.Config(cell=LSTM.Config(), between=BETWEEN["experts"])
+    ).build()
+    batches = Windows(torch.arange(400) % 8, batch_size=4, length=12, seed=0)
+    training = Training(steps=60, optimizer=AdamW.Config(lr=2e-2))
+    trained = train(model, balanced(next_token, importance=0.1, load=0.1), batches, training, quiet=True)
+    assert trained.history[-1]["objective"] < 0.5 * trained.history[0]["objective"]
+    assert {"importance_loss", "load_loss", "busiest", "dropped"} <= set(trained.history[0])

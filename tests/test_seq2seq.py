@@ -35,6 +35,8 @@ VARIANTS = {
         oracles.t5,
         {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "switch, all blocks sparse": (oracles.switch, {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 3}),
+    "switch, five places at an expert": (oracles.switch, {"expert_capacity": 5}),
     "marian relu, embeddings as they are": (
         oracles.marian,
         {"activation_function": "relu", "scale_embedding": False},
@@ -100,7 +102,11 @@ def test_gradients_of_one_step(pair):
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     mapped = huggingface.to_theirs(rules, ours.config.layers, gradients)
     mapped.pop("final_logits_bias", None)  # which they do not train
-    expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    expected = {  # an expert that no token came to has no gradient there, and here zeros
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
     assert set(mapped) == set(expected)
     for name, gradient in mapped.items():
         close(gradient, expected[name])

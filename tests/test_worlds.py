@@ -12,6 +12,7 @@ from allyouneed.core.errors import InputError
 from allyouneed.data import passages
 from allyouneed.data.chronicle import Chronicle
 from allyouneed.data.kinds import NOTHING, Kinds
+from allyouneed.data.lexicon import Lexicon
 from allyouneed.data.worlds import Markov, Recall
 from allyouneed.evaluate.tasks import tasks
 
@@ -170,3 +171,29 @@ def test_tasks_that_text_sets_are_right():
     with pytest.raises(InputError, match="different examples"):
         passages.in_order([documents[0][:2]], 50, seed=0)
     assert passages.lines("ACT I\n  a line that is long enough  \n" + "x" * 100) == ("a line that is long enough",)
+
+
+def test_a_lexicon_s_text_is_as_unpredictable_as_its_entropy_says():
+    world = Lexicon.Config(letters=8, length=3, words=100, exponent=1.3, seed=1).build()
+    batch = world.batch(2000, 60, torch.Generator().manual_seed(0))
+    words = batch["targets"].unflatten(1, (-1, 3)).flatten(0, 1)
+    found, counts = words.unique(dim=0, return_counts=True)
+    assert len(found) == 100  # all different, and none but they
+    p = counts.double() / counts.sum()
+    assert abs(-(p * p.log()).sum() / 3 - world.entropy) < 0.01  # counted, against the closed form
+    assert abs(world.nll(batch["targets"]).mean() / 3 - world.entropy) < 0.01
+    assert (counts.sort(descending=True).values[:5] / counts.sum() - world.probabilities[:5]).abs().max() < 0.01
+    assert torch.equal(batch["ids"][:, 1:], batch["targets"][:, :-1])
+
+
+def test_a_lexicon_s_nll_is_that_of_the_words_drawn():
+    world = Lexicon.Config(letters=4, length=2, words=6).build()
+    text = world.spelling[torch.tensor([[0, 5], [3, 0]])].flatten(1)
+    assert torch.allclose(world.nll(text), -world.probabilities[torch.tensor([[0, 5], [3, 0]])].log())
+
+
+def test_a_lexicon_refuses_what_it_cannot_spell():
+    with pytest.raises(InputError, match="at most half of the 16 strings"):
+        Lexicon.Config(letters=4, length=2, words=9).build()
+    with pytest.raises(InputError, match="length=5; words have 2 letters"):
+        Lexicon.Config(letters=4, length=2, words=8).build().batch(1, 5, torch.Generator())

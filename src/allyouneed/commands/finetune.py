@@ -91,11 +91,10 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="The results as JSON, for programs.")] = False,
 ) -> None:
     """Fine-tune a model. Ctrl-C saves; the same command goes on from there. Runs under torchrun as it is."""
-    from allyouneed.core.files import write_json
     from allyouneed.core.seeds import seed_everything
     from allyouneed.data.batches import Epochs
     from allyouneed.data.labelled import METHODS
-    from allyouneed.models.checkpoints.loading import load_module, load_tokenizer, save
+    from allyouneed.models.checkpoints.loading import load_module, load_tokenizer
     from allyouneed.models.heads import Head
     from allyouneed.train.loop import Training, train
     from allyouneed.train.optimizers import AdamW
@@ -148,9 +147,7 @@ def finetune(
     results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
     results |= {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
     results |= {"left_out": len(bad or ())}
-    save(job.module.eval(), out / "model", job.tokenizer)
-    write_json(out / "results.json", results)
-    _show(results, out, as_json)
+    _keep(job, out, results, as_json)
 
 
 def _same_task(out: Path, fresh: bool, first: bool, task: Mapping[str, Any]) -> None:
@@ -316,6 +313,20 @@ def _parted(
     if not found or not held:
         raise InputError(f"{task.data}: {len(found)} lines to learn from and {len(held)} to judge by; each needs one")
     return found, held
+
+
+def _keep(job: Job, out: Path, results: dict[str, Any], as_json: bool) -> None:
+    """Write the model and what was found, on the first rank, which all help to put the model together."""
+    from allyouneed.core.files import write_json
+    from allyouneed.models.checkpoints.loading import save
+    from allyouneed.train.ranks import join
+    from allyouneed.train.sharding import whole
+
+    learned = whole(job.module.eval())
+    if join().rank == 0:
+        save(learned, out / "model", job.tokenizer)
+        write_json(out / "results.json", results)
+        _show(results, out, as_json)
 
 
 def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad: list[str] | None) -> None:

@@ -64,25 +64,31 @@ def run(
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting; may be repeated.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where run folders go, instead of runs/.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Do the jobs at once on a Ray cluster: its address, or local for this machine.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if a stopped run could go on.")] = False,
 ) -> None:
     """Test a paper's claim on this machine. Ctrl-C stops; the same command goes on from there."""
+    from allyouneed.core.workers import in_turn, over_ray
     from allyouneed.papers import runner
 
-    runner.run(slug, size, seeds=seeds, overrides=overrides or (), out=out, fresh=fresh)
+    workers = over_ray(ray) if ray else in_turn
+    runner.run(slug, size, seeds=seeds, overrides=overrides or (), out=out, fresh=fresh, workers=workers)
 
 
 def publish(
     slug: Annotated[str | None, typer.Argument(help="The paper whose result to publish.")] = None,
     run_dir: Annotated[Path | None, typer.Argument(help="Its run folder; else the newest laptop run.")] = None,
-    pages: Annotated[bool, typer.Option("--pages", help="Only rewrite the pages under docs/papers/.")] = False,
+    pages: Annotated[bool, typer.Option("--pages", help="Only rewrite docs/papers/ and docs/architecture.md.")] = False,
 ) -> None:
     """Copy a laptop run to results/ and rewrite the papers' pages."""
+    from allyouneed.papers import architecture_page
     from allyouneed.papers import publish as publishing
 
     if pages == (slug is not None):
         raise InputError("publish: give either a paper's name or --pages")
-    written = publishing.publish(slug, run_dir) if slug else publishing.write_pages()
+    written = publishing.publish(slug, run_dir) if slug else [*publishing.write_pages(), *architecture_page.write()]
     for path in written:
         print(path)
 

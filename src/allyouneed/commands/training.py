@@ -56,6 +56,7 @@ def train(
     from allyouneed.train.optimizers import AdamW
     from allyouneed.train.ranks import join
     from allyouneed.train.schedules import Cosine
+    from allyouneed.train.sharding import whole
 
     text = corpus(data, seed=seed)
     seed_everything(seed)
@@ -79,7 +80,8 @@ def train(
         evaluate_every=evaluate_every,
     ).override(*(settings or ()))
     batches = Epochs(range(len(rows["ids"])), batch_size=batch, collate=lambda chosen: take(rows, chosen), seed=seed)
-    _announce(module, tokenizer, len(rows["ids"]), length, training.steps * batch * length)
+    if join().rank == 0:
+        _announce(module, tokenizer, len(rows["ids"]), length, training.steps * batch * length)
     callbacks = [_tracker(tracker, out)] if tracker else []
     run(
         module.train(),
@@ -91,8 +93,9 @@ def train(
         callbacks=callbacks,
         resume=not fresh,
     )
+    trained = whole(module.eval())
     if join().rank == 0:
-        save(module.eval(), out / "model", tokenizer)
+        save(trained, out / "model", tokenizer)
         print(f"{out / 'model'}: try it with: allyouneed generate {out / 'model'} 'Once'")
 
 

@@ -14,6 +14,12 @@ class InputError(ValueError):
     """
 
 
+class RankLostError(RuntimeError):
+    """Another process of a run is gone, and with it the run: nobody's mistake, and one line. `torchrun --max-restarts`
+    starts all of them anew.
+    """
+
+
 @contextmanager
 def about(source: object) -> Iterator[None]:
     """Errors raised inside name `source`, where they do not yet.

@@ -179,6 +179,13 @@ def nll_by_position(module: Model, windows: Tensor, *, batch: int = 4) -> Tensor
 
 
 @torch.inference_mode()
+def batch_nll(module: Model, ids: Tensor, targets: Tensor, *, batch: int = 64) -> float:
+    """The mean loss of `targets`, nats a token, each predicted from the `ids` up to its place: both (N, T)."""
+    parts = zip(ids.split(batch), targets.split(batch), strict=True)
+    return sum(token_nll(module(some).logits, wanted).double().sum().item() for some, wanted in parts) / targets.numel()
+
+
+@torch.inference_mode()
 def unigram_nll(tokens: Tensor, held_out: Tensor, *, vocab_size: int) -> float:
     """The loss of one who knows how frequent each token is and nothing else, in nats per token of `held_out`.
 

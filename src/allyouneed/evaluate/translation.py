@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from allyouneed.core.errors import InputError
@@ -41,15 +40,6 @@ def bleu_of_ids(found: Sequence[Sequence[int]], references: Sequence[Sequence[in
     """
     said, right = ([" ".join(map(str, ids)) for ids in texts] for texts in (found, references))
     return bleu(said, right, tokenize="none")
-
-
-def exact(found: Sequence[Sequence[object]], references: Sequence[Sequence[object]]) -> float:
-    """The share of translations that are the reference to the word, or the letter.
-
-    >>> exact([[3, 4], [5]], [(3, 4), (6,)])
-    0.5
-    """
-    return statistics.fmean(list(one) == list(right) for one, right in zip(found, references, strict=True))
 
 
 def agreement(world: Languages, found: Sequence[Sequence[int]], pairs: Sequence[Pair]) -> dict[str, list[int]]:

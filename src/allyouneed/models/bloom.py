@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from allyouneed.core.errors import unknown
 from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.family import Family, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
@@ -11,6 +12,16 @@ from allyouneed.models.checkpoints.names import Rule, both, by_head, same
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.norms import LayerNorm
 from allyouneed.nn.positions import Alibi
+
+# layers, heads, dim (table 3)
+SIZES = {
+    "560M": (24, 16, 1024),
+    "1.1B": (24, 16, 1536),
+    "1.7B": (24, 16, 2048),
+    "3B": (30, 32, 2560),
+    "7.1B": (30, 32, 4096),
+    "176B": (70, 112, 14336),
+}
 
 
 def architecture(
@@ -36,6 +47,14 @@ def architecture(
         dropout=dropout,
     )
     return config.replace(positions=Alibi.Config(), embedding_norm=LayerNorm.Config(eps=eps), dropout=0.0)
+
+
+def sized(name: str = "176B") -> Decoder.Config:
+    """One of the six published sizes."""
+    if name not in SIZES:
+        raise unknown("size of Bloom", name, SIZES)
+    num_layers, num_heads, dim = SIZES[name]
+    return architecture(dim=dim, num_layers=num_layers, num_heads=num_heads)
 
 
 def _read(fields: Fields) -> Decoder.Config:

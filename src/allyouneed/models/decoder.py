@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from allyouneed.models.stack import Stack
 from allyouneed.nn.caches import Cache
+from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.sight import last, whole_rows, within_segments
 
 
@@ -78,6 +79,10 @@ class Decoder(Stack):
         if segments is None:
             cache.advance(ids.shape[1] if counts is None else counts)
         return hidden
+
+    def flops(self, reading: Reading) -> int:
+        """Of the blocks and the head."""
+        return super().flops(reading) + product(self.head, reading.tokens)
 
     def summary(self, hidden: Tensor, segments: Tensor) -> Tensor:
         """One vector of each row, that of its last token, the only one that has seen all: (B, T, dim) -> (B, dim)."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from allyouneed.models.stack import Stack
 from allyouneed.nn.ffn import ACTIVATIONS
+from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.sight import last, whole_rows, within_segments
 
 
@@ -117,6 +118,12 @@ class MaskedModel(Encoder):
         """Token ids (B, T) -> logits of tokens and pairs."""
         hidden = self.hidden(ids, segments, types)
         return MaskedOutput(self.tell(hidden), self.pairs(self.pool(hidden)))
+
+    def flops(self, reading: Reading) -> int:
+        """Of the blocks, the head at every place, and what is made of each row's first token."""
+        assert self.pooler is not None
+        told = product(self.transform, reading.tokens) + 2 * self.embedding.weight.numel() * reading.tokens
+        return super().flops(reading) + told + product(self.pooler, reading.rows) + product(self.pairs, reading.rows)
 
     def tell(self, hidden: Tensor) -> Tensor:
         """The logits of the tokens at some places, the head being the transposed embedding: (…, dim) -> (…, V)."""

@@ -5,7 +5,7 @@ Shapes: B rows, M tokens of source, T tokens of target, V = vocab_size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from allyouneed import core
 from allyouneed.models.decoder import Output
 from allyouneed.models.stack import Stack
 from allyouneed.nn.caches import Cache
+from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.sight import Memory, whole_rows, within_segments
 
 
@@ -94,14 +95,17 @@ class EncoderDecoder(core.Configured, nn.Module):
         if segments is None:
             return Memory(self.encoder.read(source, whole_rows(self.encoder.positions, source, causal=False)))
         states = self.encoder.read(source, within_segments(self.encoder.positions, segments, causal=False))
-        padding = (segments == 0)[:, None, None, :]
-        mask = torch.zeros((), device=states.device).masked_fill(padding, float("-inf"))
-        return Memory(states, mask)
+        return Memory(states, segments)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """(…, dim) -> logits (…, V)."""
         logits: Tensor = self.head(self.config.head_scale * hidden)
         return logits
+
+    def flops(self, source: Reading, target: Reading) -> int:
+        """FLOPs of the matrix products of one forward pass; the target's memory is the source."""
+        written = replace(target, memory=source)
+        return self.encoder.flops(source) + self.decoder.flops(written) + product(self.head, target.tokens)
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from allyouneed.nn.block import PostNorm
 from allyouneed.nn.norms import NoNorm
 
 # transformers' names of activations in this family, where "gelu" is its approximation
+SIZES = {"117M": (12, 12, 768)}
 ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
@@ -44,9 +45,10 @@ def architecture(
     return config.replace(blocks=(block,), norm=NoNorm.Config())
 
 
-def published() -> Decoder.Config:
-    """Twelve layers of twelve heads, 768 wide, 117 M parameters (sec. 4.1)."""
-    return architecture(dim=768, num_layers=12, num_heads=12, dropout=0.1)
+def sized(name: str = "117M") -> Decoder.Config:
+    """The one published size (sec. 4.1)."""
+    num_layers, num_heads, dim = SIZES[name]
+    return architecture(dim=dim, num_layers=num_layers, num_heads=num_heads, dropout=0.1)
 
 
 def _read(fields: Fields) -> Decoder.Config:

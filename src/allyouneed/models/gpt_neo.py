@@ -1,15 +1,19 @@
-"""GPT-Neo, and with it GPT-3 (Brown et al. 2020, sec. 2.1): GPT-2 with dense and locally banded attention in turn."""
+"""GPT-Neo (Black et al. 2021): GPT-2 with dense and locally banded attention in turn, as GPT-3 has it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from allyouneed import core
+from allyouneed.core.errors import unknown
 from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.checkpoints.names import Rule, both, same
 from allyouneed.models.decoder import Decoder
+
+# layers, heads, dim of the released checkpoints
+SIZES = {"125M": (12, 12, 768), "1.3B": (24, 16, 2048), "2.7B": (32, 20, 2560)}
 
 
 def architecture(*, window: int = 256, scale: float | None = None, **sizes: Any) -> Decoder.Config:
@@ -21,11 +25,20 @@ def architecture(*, window: int = 256, scale: float | None = None, **sizes: Any)
     return config.replace(blocks=(dense, banded))
 
 
+def sized(name: str = "125M") -> Decoder.Config:
+    """One of the three released sizes."""
+    if name not in SIZES:
+        raise unknown("size of GPT-Neo", name, SIZES)
+    num_layers, num_heads, dim = SIZES[name]
+    # the authors left out the division by √head_dim; the weights absorb it
+    return _without_bias(architecture(context=2048, dim=dim, num_layers=num_layers, num_heads=num_heads, scale=1.0))
+
+
 def _read(fields: Fields) -> Decoder.Config:
     dim, num_layers = fields.integer("hidden_size"), fields.integer("num_layers")
     config = architecture(
         window=fields.integer("window_size", 256),
-        scale=1.0,  # the authors left out the division by √head_dim; the weights absorb it
+        scale=1.0,
         vocab_size=fields.integer("vocab_size"),
         context=fields.integer("max_position_embeddings", 2048),
         dim=dim,
@@ -42,9 +55,13 @@ def _read(fields: Fields) -> Decoder.Config:
         attention=fields.number("attention_dropout", 0.0, most=1.0),
         embeddings=fields.number("embed_dropout", 0.0, most=1.0),
     )
-    dense, banded = (block.replace(mixer=block.mixer.replace(bias=False)) for block in config.blocks)
     fields.expect("attention_types", [[["global", "local"], num_layers // 2]])
-    return config.replace(blocks=(dense, banded))
+    return _without_bias(config)
+
+
+def _without_bias(config: Decoder.Config) -> Decoder.Config:
+    """None on queries, keys and values, unlike GPT-2."""
+    return config.replace(blocks=tuple(b.replace(mixer=b.mixer.replace(bias=False)) for b in config.blocks))
 
 
 def _write(config: Decoder.Config) -> dict[str, Any]:

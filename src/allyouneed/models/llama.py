@@ -89,20 +89,22 @@ def _read(fields: Fields) -> Decoder.Config:
         head_dim=fields.integer("head_dim", dim // num_heads or 1),
         hidden_dim=fields.integer("intermediate_size"),
         activation=ACTIVATIONS[fields.choice("hidden_act", ACTIVATIONS, "silu")],
-        base=_rope_base(fields),
+        base=rope_base(fields),
         eps=fields.number("rms_norm_eps", 1e-6),
         bias=fields.boolean("attention_bias", False),
         tied=fields.boolean("tie_word_embeddings", False),
     )
 
 
-def _rope_base(fields: Fields) -> float:
-    """transformers 5 writes `rope_parameters`; before, `rope_theta` stood alone with an optional `rope_scaling`."""
+def rope_base(fields: Fields, default: float = 10000.0) -> float:
+    """The base of rotary positions. transformers 5 writes `rope_parameters`; before, `rope_theta` stood alone with an
+    optional `rope_scaling`.
+    """
     fields.expect("rope_scaling", None)
     rope = Fields(fields.values.get("rope_parameters") or {}, f"{fields.source}: rope_parameters")
     rope.expect("rope_type", "default")
     rope.expect("partial_rotary_factor", 1.0)
-    return rope.number("rope_theta", fields.number("rope_theta", 10000.0, least=1.0), least=1.0)
+    return rope.number("rope_theta", fields.number("rope_theta", default, least=1.0), least=1.0)
 
 
 def _only_if_unusual(head_dim: int, dim: int, num_heads: int) -> int | None:
@@ -131,6 +133,17 @@ def _write(config: Decoder.Config) -> dict[str, Any]:
 
 
 def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
+    theirs = "model.layers.{i}.mlp"
+    return (
+        *frame_rules(config),
+        same("blocks.{i}.channel.gate.weight", f"{theirs}.gate_proj.weight"),
+        same("blocks.{i}.channel.up.weight", f"{theirs}.up_proj.weight"),
+        same("blocks.{i}.channel.out.weight", f"{theirs}.down_proj.weight"),
+    )
+
+
+def frame_rules(config: Decoder.Config) -> tuple[Rule, ...]:
+    """The names of all but the channel parts."""
     theirs, mixer = "model.layers.{i}", one_kind_of_block(config).mixer
     attention = [
         same(f"blocks.{{i}}.mixer.{ours}.{kind}", f"{theirs}.self_attn.{name}.{kind}")
@@ -142,9 +155,6 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
         same("blocks.{i}.mixer_norm.weight", f"{theirs}.input_layernorm.weight"),
         *attention,
         same("blocks.{i}.channel_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        same("blocks.{i}.channel.gate.weight", f"{theirs}.mlp.gate_proj.weight"),
-        same("blocks.{i}.channel.up.weight", f"{theirs}.mlp.up_proj.weight"),
-        same("blocks.{i}.channel.out.weight", f"{theirs}.mlp.down_proj.weight"),
         same("norm.weight", "model.norm.weight"),
         same("head.weight", "lm_head.weight", optional=config.tied),
     )

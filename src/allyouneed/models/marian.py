@@ -1,5 +1,5 @@
-"""The shape in which Marian's translators keep the Transformer of 2017 (Junczys-Dowmunt et al. 2018): norms after each
-branch and none at the end, sinusoidal positions, one embedding for source, target and head.
+"""Marian (Junczys-Dowmunt et al. 2018): the Transformer of 2017 as its translators keep it – norms after each branch
+and none at the end, sinusoidal positions, one embedding for source, target and head.
 """
 
 from __future__ import annotations

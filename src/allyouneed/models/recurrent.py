@@ -1,4 +1,4 @@
-"""A language model of recurrent cells: embedding, layers, head.
+"""The recurrent language model (Mikolov et al. 2010): embedding, layers of cells, head.
 
 Shapes: B rows, T tokens, V = vocab_size.
 """
@@ -12,14 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.core.errors import unknown
 from allyouneed.models.decoder import Output
 from allyouneed.nn import recurrent
 from allyouneed.nn.caches import Cache, RecurrentState, Rows
+from allyouneed.nn.moe import Experts, MoE
+from allyouneed.nn.routers import Hierarchical, NoisyTopK
+from allyouneed.nn.sandwich import Sandwich
 from allyouneed.nn.sight import last
+
+# experts, groups of a hierarchical router (None: one level), dim, hidden dim, dropout (table 7, app. C.1 and C.2)
+MIXTURES = {
+    "MoE-4": (4, None, 512, 1024, 0.1),
+    "MoE-32": (32, None, 512, 1024, 0.1),
+    "MoE-256": (256, None, 512, 1024, 0.1),
+    "MoE-256-h": (256, 16, 512, 1024, 0.1),
+    "MoE-1024-h": (1024, 16, 512, 1024, 0.2),
+    "MoE-4096-h": (4096, 16, 512, 1024, 0.2),
+    "MoE-34M": (1024, 16, 1024, 2048, 0.3),
+}
 
 
 class RecurrentModel(core.Configured, nn.Module):
-    """A causal language model that remembers what came before in its cells' states (Mikolov et al. 2010).
+    """A causal language model that remembers what came before in its cells' states.
 
     >>> from allyouneed.nn.recurrent import LSTM, Recurrent
     >>> config = RecurrentModel.Config(vocab_size=11, dim=8, layers=Recurrent.Config(cell=LSTM.Config()))
@@ -33,7 +48,7 @@ class RecurrentModel(core.Configured, nn.Module):
 
         vocab_size: int
         dim: int
-        layers: recurrent.Recurrent.Config
+        layers: recurrent.Recurrent.Config | Sandwich.Config
         tied: bool = False
 
         def num_parameters(self) -> int:
@@ -118,3 +133,21 @@ class RecurrentModel(core.Configured, nn.Module):
         hidden: Tensor
         hidden, after = self.layers(self.embedding(ids), states, begins, counts)
         return hidden, after
+
+
+EXAMPLE = RecurrentModel.Config(
+    vocab_size=53, dim=24, layers=recurrent.Recurrent.Config(cell=recurrent.LSTM.Config(), num_layers=2)
+)
+
+
+def mixture(name: str = "MoE-256") -> RecurrentModel.Config:
+    """One of the language models of Shazeer et al. 2017, of 793,471 words: LSTM, mixture of experts, LSTM. Each token
+    passes four experts. MoE-143M is not among them: its cells have projections (Sak et al. 2014), which ours have not.
+    """
+    if name not in MIXTURES:
+        raise unknown("mixture of experts of 2017", name, MIXTURES)
+    num_experts, groups, dim, hidden_dim, dropout = MIXTURES[name]
+    router = NoisyTopK.Config(k=4) if groups is None else Hierarchical.Config(k=2, groups=groups)
+    between = MoE.Config(router=router, experts=Experts.Config(num_experts=num_experts, hidden_dim=hidden_dim))
+    layers = Sandwich.Config(cell=recurrent.LSTM.Config(), between=between, dropout=dropout)
+    return RecurrentModel.Config(vocab_size=793_471, dim=dim, layers=layers)

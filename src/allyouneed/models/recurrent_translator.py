@@ -1,7 +1,7 @@
 """The translator before the Transformer: an LSTM reads both ways, another writes and looks back by additive attention.
 
-Bahdanau et al. 2015 (arXiv:1409.0473), with LSTMs in place of its gated units. It is called and asked as
-`EncoderDecoder` is. Shapes: B rows, M source tokens, T target tokens, V = vocab_size, H = hidden_dim.
+It is the model of Bahdanau et al. 2015 (arXiv:1409.0473) with LSTMs in place of its gated units, and is called and
+asked as `EncoderDecoder` is. Shapes: B rows, M source tokens, T target tokens, V = vocab_size, H = hidden_dim.
 """
 
 from __future__ import annotations
@@ -127,3 +127,6 @@ class Answering:
         assert cache is not None and segments is None
         assert counts is None or bool((counts == ids.shape[1]).all()), "targets begin alike"
         return self.model.write(ids, cache)
+
+
+EXAMPLE = RecurrentTranslator.Config(vocab_size=53, context=48, dim=20, hidden_dim=24)

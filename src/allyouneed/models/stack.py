@@ -6,18 +6,23 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
-from allyouneed.nn.block import AnyBlock
+from allyouneed.nn.block import AnyBlock, Block
 from allyouneed.nn.caches import Cache, Rows
+from allyouneed.nn.flops import Reading
 from allyouneed.nn.initialise import Initialise, Normal
+from allyouneed.nn.kernels import AnyKernel
 from allyouneed.nn.norms import LayerNorm, NoNorm, Norm
 from allyouneed.nn.positions import AnyPositions, Learned, Rotary
 from allyouneed.nn.sight import Memory, Sight
+
+VOCABULARY = ("embedding.", "positions.", "types.", "head.")  # where names of such tensors begin, in all stacks
 
 
 class Stack(core.Configured, nn.Module):
@@ -40,10 +45,24 @@ class Stack(core.Configured, nn.Module):
         norm_dropout: float = 0.0  # of what the last norm gives (Raffel et al. 2020, sec. 2.1)
         initialise: Initialise = field(default_factory=Normal)
 
-        def num_parameters(self) -> int:
-            """Counted on the meta device, so that any size can be asked for."""
+        def num_parameters(self, *, embeddings: bool = True) -> int:
+            """Counted on the meta device, so that any size can be asked for.
+
+            Without `embeddings`, those of vocabulary and positions, the head being one: N of Kaplan et al. 2020
+            (sec. 1.3), of which alone their law of size is regular (fig. 6).
+            """
             with torch.device("meta"):
-                return sum(p.numel() for p in self.build().parameters())
+                named = self.build().named_parameters()
+            return sum(p.numel() for name, p in named if embeddings or not name.startswith(VOCABULARY))
+
+        def flops(self, rows: int, length: int) -> int:
+            """Of one forward pass over so many rows; training takes `nn.flops.TRAINING` times as many."""
+            with torch.device("meta"):
+                return int(self.build().flops(Reading.of(rows=rows, length=length)))
+
+        def with_kernel(self, kernel: AnyKernel) -> Self:
+            """The same model, attention computed another way; its weights are the same."""
+            return self.replace(blocks=tuple(block.with_kernel(kernel) for block in self.blocks))
 
         @property
         def layers(self) -> dict[str, int]:
@@ -83,6 +102,10 @@ class Stack(core.Configured, nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, sight, None if cache is None else cache.layers[i])
         return F.dropout(self.norm(x), self.config.norm_dropout, self.training)
+
+    def flops(self, reading: Reading) -> int:
+        """FLOPs of the matrix products of one forward pass."""
+        return sum(cast("Block", block).flops(reading) for block in self.blocks)
 
     @property
     def device(self) -> torch.device:

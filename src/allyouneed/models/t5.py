@@ -119,6 +119,11 @@ def sized(name: str = "base", *, version: str = "1.0") -> EncoderDecoder.Config:
     return architecture(**size, activation="gelu_tanh", gated=True, tied=False, scaled=False)
 
 
+def published() -> dict[str, EncoderDecoder.Config]:
+    """Every size of both versions."""
+    return {f"{version} {name}": sized(name, version=version) for version in ("1.0", "1.1") for name in SIZES}
+
+
 # what `feed_forward_proj` may be: our activation, and whether it gates; transformers takes gated-gelu for the tanh form
 _CHANNELS = {name: (ours, False) for name, ours in ACTIVATIONS.items()} | {
     f"gated-{name}": ("gelu_tanh" if name == "gelu" else ours, True) for name, ours in ACTIVATIONS.items()
@@ -184,16 +189,26 @@ def _write(config: EncoderDecoder.Config) -> dict[str, Any]:
 
 def _rules(config: EncoderDecoder.Config) -> tuple[Rule, ...]:
     return (
+        *shared_rules(config),
+        *frame_rules("encoder", "i"),
+        *_channel_rules("encoder", "i", config.encoder),
+        *frame_rules("decoder", "j"),
+        *_channel_rules("decoder", "j", config.decoder),
+    )
+
+
+def shared_rules(config: EncoderDecoder.Config) -> tuple[Rule, ...]:
+    """The names of embedding and head."""
+    return (
         same("encoder.embedding.weight", "shared.weight"),
         again("encoder.embedding.weight", "encoder.embed_tokens.weight"),
         again("encoder.embedding.weight", "decoder.embed_tokens.weight"),
-        *_stack_rules("encoder", "i", config.encoder),
-        *_stack_rules("decoder", "j", config.decoder),
         same("head.weight", "lm_head.weight", optional=config.tied),
     )
 
 
-def _stack_rules(stack: str, sign: str, config: Stack.Config) -> list[Rule]:
+def frame_rules(stack: str, sign: str) -> list[Rule]:
+    """The names of all in a stack but its channel parts."""
     ours, theirs = f"{stack}.blocks.{{{sign}}}", f"{stack}.block.{{{sign}}}.layer"
     branches = [("mixer", "SelfAttention")] + [("cross", "EncDecAttention")] * (stack == "decoder")
     found = []
@@ -203,10 +218,6 @@ def _stack_rules(stack: str, sign: str, config: Stack.Config) -> list[Rule]:
             for part, letter in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))
         ]
         found.append(same(f"{ours}.{name}_norm.weight", f"{theirs}.{place}.layer_norm.weight"))
-    channel = f"{theirs}.{len(branches)}.DenseReluDense"
-    gated = isinstance(config.blocks[0].channel, GatedMLP.Config)
-    names = {"gate": "wi_0", "up": "wi_1", "out": "wo"} if gated else {"up": "wi", "out": "wo"}
-    found += [same(f"{ours}.channel.{part}.weight", f"{channel}.{name}.weight") for part, name in names.items()]
     return [
         *found,
         same(f"{ours}.channel_norm.weight", f"{theirs}.{len(branches)}.layer_norm.weight"),
@@ -216,6 +227,13 @@ def _stack_rules(stack: str, sign: str, config: Stack.Config) -> list[Rule]:
             f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         ),
     ]
+
+
+def _channel_rules(stack: str, sign: str, config: Stack.Config) -> list[Rule]:
+    ours, theirs = f"{stack}.blocks.{{{sign}}}.channel", f"{stack}.block.{{{sign}}}.layer.{1 + (stack == 'decoder')}"
+    gated = isinstance(config.blocks[0].channel, GatedMLP.Config)
+    names = {"gate": "wi_0", "up": "wi_1", "out": "wo"} if gated else {"up": "wi", "out": "wo"}
+    return [same(f"{ours}.{part}.weight", f"{theirs}.DenseReluDense.{name}.weight") for part, name in names.items()]
 
 
 EXAMPLE = architecture(

@@ -1,21 +1,25 @@
 """Attention over the row itself and over a memory.
 
-Positions and masks come from `Sight`, remembered tokens from a cache; neither is chosen here.
+Positions and who sees whom come from `Sight`, remembered tokens from a cache, and what is computed of queries, keys and
+values is a kernel's; none of them is chosen here.
 
 Shapes: B rows, T queries, S keys, M tokens of memory, H heads, D = head_dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.nn.caches import KeyValues, Rows
+from allyouneed.nn.flops import Reading, product
+from allyouneed.nn.kernels import AnyKernel, Sdpa, attention_weights
 from allyouneed.nn.sight import Sight
+from allyouneed.nn.view import View
 
 
 class Attention(core.Configured, nn.Module):
@@ -33,6 +37,8 @@ class Attention(core.Configured, nn.Module):
     torch.Size([1, 3, 8])
     """
 
+    by_columns, by_rows = ("q", "k", "v"), ("out",)  # how tensor ranks share it: whole heads each (`train.mesh`)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
         """`head_dim` None: dim / num_heads. `scale` None: 1/√head_dim."""
@@ -45,6 +51,7 @@ class Attention(core.Configured, nn.Module):
         window: int | None = None  # a token sees itself and window - 1 before it; None: all before it
         scale: float | None = None
         dropout: float = 0.0  # of the attention weights
+        kernel: AnyKernel = field(default_factory=Sdpa)
 
         def head_dim_of(self, dim: int) -> int:
             """The size of a head in a model `dim` wide."""
@@ -62,7 +69,7 @@ class Attention(core.Configured, nn.Module):
         if self.num_heads % self.num_kv_heads:
             raise core.InputError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
         self.head_dim = config.head_dim_of(dim)
-        self.window, self.scale, self.dropout = config.window, config.scale, config.dropout
+        self.window, self.scale, self.dropout, self.kernel = config.window, config.scale, config.dropout, config.kernel
         self.q = nn.Linear(dim, self.num_heads * self.head_dim, bias=config.bias)
         self.k = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=config.bias)
         self.v = nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=config.bias)
@@ -74,40 +81,29 @@ class Attention(core.Configured, nn.Module):
         q, k = sight.turn(q), sight.turn(k)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self._attend(q, k, v, sight.mask(self.window), causal=sight.causal)
+        return self._attend(q, k, v, sight.view(self.window))
 
     def new_cache(self, rows: Rows, capacity: int, dtype: torch.dtype) -> KeyValues:
         """Room for the keys and values of up to `capacity` tokens in each of `rows`."""
         shape = (len(rows.lengths), self.num_kv_heads, capacity, self.head_dim)
         return KeyValues(rows, torch.zeros(shape, dtype=dtype, device=rows.lengths.device))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
-        if mask is not None and mask.requires_grad and mask.device.type == "cpu":
-            # a learned bias: no fused kernel has its gradient here, and what PyTorch falls back on costs more than this
-            weights = self._weights(q, self._for_all_heads(k), mask)
-            attended = F.dropout(weights, self.dropout, self.training) @ self._for_all_heads(v)
-        else:
-            attended = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=None if mask is None else mask.to(q.dtype),
-                is_causal=causal and mask is None and q.shape[2] > 1,
-                dropout_p=self.dropout if self.training else 0.0,
-                scale=self.scale,
-                enable_gqa=self.num_kv_heads < self.num_heads,
-            )
+    def flops(self, reading: Reading) -> int:
+        """Of queries, keys, values and what is made of them; scores and their sums, hidden ones too."""
+        layers = sum(product(layer, reading.tokens) for layer in (self.q, self.k, self.v, self.out))
+        return layers + self._scoring(reading.tokens, reading.keys)
+
+    def _scoring(self, tokens: int, keys: int) -> int:
+        """QKᵀ and the weights times V."""
+        return 2 * 2 * tokens * keys * self.num_heads * self.head_dim
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+        attended = self.kernel(q, k, v, view, scale=self.scale, dropout=self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
 
-    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(QKᵀ·scale + mask): (B, H, T, D), (B, H, S, D) -> (B, H, T, S)."""
-        scores = (self.scale or self.head_dim**-0.5) * q @ k.transpose(-1, -2)
-        return (scores if mask is None else scores + mask.to(q.dtype)).softmax(-1)
-
-    def _for_all_heads(self, x: Tensor) -> Tensor:
-        """Keys or values, each repeated for the heads that share it."""
-        shared = self.num_heads // self.num_kv_heads
-        return x.repeat_interleave(shared, 1) if shared > 1 else x
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads·D) -> (B, heads, T, D)."""
@@ -132,7 +128,15 @@ class CrossAttention(Attention):
 
     def weights(self, x: Tensor, memory: Tensor) -> Tensor:
         """How much each query of x (B, T, dim) looks at each token of a memory (B, M, dim): (B, H, T, M)."""
-        return self._weights(self._heads(self.q(x)), self._for_all_heads(self._heads(self.k(memory))))
+        return attention_weights(self._heads(self.q(x)), self._heads(self.k(memory)), scale=self.scale)
+
+    def flops(self, reading: Reading) -> int:
+        """Queries of the row, keys and values of the memory."""
+        memory = reading.memory
+        assert memory is not None, "cross attention without a memory"
+        own = sum(product(layer, reading.tokens) for layer in (self.q, self.out))
+        theirs = sum(product(layer, memory.tokens) for layer in (self.k, self.v))
+        return own + theirs + self._scoring(reading.tokens, memory.keys)
 
     def forward(self, x: Tensor, sight: Sight, cache: KeyValues | None = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim), reading `sight.memory`, whose keys and values a cache computes once."""
@@ -143,4 +147,4 @@ class CrossAttention(Attention):
             return self._heads(self.k(memory.states)), self._heads(self.v(memory.states))
 
         k, v = project() if cache is None else cache.recall(project)
-        return self._attend(self._heads(self.q(x)), k, v, memory.mask, causal=False)
+        return self._attend(self._heads(self.q(x)), k, v, memory.view)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from allyouneed import core
 from allyouneed.nn.attention import Attention, CrossAttention
 from allyouneed.nn.caches import KeyValues, Rows
 from allyouneed.nn.ffn import MLP, GatedMLP
+from allyouneed.nn.flops import Reading
+from allyouneed.nn.kernels import AnyKernel
+from allyouneed.nn.moe import MoE
 from allyouneed.nn.norms import LayerNorm, Norm
 from allyouneed.nn.rwkv import RWKVBlock
 from allyouneed.nn.sight import Sight
@@ -46,10 +50,14 @@ class Block(core.Configured, nn.Module):
         """The parts; `dropout` is applied to each branch's output."""
 
         mixer: Attention.Config
-        channel: MLP.Config | GatedMLP.Config
+        channel: MLP.Config | GatedMLP.Config | MoE.Config
         norm: Norm = field(default_factory=LayerNorm.Config)
         placement: PreNorm | PostNorm = field(default_factory=PreNorm)
         dropout: float = 0.0
+
+        def with_kernel(self, kernel: AnyKernel) -> Self:
+            """The same block, attention computed another way."""
+            return self.replace(mixer=self.mixer.replace(kernel=kernel))
 
         def heads(self, dim: int) -> tuple[int, int]:
             """Number and size of the mixer's heads in a model `dim` wide."""
@@ -70,6 +78,10 @@ class Block(core.Configured, nn.Module):
         """Room for what it keeps of up to `capacity` tokens in each of `rows`."""
         cache: KeyValues = self.mixer.new_cache(rows, capacity, dtype)
         return cache
+
+    def flops(self, reading: Reading) -> int:
+        """Of its mixers."""
+        return self.mixer.flops(reading) + self.channel.flops(reading)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -101,6 +113,10 @@ class CrossBlock(Block):
 
         cross: CrossAttention.Config
 
+        def with_kernel(self, kernel: AnyKernel) -> Self:
+            """The same block, both kinds of attention computed another way."""
+            return super().with_kernel(kernel).replace(cross=self.cross.replace(kernel=kernel))
+
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__(config, dim)
         self.cross_norm, self.cross = config.norm.build(dim), config.cross.build(dim)
@@ -110,6 +126,10 @@ class CrossBlock(Block):
         x = self.placement(x, self.mixer_norm, lambda h: self._drop(self.mixer(h, sight, cache)))
         x = self.placement(x, self.cross_norm, lambda h: self._drop(self.cross(h, sight, cache)))
         return self.placement(x, self.channel_norm, lambda h: self._drop(self.channel(h)))
+
+    def flops(self, reading: Reading) -> int:
+        """Of its mixers and the reader of the memory."""
+        return super().flops(reading) + self.cross.flops(reading)
 
 
 AnyBlock = Block.Config | ParallelBlock.Config | CrossBlock.Config | RWKVBlock.Config

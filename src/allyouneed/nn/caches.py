@@ -197,7 +197,7 @@ class Cache:
         queries = self.lengths[:, None] + torch.arange(length, device=self.lengths.device)
         keys = torch.arange(total, device=self.lengths.device).expand(len(self.lengths), -1)
         plain = self.rows.uniform is not None and (length == 1 or self.rows.uniform == 0)
-        return Sight(part, queries, keys, plain=plain, memory=self.memory)
+        return Sight(part, queries, keys, queries, plain=plain, memory=self.memory)
 
     def advance(self, counts: Tensor | int) -> None:
         """Keep `counts` (B) of the tokens just read, those that `sight` was told of; one number where it is all."""

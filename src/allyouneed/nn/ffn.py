@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.core.errors import unknown
+from allyouneed.nn.flops import Reading, product
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,  # Vaswani et al. 2017
@@ -28,6 +29,8 @@ class MLP(core.Configured, nn.Module):
     torch.Size([2, 3, 8])
     """
 
+    by_columns, by_rows = ("up",), ("out",)  # how tensor ranks share it (`train.mesh`)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
         """`activation` is one of `ACTIVATIONS`."""
@@ -39,13 +42,21 @@ class MLP(core.Configured, nn.Module):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.activation, self.dropout = _activation(config.activation), config.dropout
+        self.activation, self.dropout = activation_of(config.activation), config.dropout
         self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) -> (…, dim)."""
         return self.out(F.dropout(self.activation(self.up(x)), self.dropout, self.training))
+
+    def flops(self, reading: Reading) -> int:
+        """Of both layers."""
+        return sum(product(layer, reading.tokens) for layer in (self.up, self.out))
+
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"hidden_dim": self.out.in_features}
 
 
 class GatedMLP(core.Configured, nn.Module):
@@ -55,6 +66,8 @@ class GatedMLP(core.Configured, nn.Module):
     >>> GatedMLP.Config(hidden_dim=32).build(8)(torch.randn(2, 3, 8)).shape
     torch.Size([2, 3, 8])
     """
+
+    by_columns, by_rows = ("gate", "up"), ("out",)  # how tensor ranks share it (`train.mesh`)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
@@ -67,7 +80,7 @@ class GatedMLP(core.Configured, nn.Module):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
-        self.activation, self.dropout = _activation(config.activation), config.dropout
+        self.activation, self.dropout = activation_of(config.activation), config.dropout
         self.gate = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.up = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.out = nn.Linear(config.hidden_dim, dim, bias=config.bias)
@@ -77,8 +90,17 @@ class GatedMLP(core.Configured, nn.Module):
         hidden = self.activation(self.gate(x)) * self.up(x)
         return self.out(F.dropout(hidden, self.dropout, self.training))
 
+    def flops(self, reading: Reading) -> int:
+        """Of the three layers."""
+        return sum(product(layer, reading.tokens) for layer in (self.gate, self.up, self.out))
 
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"hidden_dim": self.out.in_features}
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """One of `ACTIVATIONS`, or the error that names the nearest."""
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]

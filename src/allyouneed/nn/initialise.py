@@ -10,6 +10,7 @@ from torch import nn
 
 from allyouneed import core
 from allyouneed.nn.attention import Attention
+from allyouneed.nn.moe import StackedLinear
 from allyouneed.nn.rwkv import ChannelMix, RWKVBlock, TimeMix
 
 
@@ -27,7 +28,7 @@ class Normal(core.Config):
         """Initialise every linear layer and embedding of `model` in place, from torch's global generator."""
         shrink = (2 * num_layers) ** -0.5 if self.scale_residual else 1.0
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | StackedLinear | nn.Embedding):
                 ends_branch = name.endswith(".out")
                 nn.init.normal_(module.weight, std=self.std * (shrink if ends_branch else 1.0))
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -47,6 +48,8 @@ class Xavier(core.Config):
                 nn.init.xavier_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            if isinstance(module, StackedLinear):
+                nn.init.normal_(module.weight, std=(2.0 / (module.in_features + module.out_features)) ** 0.5)
         for module in model.modules():  # last, so that a tied head is an embedding
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
@@ -54,10 +57,12 @@ class Xavier(core.Config):
 
 @dataclass(frozen=True, kw_only=True)
 class FanIn(core.Config):
-    """N(0, 1/inputs) for matrices, N(0, 1) for embeddings of tokens, zero for biases, as the authors' code of T5 has it
-    (Mesh TensorFlow; the paper does not say). Where attention does not divide its scores by √head_dim, the queries'
-    matrix is divided by it instead. Learned biases of scores begin as N(0, 1/dim).
+    """N(0, scale/inputs) for matrices, N(0, 1) for embeddings of tokens, zero for biases, as the authors' code of T5
+    has it (Mesh TensorFlow; the paper does not say). Where attention does not divide its scores by √head_dim, the
+    queries' matrix is divided by it instead. Learned biases of scores begin as N(0, 1/dim).
     """
+
+    scale: float = 1.0  # Fedus et al. 2021, sec. 2.4: 0.1, without which sparse models often diverge
 
     def apply(self, model: nn.Module, num_layers: int) -> None:
         """Initialise every linear layer and embedding of `model` in place, from torch's global generator."""
@@ -65,10 +70,10 @@ class FanIn(core.Config):
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=dim**-0.5 if name.endswith("positions.embedding") else 1.0)
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear | StackedLinear):
+                nn.init.normal_(module.weight, std=(self.scale / module.in_features) ** 0.5)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for module in model.modules():
             if isinstance(module, Attention) and module.scale == 1.0:
                 with torch.no_grad():

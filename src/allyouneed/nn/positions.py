@@ -9,6 +9,7 @@ Shapes: B rows, T queries, S keys, H heads, D = head_dim. Positions are counted 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,10 @@ class Positions(core.Configured, nn.Module):
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         """What is added to the scores of queries at (B, T) for keys at (B, S): (B, H, T, S), or None for nothing."""
+        return None
+
+    def slopes(self) -> Tensor | None:
+        """The bias in one number m a head, (H,), where it is −m · (query − key), for kernels that make no bias."""
         return None
 
 
@@ -169,7 +174,7 @@ class Alibi(Positions):
     For head counts n that are no power of two: the slopes of the next lower power of two, then every other slope of
     the next higher one, as in the authors' code.
 
-    >>> Alibi.slopes(4).tolist()
+    >>> Alibi.Config().build(dim=8, num_heads=4, head_dim=2, context=16).slopes().tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
     """
 
@@ -179,20 +184,24 @@ class Alibi(Positions):
 
     def __init__(self, config: core.Config, *, dim: int, num_heads: int, head_dim: int, context: int) -> None:
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
-        self.num_heads = num_heads
+        self.num_heads, self.heads = num_heads, slice(None)
 
-    @staticmethod
-    def slopes(num_heads: int) -> Tensor:
-        """m_h = 2^(−8h/n) for h = 1 … n: (H,)."""
-        lower = 2 ** math.floor(math.log2(num_heads))
+    def narrow(self, index: int, of: int) -> None:
+        """Lower the scores of the `index`-th of `of` equal runs of heads only, those of one tensor rank."""
+        run = self.num_heads // of
+        self.heads = slice(index * run, (index + 1) * run)
+
+    def slopes(self) -> Tensor:
+        """m_h = 2^(−8h/n) for h = 1 … n, of the heads that are computed here: (H,)."""
+        lower = 2 ** math.floor(math.log2(self.num_heads))
         whole = [2 ** (-8 * h / lower) for h in range(1, lower + 1)]
         between = [2 ** (-4 * h / lower) for h in range(1, 2 * lower + 1, 2)]
-        return torch.tensor((whole + between)[:num_heads])
+        return torch.tensor((whole + between)[: self.num_heads][self.heads])
 
     def bias(self, queries: Tensor, keys: Tensor) -> Tensor:
         """−m_h · (query − key)."""
         distance = queries[:, None, :, None] - keys[:, None, None, :]
-        return self.slopes(self.num_heads).to(queries.device)[:, None, None] * -distance
+        return self.slopes().to(queries.device)[:, None, None] * -distance
 
 
 class RelativeBias(Positions):
@@ -206,6 +215,8 @@ class RelativeBias(Positions):
     torch.Size([1, 2, 3, 5])
     """
 
+    by_columns, by_rows = ("embedding",), ()  # tensor ranks hold the biases of their own heads (`train.mesh`)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
         """T5's numbers."""
@@ -217,6 +228,10 @@ class RelativeBias(Positions):
         super().__init__(config, dim=dim, num_heads=num_heads, head_dim=head_dim, context=context)
         self.num_buckets, self.max_distance = config.num_buckets, config.max_distance
         self.embedding = nn.Embedding(config.num_buckets, num_heads)
+
+    def divisible(self) -> Mapping[str, int]:
+        """What the number of tensor ranks has to divide."""
+        return {"num_heads": self.embedding.embedding_dim}
 
     def buckets(self, distance: Tensor) -> Tensor:
         """The bucket of each distance query − key."""

@@ -7,7 +7,7 @@ layer remembers five vectors, however long the text. Shapes: B rows, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from allyouneed import core
 from allyouneed.nn import wkv
 from allyouneed.nn.caches import RecurrentState, Rows
+from allyouneed.nn.flops import Reading, product
+from allyouneed.nn.kernels import AnyKernel
 from allyouneed.nn.norms import LayerNorm, Norm
 from allyouneed.nn.sight import Sight
 
@@ -60,6 +62,10 @@ class TimeMix(core.Configured, nn.Module):
         )
         return self.out(self.r(r).sigmoid() * seen), last, state
 
+    def flops(self, reading: Reading) -> int:
+        """Of its four layers; the weighted sum itself takes no matrix products."""
+        return sum(product(layer, reading.tokens) for layer in (self.r, self.k, self.v, self.out))
+
 
 class ChannelMix(core.Configured, nn.Module):
     """σ(r) ⊙ W_v max(k, 0)² with r, k read off the token and the one before (eq. 14, 15, 18).
@@ -86,6 +92,10 @@ class ChannelMix(core.Configured, nn.Module):
         shifted, last = following.shift(x, before)
         r, k = (torch.lerp(shifted, x, mix) for mix in (self.mix_r, self.mix_k))
         return self.r(r).sigmoid() * self.out(_squared(self.k(k))), last
+
+    def flops(self, reading: Reading) -> int:
+        """Of its three layers."""
+        return sum(product(layer, reading.tokens) for layer in (self.r, self.k, self.out))
 
 
 def _squared(x: Tensor) -> Tensor:
@@ -160,6 +170,10 @@ class RWKVBlock(core.Configured, nn.Module):
         def heads(self, dim: int) -> None:
             """There are none."""
 
+        def with_kernel(self, kernel: AnyKernel) -> Self:
+            """The same block: it has no attention to compute another way."""
+            return self
+
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
         self.dim, self.dropout = dim, config.dropout
@@ -182,3 +196,7 @@ class RWKVBlock(core.Configured, nn.Module):
         batch, device = len(rows.lengths), rows.lengths.device
         last = torch.zeros(batch, self.dim, dtype=dtype, device=device)
         return RecurrentState(rows, last, last, wkv.empty(batch, self.dim, device))
+
+    def flops(self, reading: Reading) -> int:
+        """Of its mixers."""
+        return self.mixer.flops(reading) + self.channel.flops(reading)

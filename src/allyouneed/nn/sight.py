@@ -5,34 +5,55 @@ Computed once a pass from segments or a cache, read by every attention layer. Sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from allyouneed.nn.positions import Positions
+from allyouneed.nn.view import Interval, View
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a decoder reads of another model: `states` (B, M, dim), and where rows are padded `mask` (B, 1, 1, M), 0 or
-    −inf, to be added to the scores.
+    """What a decoder reads of another model: `states` (B, M, dim), and where rows are padded `segments` (B, M), 0 for
+    padding on either side.
     """
 
     states: Tensor
-    mask: Tensor | None = None
+    segments: Tensor | None = None
+    views: list[View] = field(default_factory=list, compare=False, repr=False)  # the one view, once it was asked for
+
+    @property
+    def view(self) -> View:
+        """Every query sees the whole row of states, but no padding."""
+        if not self.views:
+            self.views.append(self._build_view())
+        return self.views[0]
 
     def select(self, rows: Tensor) -> Memory:
         """Keep only `rows` (n,), in that order, possibly repeated."""
-        return Memory(self.states[rows], None if self.mask is None else self.mask[rows])
+        return Memory(self.states[rows], None if self.segments is None else self.segments[rows])
+
+    def _build_view(self) -> View:
+        length = self.states.shape[1]
+        if self.segments is None:
+            return View([_everything(length, self.states.device)], length, plain=True)
+        known = (self.segments != 0).long()
+        last = (known * (_index(known) + 1)).amax(1, keepdim=True)
+        return View([(known.argmax(1, keepdim=True), last)], length)
 
 
 class Sight:
-    """Positions of queries (B, T) and keys (B, S), and the mask that follows from them.
+    """Positions of queries (B, T) and keys (B, S), and who sees whom.
 
-    `plain` says that nothing restricts attention but, where `causal`, the triangle – for a single query nothing at
-    all –, so that the fastest kernels may be used without a mask.
+    Args:
+        own: (B or 1, T), the index of each query among the keys.
+        seen: the keys that each query sees, whatever the window. None: all, where `causal` up to itself.
+        shared: how many keys from the first on all queries see besides.
+        plain: nothing restricts attention but, where `causal`, the triangle (`nn.view`).
     """
 
     def __init__(
@@ -40,16 +61,24 @@ class Sight:
         part: Positions,
         queries: Tensor,
         keys: Tensor,
+        own: Tensor,
         *,
-        visible: Tensor | None = None,
+        seen: Interval | None = None,
+        shared: int = 0,
         plain: bool = False,
         causal: bool = True,
         memory: Memory | None = None,
     ) -> None:
-        self.part, self.queries, self.keys = part, queries, keys
-        self.visible, self.plain, self.causal, self.memory = visible, plain, causal, memory
+        self.part, self.queries, self.keys, self.own = part, queries, keys, own
+        self.seen, self.shared, self.plain, self.causal, self.memory = seen, shared, plain, causal, memory
         self.rotation = part.rotation(queries)
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._views: dict[int | None, View] = {}
+
+    def fresh(self) -> Sight:
+        """The same with no view made yet, for a block that is computed twice and must do the same both times."""
+        sight = copy.copy(self)
+        sight._views = {}
+        return sight
 
     def turn(self, x: Tensor) -> Tensor:
         """Queries or new keys (B, H, T, D), turned to their positions."""
@@ -66,28 +95,38 @@ class Sight:
         begins[:, 1:] = self.queries[:, 1:] != self.queries[:, :-1] + 1
         return begins if bool(begins.any()) else None
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """What to add to the scores, (B, 1 or H, T, S) with −inf where a query may not look; None for `plain` sight.
-
-        A `window` of w lets a query see itself and the w − 1 tokens before it, and after it where sight is not causal.
+    def view(self, window: int | None) -> View:
+        """What the queries see through a layer's `window`: of w, itself and the w − 1 tokens before it, and after it
+        where sight is not causal.
         """
-        if window not in self._masks:
-            self._masks[window] = self._build_mask(window)
-        return self._masks[window]
+        if window not in self._views:
+            self._views[window] = self._build_view(window)
+        return self._views[window]
 
-    def _build_mask(self, window: int | None) -> Tensor | None:
-        bias = self.part.bias(self.queries, self.keys)
-        reaches_all = window is None or (self.plain and self.keys.shape[1] <= window)
-        if self.plain and reaches_all and bias is None:
-            return None
-        distance = self.queries[:, None, :, None] - self.keys[:, None, None, :]
-        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+    def _build_view(self, window: int | None) -> View:
+        total = self.keys.shape[1]
+        intervals = [self._narrowed(window)]
+        if self.shared:  # keys whose index is their position
+            first = torch.zeros_like(self.queries) if window is None else (self.queries + 1 - window).clamp(min=0)
+            intervals.append((first, torch.full_like(self.queries[:, :1], self.shared)))
+        return View(
+            intervals,
+            total,
+            part=self.part,
+            queries=self.queries,
+            keys=self.keys,
+            plain=self.plain and (window is None or total <= window),
+            causal=self.causal,
+        )
+
+    def _narrowed(self, window: int | None) -> Interval:
+        first, last = self.seen or _everything(self.keys.shape[1], self.keys.device)
+        if self.causal:
+            last = self.own + 1
         if window is not None:
-            seen &= distance.abs() < window
-        if self.visible is not None:
-            seen &= self.visible
-        scores = torch.zeros((), device=seen.device) if bias is None else bias
-        return torch.where(seen, scores, float("-inf"))
+            first = torch.maximum(first, self.own + 1 - window)
+            last = torch.minimum(last, self.own + window)
+        return first, last
 
 
 def within_segments(part: Positions, segments: Tensor, *, causal: bool = True, memory: Memory | None = None) -> Sight:
@@ -96,29 +135,34 @@ def within_segments(part: Positions, segments: Tensor, *, causal: bool = True, m
     A token sees the tokens of its own document, where `causal` up to itself; positions count from 0 in each document.
     Padding sees itself, so that no row of scores is empty.
     """
-    positions = places(segments)
-    return Sight(part, positions, positions, visible=_own_documents(segments), causal=causal, memory=memory)
+    positions, own = places(segments), _index(segments)
+    seen = _own_documents(segments, positions, own)
+    return Sight(part, positions, positions, own, seen=seen, causal=causal, memory=memory)
 
 
 def prefixed(part: Positions, segments: Tensor, prefix: Tensor) -> Sight:
-    """Sight of a prefix language model (Raffel et al. 2020, sec. 3.2.1): within `prefix` (B, T, true where a token
-    belongs to its document's) tokens see each other both ways, the others see what comes before them.
+    """Sight of a prefix language model (Raffel et al. 2020, sec. 3.2.1): within `prefix` (B, T), true for the first
+    tokens of a document, tokens see each other both ways, the others see what comes before them.
     """
-    positions = places(segments)
-    index = torch.arange(segments.shape[1], device=segments.device)
-    before = index[:, None] >= index
-    both = (prefix[:, :, None] & prefix[:, None, :])[:, None]
-    return Sight(part, positions, positions, visible=_own_documents(segments) & (before | both), causal=False)
+    positions, own = places(segments), _index(segments)
+    first, _ = _own_documents(segments, positions, own)
+    last = torch.where(prefix, _ends(own - positions, own, prefix), own + 1)
+    return Sight(part, positions, positions, own, seen=(first, last), causal=False)
 
 
 def branches(part: Positions, segments: Tensor, length: int) -> Sight:
     """Sight for alternatives that continue the same `length` cached tokens: each sees these and its own document."""
-    positions = length + places(segments)
+    positions, own = places(segments), _index(segments)
     cached = torch.arange(length, device=segments.device).expand(len(segments), -1)
-    index = torch.arange(segments.shape[1], device=segments.device)
-    own = _own_documents(segments) & (index[:, None] >= index)
-    before = own.new_ones((*own.shape[:-1], length))
-    return Sight(part, positions, torch.cat((cached, positions), 1), visible=torch.cat((before, own), -1))
+    first, last = _own_documents(segments, positions, own)
+    keys = torch.cat((cached, length + positions), 1)
+    return Sight(part, length + positions, keys, length + own, seen=(length + first, length + last), shared=length)
+
+
+def whole_rows(part: Positions, ids: Tensor, *, causal: bool = True, memory: Memory | None = None) -> Sight:
+    """Sight for rows of ids (B, T, …) that are one document each."""
+    positions = _index(ids)  # one for all rows, and so is what follows from it
+    return Sight(part, positions, positions, positions, plain=True, causal=causal, memory=memory)
 
 
 def places(segments: Tensor) -> Tensor:
@@ -143,14 +187,22 @@ def last(x: Tensor, segments: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), place]
 
 
-def _own_documents(segments: Tensor) -> Tensor:
-    """Which token sees which by document alone: (B, T) -> (B, 1, T, T)."""
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
-    return same & ((segments != 0)[:, None, :, None] | itself)
+def _own_documents(segments: Tensor, positions: Tensor, own: Tensor) -> Interval:
+    """Where each token's document begins and ends; padding is a document of one token: (B, T) each."""
+    padding, starts = segments == 0, own - positions
+    return torch.where(padding, own, starts), torch.where(padding, own + 1, _ends(starts, own))
 
 
-def whole_rows(part: Positions, ids: Tensor, *, causal: bool = True, memory: Memory | None = None) -> Sight:
-    """Sight for rows of ids (B, T, …) that are one document each."""
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]  # one for all rows, and so is what follows from it
-    return Sight(part, positions, positions, plain=True, causal=causal, memory=memory)
+def _ends(starts: Tensor, own: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Where the document ends that began at `starts`, or what of it is `counted`: (B, T) -> (B, T)."""
+    after = (own + 1).expand_as(starts) if counted is None else torch.where(counted, own + 1, 0)
+    return torch.zeros_like(starts).scatter_reduce(1, starts, after, "amax").gather(1, starts)
+
+
+def _index(x: Tensor) -> Tensor:
+    """0, 1, … for each token of x (B, T, …): (1, T)."""
+    return torch.arange(x.shape[1], device=x.device)[None]
+
+
+def _everything(length: int, device: torch.device) -> Interval:
+    return torch.zeros((1, 1), dtype=torch.long, device=device), torch.full((1, 1), length, device=device)

@@ -37,9 +37,10 @@ from allyouneed.data.catalogues import Sentences
 from allyouneed.data.languages import END, START, Languages
 from allyouneed.data.packing import Batch
 from allyouneed.data.pairs import Pair, apart, bucketed, ended
+from allyouneed.evaluate.grades import exact_match
 from allyouneed.evaluate.statistics import median
 from allyouneed.evaluate.timing import ratios
-from allyouneed.evaluate.translation import agreement, bleu, bleu_of_ids, exact, pooled
+from allyouneed.evaluate.translation import agreement, bleu, bleu_of_ids, pooled
 from allyouneed.generate.translations import greedy, with_beams
 from allyouneed.models import encoder_decoder, transformer
 from allyouneed.models.encoder_decoder import EncoderDecoder
@@ -223,7 +224,11 @@ def _translate_real(
         module, found = _fitted(arm, real.training, batches, valid, seed, folder)
         written = with_beams(module, [read for read, _ in test], start=START, end=END, most=context - 1)
         said = [sentences.tokenizer.decode(one) for one in written]
-        return found | {"bleu": bleu(said, references), "exact": exact(said, references), "said": said}
+        return found | {
+            "bleu": bleu(said, references),
+            "exact": float(exact_match(said, references).mean()),
+            "said": said,
+        }
 
     ours, theirs = _model(config, **sizes), _recurrent(config, **sizes)
     chosen = {
@@ -264,7 +269,11 @@ def _judged(config: Config, world: Languages, module: nn.Module, tested: Sequenc
     written = greedy(module, [source for source, _ in tested], **_ends(config))
     targets = [target for _, target in tested]
     counts = agreement(world, written, tested)
-    return {"bleu": bleu_of_ids(written, targets), "exact": exact(written, targets), "agreement": counts}
+    return {
+        "bleu": bleu_of_ids(written, targets),
+        "exact": float(exact_match(written, targets).mean()),
+        "agreement": counts,
+    }
 
 
 def _looks(module: EncoderDecoder, pair: Pair) -> dict[str, Any]:

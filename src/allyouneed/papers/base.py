@@ -10,16 +10,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from allyouneed.core.config import Config
 from allyouneed.core.files import read_json, write_json
 from allyouneed.core.progress import clock
+from allyouneed.core.workers import Workers, in_turn
 from allyouneed.papers import checks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from allyouneed.train.ranks import Ranks
 
 Arm = TypeVar("Arm")
 
@@ -47,10 +51,24 @@ class Report:
         losses = report.repeat({"alibi": alibi, "sinusoidal": sinusoidal}, train)    # train(arm, seed, folder) -> value
         gains = [c - t for t, c in zip(losses["alibi"], losses["sinusoidal"])]
         report.check("gain over sinusoidal", values=gains, above=config.margin)
+
+    Of several `ranks` each does all work, and the value of the first, which alone writes, is everybody's.
     """
 
-    def __init__(self, *, slug: str, seeds: Sequence[int], folder: Path, evidence: str, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        slug: str,
+        seeds: Sequence[int],
+        folder: Path,
+        evidence: str,
+        quiet: bool = False,
+        ranks: Ranks | None = None,
+        workers: Workers = in_turn,
+    ) -> None:
+        self.workers = workers  # who does the jobs of `repeat`
         self.slug, self.seeds, self.folder, self.evidence, self.quiet = slug, list(seeds), folder, evidence, quiet
+        self.ranks = ranks
         self.arms: dict[str, dict[str, Any]] = {}
         self.checks: list[checks.Check] = []
         self.curves: list[dict[str, Any]] = []
@@ -70,17 +88,15 @@ class Report:
         seeds = self.seeds if seeds is None else seeds
         folders = {name: re.sub(r"[^\w.+=-]+", "-", name) for name in arms}
         assert len(set(folders.values())) == len(arms), f"arms share a folder: {folders}"
-        self.jobs_planned += len(arms) * len(seeds)
-        values: dict[str, list[Any]] = {name: [] for name in arms}
-        for seed in seeds:  # seeds outside: a run stopped half-way has whole comparisons
-            for name, arm in arms.items():
-                values[name].append(self._job(f"{folders[name]}/seed{seed}", lambda f, a=arm, s=seed: work(a, s, f)))  # type: ignore[misc]
-        return values
+        calls = {  # seeds outside: a run stopped half-way has whole comparisons
+            f"{folders[name]}/seed{seed}": (arm, seed) for seed in seeds for name, arm in arms.items()
+        }
+        found = self._done(work, calls, self.workers)
+        return {name: [found[f"{folder}/seed{seed}"] for seed in seeds] for name, folder in folders.items()}
 
     def job(self, key: str, work: Callable[[Path], Any]) -> Any:
         """The value of `work(folder)`, from the run's folder if it was done before. `folder` is for its checkpoints."""
-        self.jobs_planned += 1
-        return self._job(key, work)
+        return self._done(work, {key: ()}, in_turn)[key]
 
     def arm(self, name: str, **facts: Any) -> None:
         """Record what an arm had at its disposal: parameters, tokens, FLOPs."""
@@ -127,7 +143,8 @@ class Report:
         from allyouneed.papers import figures
 
         assert name not in {f["name"] for f in self.figures}, f"two figures called {name!r}"
-        figures.save(figure, self.folder / name)
+        if self._writes:
+            figures.save(figure, self.folder / name)
         self.figures.append({"name": name, "caption": caption, "svg": f"{name}.svg", "png": f"{name}.png"})
 
     @property
@@ -149,27 +166,54 @@ class Report:
             "notes": self.notes,
         }
 
-    def _job(self, key: str, work: Callable[[Path], Any]) -> Any:
-        assert re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", key), f"job {key!r} cannot name a file"
-        folder = self.folder / "jobs" / key
-        saved = folder.with_name(f"{folder.name}.json")
-        done_before = saved.exists()
-        if not done_before:
-            self._announce(key)
-            folder.mkdir(parents=True, exist_ok=True)
-            started = time.monotonic()
-            value = work(folder)
-            write_json(saved, {"seconds": round(time.monotonic() - started, 3), "value": value})
-        record = read_json(saved)
+    def _done(self, work: Callable[..., Any], calls: Mapping[str, tuple[Any, ...]], workers: Workers) -> dict[str, Any]:
+        """What `work(*arguments, folder)` gives for each key's arguments; only what no file tells yet is done."""
+        for key in calls:
+            assert re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", key), f"job {key!r} cannot name a file"
+        self.jobs_planned += len(calls)
+        folders = {key: self.folder / "jobs" / key for key in calls}
+        missing = self._told([key for key in calls if not _saved(folders[key]).exists()])
+        found = {key: self._read(folders[key], before=True) for key in calls if key not in missing}
+        self._announce(missing[:1])
+        ended = workers(partial(_perform, work, self._writes), [(calls[key], folders[key]) for key in missing])
+        for count, place in enumerate(ended, start=1):
+            found[missing[place]] = self._read(folders[missing[place]], before=False)
+            self._announce(missing[count : count + 1])
+        return found
+
+    def _read(self, folder: Path, *, before: bool) -> Any:
+        """The value of a job that is done; `before`: by an earlier sitting."""
+        record = self._told(read_json(_saved(folder)) if self._writes else None)
         self.jobs_done += 1
         self.job_seconds += record["seconds"]
-        self.seconds_before += record["seconds"] if done_before else 0.0
+        self.seconds_before += record["seconds"] if before else 0.0
         return record["value"]
 
-    def _announce(self, key: str) -> None:
+    @property
+    def _writes(self) -> bool:
+        return self.ranks is None or self.ranks.rank == 0
+
+    def _told(self, value: Any) -> Any:
+        """What the first rank found."""
+        return value if self.ranks is None else self.ranks.told(value)
+
+    def _announce(self, keys: Sequence[str]) -> None:
         """Say which job starts, of how many, and how long they may still take."""
-        if self.quiet:
-            return
-        left = self.job_seconds / max(self.jobs_done, 1) * (self.jobs_planned - self.jobs_done)
-        still = f"  about {clock(left)} left" if self.jobs_done else ""
-        print(f"{self.slug}  {self.jobs_done + 1}/{self.jobs_planned}  {key}{still}", file=sys.stderr, flush=True)
+        for key in [] if self.quiet else keys:
+            left = self.job_seconds / max(self.jobs_done, 1) * (self.jobs_planned - self.jobs_done)
+            still = f"  about {clock(left)} left" if self.jobs_done else ""
+            print(f"{self.slug}  {self.jobs_done + 1}/{self.jobs_planned}  {key}{still}", file=sys.stderr, flush=True)
+
+
+def _saved(folder: Path) -> Path:
+    """Where the value of the job that works in `folder` stands."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _perform(work: Callable[..., Any], writes: bool, arguments: tuple[Any, ...], folder: Path) -> None:
+    """Do a job, on whichever machine, and save its value and how long it took, if it is this process that `writes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    value = work(*arguments, folder)
+    if writes:
+        write_json(_saved(folder), {"seconds": round(time.monotonic() - started, 3), "value": value})

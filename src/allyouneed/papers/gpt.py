@@ -362,7 +362,7 @@ def _reading(steps: int, lr: float) -> Training:
 
 
 PUBLISHED = Domain(
-    model=gpt.published(),
+    model=gpt.sized(),
     recurrent=RecurrentModel.Config(vocab_size=40478, dim=2048, layers=Recurrent.Config(cell=LSTM.Config()), tied=True),
     reading=_reading(3_000_000, 2.5e-4).replace(precision="bf16"),
     recurrent_reading=_reading(3_000_000, 2.5e-4).replace(precision="bf16"),

@@ -38,7 +38,7 @@ from allyouneed.evaluate.tasks import Task, tasks
 from allyouneed.generate.language_model import LanguageModel
 from allyouneed.generate.load import load
 from allyouneed.generate.local import LocalModel
-from allyouneed.models import gpt2, gpt_neo
+from allyouneed.models import gpt2, gpt3, gpt_neo
 from allyouneed.models.decoder import Decoder
 from allyouneed.objectives.next_token import next_token
 from allyouneed.papers import figures
@@ -47,35 +47,26 @@ from allyouneed.train.loop import Training, train
 from allyouneed.train.optimizers import AdamW
 from allyouneed.train.schedules import Cosine, Linear
 
-# Layers, dim, heads, batch in millions of tokens, peak learning rate (table 2.1); all see 2048 tokens and 300 B in all
-SIZES = {
-    "125M": (12, 768, 12, 0.5, 6.0e-4),
-    "350M": (24, 1024, 16, 0.5, 3.0e-4),
-    "760M": (24, 1536, 16, 0.5, 2.5e-4),
-    "1.3B": (24, 2048, 16, 1.0, 2.0e-4),  # printed as 24 heads of 128, which would be 1.5 B; 16 of them give 1.3 B
-    "2.7B": (32, 2560, 32, 1.0, 1.6e-4),
-    "6.7B": (32, 4096, 32, 2.0, 1.2e-4),
-    "13B": (40, 5140, 40, 2.0, 1.0e-4),
-    "175B": (96, 12288, 96, 3.2, 0.6e-4),
+# Batch in millions of tokens, peak learning rate (table 2.1); all see 300 B tokens
+TRAINED = {
+    "125M": (0.5, 6.0e-4),
+    "350M": (0.5, 3.0e-4),
+    "760M": (0.5, 2.5e-4),
+    "1.3B": (1.0, 2.0e-4),
+    "2.7B": (1.0, 1.6e-4),
+    "6.7B": (2.0, 1.2e-4),
+    "13B": (2.0, 1.0e-4),
+    "175B": (3.2, 0.6e-4),
 }
-HEAD_DIMS = {"13B": 128}  # as printed, where it is not dim / heads
 
 RIGHT, LOTS = "right answers", "answers by lot"
-
-
-def sized(name: str) -> Decoder.Config:
-    """One of the eight published sizes."""
-    num_layers, dim, num_heads, _, _ = SIZES[name]
-    config = gpt_neo.architecture(context=2048, dim=dim, num_layers=num_layers, num_heads=num_heads)
-    wide = [block.replace(mixer=block.mixer.replace(head_dim=HEAD_DIMS.get(name))) for block in config.blocks]
-    return config.replace(blocks=tuple(wide))
 
 
 def training(name: str) -> Training:
     """How a published size was trained (table 2.1 and appendix B): 300 billion tokens, warmed up over 375 million, at
     a tenth of the rate from 260 billion on.
     """
-    _, _, _, batch_millions, lr = SIZES[name]
+    batch_millions, lr = TRAINED[name]
     steps, warmup, until = (round(tokens / (batch_millions * 1e6)) for tokens in (300e9, 375e6, 260e9))
     schedule = Cosine(warmup=warmup, until=until)
     return Training(steps=steps, optimizer=AdamW.Config(lr=lr), schedule=schedule, precision="bf16")
@@ -276,7 +267,7 @@ PAPER = Paper(
             lm="EleutherAI/gpt-neo-2.7B",
             questions=40,
             world=_WORLD,
-            model=sized("175B"),
+            model=gpt3.sized("175B"),
             training=training("175B"),
             rows=1600,
         ),

@@ -1,7 +1,8 @@
 """Runs a paper's experiment in a folder of its own, goes on where a stopped run was, and writes the report.
 
 `runs/<slug>/<time>/` holds config.json (what was started), jobs/ (finished work and checkpoints), the figures,
-report.json and report.md. A run is unfinished while it has no report.json.
+report.json and report.md. A run is unfinished while it has no report.json. Under `torchrun` all ranks run it in the
+folder of the first, which alone writes.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from allyouneed.core import devices
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, unknown
 from allyouneed.core.files import read_json, write_json, write_text
+from allyouneed.core.workers import Workers, in_turn
 from allyouneed.papers import catalogue, pages, provenance
 from allyouneed.papers.base import SIZES, Paper, Report
 from allyouneed.papers.schema import validate
+from allyouneed.train.ranks import Ranks, join
 
 RUNS = Path("runs")
 
@@ -35,10 +38,12 @@ def run(
     out: Path | None = None,
     fresh: bool = False,
     quiet: bool = False,
+    workers: Workers = in_turn,
 ) -> dict[str, Any]:
     """Test a paper's claim and return the report, which is also written under `out` (default: `runs`).
 
     A run of the same paper, size, configuration, seeds and code that was stopped is taken up again, unless `fresh`.
+    `workers` do the jobs: one after another in this process, or many at once (`core.workers.over_ray`).
 
     Raises:
         InputError: unknown slug, size or override, or a paper that is not built.
@@ -51,15 +56,28 @@ def run(
     config = paper.sizes[size].override(*overrides)
     count = seeds or paper.seeds[size]
     identity = _identity(slug, size, config, count)
-    with _open_folder((out or RUNS) / slug, identity, fresh) as (folder, sittings):
+    ranks = join()
+    if ranks.world > 1 and workers is not in_turn:
+        raise InputError("jobs go over Ray or this run is one of torchrun's ranks, not both; leave one of them out")
+    quiet = quiet or ranks.rank > 0
+    with _open_together((out or RUNS) / slug, identity, fresh, ranks) as (folder, sittings):
         evidence = "paper scale" if size == "paper" else paper.evidence
-        report = Report(slug=slug, seeds=range(count), folder=folder, evidence=evidence, quiet=quiet)
+        report = Report(
+            slug=slug,
+            seeds=range(count),
+            folder=folder.resolve(),
+            evidence=evidence,
+            quiet=quiet,
+            ranks=ranks,
+            workers=workers,
+        )
         if not quiet:
             print(_opening(paper, slug, size, folder, sittings), file=sys.stderr, flush=True)
         stated, started = _stated(slug, size, config, sittings), time.monotonic()
         paper.run(config, report)
         finished = _complete(stated, report, time.monotonic() - started)
-        _write(folder, finished)
+        if ranks.rank == 0:
+            _write(folder, finished)
     if not quiet:
         _show(finished, folder)
     return finished
@@ -84,6 +102,16 @@ def _identity(slug: str, size: str, config: Config, seeds: int) -> dict[str, Any
         "code": provenance.digest(),
         "config": config_json(config),
     }
+
+
+@contextmanager
+def _open_together(root: Path, identity: dict[str, Any], fresh: bool, ranks: Ranks) -> Iterator[tuple[Path, int]]:
+    """The folder that the first rank opens, and which sitting this is, on all ranks."""
+    if ranks.rank == 0:
+        with _open_folder(root, identity, fresh) as opened:
+            yield ranks.told(opened)
+    else:
+        yield ranks.told((root, 0))
 
 
 @contextmanager

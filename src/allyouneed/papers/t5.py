@@ -45,6 +45,7 @@ from allyouneed.models import t5
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder_decoder import EncoderDecoder
 from allyouneed.models.stack import Stack
+from allyouneed.nn.flops import TRAINING, Reading
 from allyouneed.nn.initialise import Normal
 from allyouneed.nn.sight import prefixed
 from allyouneed.objectives.next_token import next_token
@@ -216,22 +217,16 @@ def _one_stack(model: EncoderDecoder.Config) -> Decoder.Config:
 
 
 def _flops(module: nn.Module, batch: Batch) -> int:
-    """6 for each weight and token that meets it, forward and backward, not attention's scores nor padding."""
+    """Of training on a batch: the products with weights, not attention's scores nor padding."""
 
-    def weights(part: nn.Module) -> int:
-        return sum(p.numel() for name, p in part.named_parameters() if "embedding" not in name and p.dim() > 1)
-
-    def count(name: str) -> int:
+    def read(name: str) -> Reading:
         segments = batch.get({"source": "source_segments", "ids": "segments"}[name])
-        return batch[name].numel() if segments is None else int((segments != 0).sum())
+        return Reading(batch[name].numel() if segments is None else int((segments != 0).sum()))
 
     if isinstance(module, EncoderDecoder):
-        recalled = sum(c.k.weight.numel() + c.v.weight.numel() for c in (b.cross for b in module.decoder.blocks))
-        on_source, on_target = weights(module.encoder) + recalled, weights(module.decoder) - recalled
-        head = module.head.weight.numel()
-        return 6 * (on_source * count("source") + (on_target + head) * count("ids"))
+        return TRAINING * module.flops(read("source"), read("ids"))
     assert isinstance(module, Decoder)
-    return 6 * (weights(module.blocks) + module.head.weight.numel()) * count("ids")
+    return TRAINING * module.flops(read("ids"))
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from allyouneed.core.errors import InputError
 from allyouneed.train import checkpoints
+from allyouneed.train.sharding import local
 
 
 class Ema:
@@ -46,8 +47,13 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
-        for name, parameter in self.watched.items():
-            parameter.data, self.weights[name] = self.weights[name], parameter.data
+        """Exchange contents, not tensors: a sharded parameter's storage is known to more than the parameter."""
+        with torch.no_grad():
+            for name, parameter in self.watched.items():
+                weights, average = local(parameter), local(self.weights[name])
+                before = weights.clone()
+                weights.copy_(average)
+                average.copy_(before)
 
 
 def mean_of_last(folder: Path, count: int = 5) -> dict[str, Tensor]:

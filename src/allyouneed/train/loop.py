@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from allyouneed import core
 from allyouneed.core.errors import InputError
 from allyouneed.core.progress import Progress
-from allyouneed.train import randomness
+from allyouneed.train import checkpoints as saving
+from allyouneed.train import randomness, sharding
 from allyouneed.train.averages import Ema
 from allyouneed.train.checkpoints import Checkpoints, State, fill, weights
 from allyouneed.train.gradients import Batch, Objective, differentiate
 from allyouneed.train.interrupts import Stopped, watched
 from allyouneed.train.journal import Callback, Journal, Row
+from allyouneed.train.mesh import Mesh
 from allyouneed.train.optimizers import Adafactor, AdamW
 from allyouneed.train.ranks import Ranks, join
 from allyouneed.train.schedules import Constant, Cosine, InverseSquareRoot, Linear
 
-MAY_CHANGE = {"steps", "accumulate", "log_every", "evaluate_every", "save_every", "keep"}  # when a run is taken up
+# when a run is taken up
+MAY_CHANGE = {"steps", "accumulate", "log_every", "evaluate_every", "save_every", "keep", "mesh", "recompute"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class Training(core.Config):
     schedule: Constant | Linear | Cosine | InverseSquareRoot = field(default_factory=Cosine)
     clip: float | None = 1.0  # the largest norm of a step's gradient
     accumulate: int = 1  # micro-batches that a batch is computed in, to fit in memory; the result is the same
+    mesh: Mesh = field(default_factory=Mesh)  # how ranks share the work; alone there is nothing to share
+    recompute: bool = False  # compute each block twice instead of keeping what is within; the result is the same
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: weights stay fp32, matrix products are computed in bf16
     ema: float | None = None  # decay of a moving average of the weights, which is then what is evaluated
     seed: int = 0  # of dropout
@@ -51,7 +56,9 @@ class Training(core.Config):
 
 
 class Batches(Protocol):
-    """An endless iterator that can say where it stands. Every rank draws the same batches, then takes its rows."""
+    """An endless iterator that can say where it stands. Every rank draws the same batches, then takes its rows: so it
+    is of no account to the order of the data how many ranks there are.
+    """
 
     def __next__(self) -> Batch:
         """The next batch."""
@@ -71,7 +78,7 @@ class Trained:
     seen: int  # targets trained on
     seconds: float  # of all its sittings
     history: list[Row]  # what was logged: step, loss, lr, grad_norm, …
-    averages: dict[str, Tensor] | None  # of the weights, if `ema` was asked for
+    averages: dict[str, Tensor] | None  # of the weights, if `ema` was asked for; slices, where the module is split
 
 
 def train(
@@ -90,10 +97,12 @@ def train(
 ) -> Trained:
     """Train `module` in place, on the device it is on.
 
-    Under `torchrun` every rank calls this with the same arguments, and together they do what one process would.
+    Under `torchrun` every rank calls this with the same arguments, and together they do what one process would. Where
+    `training.mesh` splits it, `module` holds slices from then on; `sharding.whole` puts it together.
 
     Args:
-        module: trained where its parameters require gradients.
+        module: trained where its parameters require gradients. Ranks but the first may have it on the meta device
+            (`sharding.deferred`).
         objective: the loss of a batch.
         batches: asked for one batch a step, the rows of all ranks and micro-batches together.
         training: the configuration.
@@ -101,35 +110,42 @@ def train(
         evaluate: what to measure now and then, on every rank, without gradients and in eval mode; joins the log.
         callbacks: told of each row that is logged, on the first rank.
         snapshot: handed the step and the module before the first step and after every one, on the first rank, to keep
-            what it likes; after a kill it may be handed a step again, with the same weights.
+            what it likes; after a kill it may be handed a step again, with the same weights. A split module is put
+            together for it, unless it has a method `wants(step)` that says no.
         resume: go on from the newest checkpoint in `folder`, bit for bit; False removes those there.
         title: what the progress line calls the run.
         quiet: no progress line.
 
     Raises:
-        InputError: a loss or gradient that is not finite, a full disk, a folder of another run.
+        InputError: a mesh that fits neither ranks nor module, a loss or gradient that is not finite, a full disk, a
+            folder of another run; on all ranks alike.
+        RankLostError: another rank died.
         Stopped: SIGINT or SIGTERM came; the step was finished and saved. A second SIGINT interrupts at once.
     """
     folder = None if folder is None else Path(folder)
     checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", training.keep)
-    ranks, device = join(), next(module.parameters()).device
+    ranks = _laid(training, module)
+    device = _device(module, ranks)
     writes = ranks.rank == 0
-    with watched() as interrupts, randomness.private(device):
-        run = _Run(module, objective, batches, training, ranks)
+    with (
+        watched() as interrupts,
+        randomness.private(device),
+        ranks.together(),
+        sharding.recomputed(module, training.recompute),
+    ):
+        run = _Run(module, objective, batches, training, ranks, checkpoints)
         if checkpoints is not None and resume:
             run.take_up(checkpoints)
         if checkpoints is not None and writes:
             checkpoints.tidy(run.step) if resume else checkpoints.clear()
-        if snapshot is not None and writes:
-            snapshot(run.step, module)
+        run.show(snapshot)
         with (
             Journal(folder if writes else None, run.step, callbacks if writes else ()) as journal,
             Progress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,
         ):
             while run.step < training.steps:
                 row = run.advance()
-                if snapshot is not None and writes:
-                    snapshot(run.step, module)  # before the checkpoint, so that none is missing after a kill
+                run.show(snapshot)  # before the checkpoint, so that none is missing after a kill
                 progress.update(loss=row["loss"], **{f"{run.unit}/s": int(run.seen / row["seconds"])})
                 if evaluate is not None and run.due(training.evaluate_every):
                     journal.record(row | run.evaluated(evaluate))
@@ -139,21 +155,45 @@ def train(
                 if checkpoints is not None and (signum or run.due(training.save_every)):
                     run.save(checkpoints)
                 if signum:
+                    run.finish()
                     rest = "nothing was saved" if folder is None else f"saved in {folder}; the same call goes on"
                     raise Stopped(signum, f"stopped after step {run.step} of {training.steps}, {rest}")
+            run.finish()
         return Trained(run.step, run.seen, run.seconds, journal.rows, run.ema.weights if run.ema else None)
+
+
+def _laid(training: Training, module: nn.Module) -> Ranks:
+    """The ranks in their mesh, everything checked that can be before anything is sent."""
+    if training.mesh.splits and not training.optimizer.splits:
+        name = type(training.optimizer).__qualname__.partition(".")[0]
+        raise InputError(f"mesh: {name} cannot step slices of a tensor; choose AdamW, or only data > 1")
+    return training.mesh.lay(join(), module)
+
+
+def _device(module: nn.Module, ranks: Ranks) -> torch.device:
+    """Where the module is, or will be."""
+    there = next(module.parameters()).device
+    return torch.device(ranks.device) if there.type == "meta" or ranks.mesh is not None else there
 
 
 class _Run:
     """All that changes while training goes on, and the step that changes it."""
 
     def __init__(
-        self, module: nn.Module, objective: Objective, batches: Batches, training: Training, ranks: Ranks
+        self,
+        module: nn.Module,
+        objective: Objective,
+        batches: Batches,
+        training: Training,
+        ranks: Ranks,
+        checkpoints: Checkpoints | None,
     ) -> None:
+        self.narrow = torch.bfloat16 if training.precision == "bf16" else None
+        sharding.begin(module, ranks, self.narrow)
         module.train().zero_grad()
         self.module, self.objective, self.batches = module, objective, batches
         self.training, self.ranks, self.device = training, ranks, next(module.parameters()).device
-        ranks.follow_first(list(weights(module).values()))
+        self.saver = None if checkpoints is None or ranks.mesh is None else _slices().Saver(checkpoints)
         self.optimizer: torch.optim.Optimizer = training.optimizer.build(module)
         self.ema = None if training.ema is None else Ema(module, training.ema)
         self.step, self.seen, self.unit = 0, 0, "targets"
@@ -173,11 +213,9 @@ class _Run:
         """Train one step further; what was measured."""
         t, batch = self.training, next(self.batches)
         self.step += 1
-        autocast = torch.bfloat16 if t.precision == "bf16" else None
+        how: dict[str, Any] = {"accumulate": t.accumulate, "clip": t.clip, "autocast": self.narrow}
         try:
-            measured = differentiate(
-                self.module, self.objective, batch, self.ranks, accumulate=t.accumulate, clip=t.clip, autocast=autocast
-            )
+            measured = differentiate(self.module, self.objective, batch, self.ranks, **how)
         except InputError as error:
             raise InputError(f"step {self.step}: {error}; training stops, the last checkpoint stands") from None
         lr = t.optimizer.lr * t.schedule(self.step, t.steps)
@@ -191,16 +229,28 @@ class _Run:
         facts = {"lr": lr, "grad_norm": measured.norm, self.unit: self.seen, "seconds": self.seconds}
         return {"step": self.step, **measured.means, **facts}
 
+    def show(self, snapshot: Callable[[int, nn.Module], None] | None) -> None:
+        """Hand the module to who wants to look at it, on the first rank."""
+        wanted = getattr(snapshot, "wants", None)
+        if snapshot is None or (wanted is not None and not wanted(self.step)):
+            return
+        module = sharding.whole(self.module)
+        if self.ranks.rank == 0:
+            snapshot(self.step, module)
+
     def evaluated(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> Row:
         """What `evaluate` measures on the module, or on the moving average of its weights if there is one."""
         averaged = nullcontext() if self.ema is None else self.ema.in_place()
         with torch.no_grad(), averaged, randomness.private(self.device):
             measured = dict(evaluate(self.module.eval()))
+            sharding.settle(self.module)
         self.module.train()
         return measured
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Write a checkpoint: all ranks tell what they know, the first writes."""
+        """Write a checkpoint: all ranks tell what they know, and the first writes; or each its slices, from a copy that
+        is made at once.
+        """
         state = {
             "run": {"step": self.step, "seen": self.seen, "unit": self.unit, "seconds": self.seconds},
             "training": self.training.to_json(),
@@ -212,8 +262,15 @@ class _Run:
             "batches": self.batches.state_dict(),
             "randomness": randomness.state(self.device, self.ranks),
         }
-        if self.ranks.rank == 0:
+        if self.saver is not None:
+            self.saver.save(self.step, state)
+        elif self.ranks.rank == 0:
             checkpoints.save(self.step, state)
+
+    def finish(self) -> None:
+        """Until the last checkpoint is on disk."""
+        if self.saver is not None:
+            self.saver.wait()
 
     def take_up(self, checkpoints: Checkpoints) -> None:
         """Go on from the newest checkpoint, if there is one.
@@ -221,10 +278,11 @@ class _Run:
         Raises:
             InputError: it is of another model or training.
         """
-        state = checkpoints.newest()
-        if state is None:
+        path = checkpoints.newest(self.ranks)
+        if path is None:
             return
-        self._check_same(state["training"], checkpoints.folder)
+        self._check_same(saving.read_plain(path)["training"], checkpoints.folder)
+        state = saving.read(path) if self.saver is None else _slices().read(path, self._places())
         fill(weights(self.module), state["model"], checkpoints.folder)
         if self.ema is not None:
             fill(self.ema.weights, state["averages"], checkpoints.folder)
@@ -236,8 +294,21 @@ class _Run:
         self.step, self.seen, self.unit = (state["run"][name] for name in ("step", "seen", "unit"))
         self.began = time.perf_counter() - state["run"]["seconds"]
 
+    def _places(self) -> dict[str, Tensor]:
+        """The tensors whose slices this rank holds, by their names in a checkpoint; the optimizer's are like those."""
+        places = {f"model/{name}": x for name, x in weights(self.module).items()}
+        places |= {f"optimizer/{name}": p for name, p in self.module.named_parameters()}
+        return places | {f"averages/{name}": x for name, x in (self.ema.weights if self.ema else {}).items()}
+
     def _check_same(self, there: dict[str, Any], folder: Path) -> None:
         for name, here in self.training.to_json().items():
             if name not in MAY_CHANGE and there.get(name) != here:
                 mend = "choose another folder, or begin again with resume=False"
                 raise InputError(f"{folder}: this run was begun with {name}={there.get(name)}, not {here}; {mend}")
+
+
+def _slices() -> Any:
+    """Distributed checkpoints, whose imports take a second."""
+    from allyouneed.train import slices
+
+    return slices

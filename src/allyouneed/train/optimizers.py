@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ class AdamW(core.Configured, torch.optim.AdamW):
     class Config(core.Config):
         """The betas, epsilon and decay of GPT-3 (Brown et al. 2020, app. B), which LLaMA keeps (sec. 2.3)."""
 
+        splits: ClassVar[bool] = True  # a slice of a tensor can be stepped by itself
+
         lr: float = 3e-4  # the schedule's peak
         betas: tuple[float, float] = (0.9, 0.95)
         eps: float = 1e-8
@@ -30,9 +33,10 @@ class AdamW(core.Configured, torch.optim.AdamW):
 
     def __init__(self, config: Config, module: nn.Module) -> None:
         decayed, rest = decay_groups(module)
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": some} for some in _by_mesh(decayed)]
+        groups += [{"params": some, "weight_decay": 0.0} for some in _by_mesh(rest)]
         super().__init__(
-            [group for group in groups if group["params"]],
+            groups,
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -56,6 +60,8 @@ class Adafactor(core.Configured, torch.optim.Adafactor):
     class Config(core.Config):
         """The numbers of alg. 4 and its sec. 9; T5 shrinks no weights."""
 
+        splits: ClassVar[bool] = False  # it needs the means over whole rows and columns
+
         lr: float = 1e-2  # the schedule's peak
         decay: float = -0.8  # second moments: β₂ at step t is 1 − t^decay
         eps: tuple[float, float] = (1e-30, 1e-3)  # least second moment, least root mean square of a tensor
@@ -71,6 +77,14 @@ class Adafactor(core.Configured, torch.optim.Adafactor):
             d=config.clip,
             weight_decay=config.weight_decay,
         )
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those that one kernel can take together: whole ones, and those split over the same mesh."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        found.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return list(found.values())
 
 
 def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -1,37 +1,75 @@
-"""Many processes training one model: who is who, and what they tell each other.
-
-Each rank holds the whole module and computes its share of the rows of every batch. Splitting the module itself is not
-done here.
-"""
+"""Many processes training one model: who is who, and what they tell each other."""
 
 from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from allyouneed.core.errors import RankLostError
+
+PATIENCE = timedelta(minutes=10)  # for a rank that is alive but silent; one that died is noticed at once
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` of them, numbered from 0. Alone, every method is the identity."""
+    """This process among `world` of them, numbered from 0. Alone, every method is the identity.
+
+    Without a `mesh` each rank holds the whole module. In either case a batch's rows are dealt out in `parts`, of which
+    this rank computes the `part`-th; tensor ranks compute the same one together.
+    """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"  # where what is sent has to lie
+    mesh: DeviceMesh | None = None
+    slice_gradients: bool = False  # after each micro-batch
+
+    @property
+    def part(self) -> int:
+        """Which rows this rank computes."""
+        return self.rank if self.mesh is None else self._sharers.get_local_rank()
+
+    @property
+    def parts(self) -> int:
+        """How many parts the rows are dealt out in."""
+        return self.world if self.mesh is None else self._sharers.size()
+
+    @cached_property
+    def _sharers(self) -> DeviceMesh:
+        """One rank for each part: this one and those that compute other rows."""
+        assert self.mesh is not None
+        return self.mesh["data", "expert", "shard"]._flatten("rows")
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self._sharers.get_group()
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks, in one message."""
-        if self.world == 1:
+        """Replace each tensor by its sum over all parts, in one message."""
+        if self.parts == 1:
             return
         flat = torch.cat([x.flatten() for x in tensors])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self._group)
         for x, summed in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
             x.copy_(summed.view_as(x))
+
+    def add_over_all(self, x: Tensor) -> Tensor:
+        """The sum of `x` over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
 
     def any(self, flag: int) -> int:
         """The largest `flag` (≥ 0) of all ranks: not 0 if any of them raised one."""
@@ -42,12 +80,12 @@ class Ranks:
         return int(raised)
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's `x`, all of one shape, by rank."""
-        if self.world == 1:
+        """Every part's `x`, all of one shape, in their order."""
+        if self.parts == 1:
             return [x]
         sent = x.to(self.device)
-        received = [torch.empty_like(sent) for _ in range(self.world)]
-        dist.all_gather(received, sent)
+        received = [torch.empty_like(sent) for _ in range(self.parts)]
+        dist.all_gather(received, sent, group=self._group)
         return [y.to(x.device) for y in received]
 
     def follow_first(self, tensors: Sequence[Tensor]) -> None:
@@ -56,12 +94,48 @@ class Ranks:
             for x in tensors:
                 dist.broadcast(x, src=0)
 
+    def told(self, value: Value) -> Value:
+        """What rank 0 was given; any value that pickles, for it comes from our own processes."""
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return cast("Value", box[0])
+
+    def first(self, line: str) -> str:
+        """The first of all ranks' lines that is not empty."""
+        if self.world == 1:
+            return line
+        lines = [""] * self.world
+        dist.all_gather_object(lines, line)
+        return next((found for found in lines if found), "")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within, the death of another rank is one line.
+
+        Raises:
+            RankLostError: another rank died or was silent for too long.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # what PyTorch's backends raise has no class of its own for this
+            if self.world == 1 or not any(sign in str(error) for sign in _SIGNS):
+                raise
+            line = f"rank {self.rank}: another rank is gone ({str(error).splitlines()[0][:120]})"
+            raise RankLostError(f"{line}; the last checkpoint stands, the same call goes on from it") from None
+
+
+# of gloo, of NCCL, and of both
+_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket", "NCCL", "imed out", "abort")
+
 
 def join() -> Ranks:
     """The ranks that `torchrun` started, from its environment variables; a process started otherwise is alone.
 
-    The process group (NCCL where there is CUDA, else gloo) is joined once, unless the caller has, and left at exit:
-    torchrun's store remembers a group, so that it cannot be joined a second time.
+    The process group (NCCL where there is CUDA, and gloo for what lies on the CPU) is joined once, unless the caller
+    has, and left at exit: torchrun's store remembers a group, so that it cannot be joined a second time, and after a
+    restart has to be joined under another name.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world == 1:
@@ -70,7 +144,10 @@ def join() -> Ranks:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        named = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {world}", store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=named, rank=rank, world_size=world, timeout=PATIENCE)
         atexit.register(_leave)
     return Ranks(rank, world, device)
 

@@ -42,9 +42,13 @@ class Snapshots:
     steps: Collection[int]
     save: Save
 
+    def wants(self, step: int) -> bool:
+        """Whether a step is kept."""
+        return step in self.steps
+
     def __call__(self, step: int, module: nn.Module) -> None:
         """Called by the loop before the first step and after every one."""
-        if step in self.steps:
+        if self.wants(step):
             path = self.folder / f"step{step}"
             with writing(path), replacing(path) as temporary:
                 self.save(module, temporary)

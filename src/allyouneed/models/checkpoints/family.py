@@ -14,8 +14,8 @@ from allyouneed.models.stack import Stack
 
 C = TypeVar("C", bound=Config)  # the configuration of a model
 
-# What training chooses; it does not change what a trained model computes, and not every layout can say it.
-TRAINING_ONLY = ("dropout", "norm_dropout", "initialise", "context")
+# What training or the machine chooses; no trained model computes anything else for it, nor can every layout say it.
+NOT_COMPUTED = ("dropout", "norm_dropout", "initialise", "context", "kernel")
 
 HEAD_STORED = "head_stored"  # what the weights tell `read` beside the fields of config.json: they hold an lm_head
 
@@ -43,9 +43,9 @@ class Family(Generic[C]):
 
 
 def _computation(value: Any) -> Any:
-    """A config's JSON without what only training looks at; defaults that mean the same are made the same."""
+    """A config's JSON without what makes no difference to it; defaults that mean the same are made the same."""
     if isinstance(value, dict):
-        return {k: _computation(v) for k, v in value.items() if k not in TRAINING_ONLY}
+        return {k: _computation(v) for k, v in value.items() if k not in NOT_COMPUTED}
     return [_computation(v) for v in value] if isinstance(value, list) else value
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from allyouneed.core import files
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, about, unknown
-from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, rwkv, t5
+from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, mixtral, rwkv, switch, t5
 from allyouneed.models.checkpoints import heads, weights
 from allyouneed.models.checkpoints.family import HEAD_STORED, Family
 from allyouneed.models.checkpoints.fields import LARGEST, Fields
@@ -31,6 +31,7 @@ _FAMILIES: tuple[Family[Any], ...] = (
     gpt.HUGGING_FACE,
     gpt2.HUGGING_FACE,
     llama.HUGGING_FACE,
+    mixtral.HUGGING_FACE,
     bloom.HUGGING_FACE,
     gpt_neo.HUGGING_FACE,
     gpt_neox.HUGGING_FACE,
@@ -38,6 +39,7 @@ _FAMILIES: tuple[Family[Any], ...] = (
     bert.ENCODER,
     bert.PRETRAINING,
     t5.HUGGING_FACE,
+    switch.HUGGING_FACE,
     marian.HUGGING_FACE,
 )
 # By model_type; of several, the first of config.json's `architectures` says which.

@@ -2,15 +2,16 @@
 
 A rule ties one tensor of theirs to one or more of ours; `{i}` stands for the number of the layer (of a model with two
 stacks, `{j}` for that of the second). The layouts differ in
-three ways: transposed (GPT-2 stores matrices input × output), fused (queries, keys and values in one), and permuted
-(GGUF stores the rotary pairs of LLaMA's queries and keys next to each other). Fusing and permuting only ever move
+three ways: transposed (GPT-2 stores matrices input × output), fused (queries, keys and values in one; or, the other way
+round, ours has all experts' matrices in one where theirs has each by itself), and permuted (GGUF stores the rotary
+pairs of LLaMA's queries and keys next to each other). Fusing and permuting only ever move
 whole rows, so that rules without a transposition serve blocks of quantised bytes as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,13 +43,12 @@ class Rule:
     join: Join = lambda parts: parts[0]
     optional: bool = False  # left out of many checkpoints (a tied head)
     again: bool = False  # a second name of what another rule has; read where it stands, and never written
+    row: int | None = None  # theirs is this one of those stacked in ours
 
     def at(self, sign: str, layer: int) -> Rule:
         """The rule for one layer."""
         ours = tuple(name.replace(f"{{{sign}}}", str(layer)) for name in self.ours)
-        return Rule(
-            ours, self.theirs.replace(f"{{{sign}}}", str(layer)), self.split, self.join, self.optional, self.again
-        )
+        return replace(self, ours=ours, theirs=self.theirs.replace(f"{{{sign}}}", str(layer)))
 
 
 def same(ours: str, theirs: str, *, optional: bool = False) -> Rule:
@@ -64,6 +64,15 @@ def again(ours: str, theirs: str) -> Rule:
 def both(ours: str, theirs: str) -> tuple[Rule, Rule]:
     """Weight and bias of one layer under another name."""
     return same(f"{ours}.weight", f"{theirs}.weight"), same(f"{ours}.bias", f"{theirs}.bias")
+
+
+def stacked(ours: str, theirs: str, count: int) -> list[Rule]:
+    """`count` matrices, each under a name of its own in which `{e}` is its number, in one of ours (count, …)."""
+
+    def rule(e: int) -> Rule:
+        return Rule((ours,), theirs.replace("{e}", str(e)), join=lambda parts: parts[0][e].contiguous(), row=e)
+
+    return [rule(e) for e in range(count)]
 
 
 def transposed(ours: str, theirs: str) -> Rule:
@@ -148,23 +157,34 @@ def to_ours(
         faults += [f"holds {listed(strange, theirs)}, {HOMELESS}"] if strange else []
         raise InputError(f"{source}: {'; '.join(faults)}")
     found: dict[str, Tensor] = {}
+    stacks: dict[str, list[Tensor]] = {}
     for rule in rules:
         if rule.theirs not in theirs:
             continue
-        tensor = theirs[rule.theirs]
-        try:
-            parts = rule.split(tensor)
-        except RuntimeError:
-            parts = ()
-        if len(parts) != len(rule.ours):
-            raise InputError(
-                f"{source}: tensor {rule.theirs!r} of shape {list(tensor.shape)} cannot be divided as needed"
-            )
-        for name, part in zip(rule.ours, parts, strict=True):
+        for name, part in zip(rule.ours, _parts(rule, theirs[rule.theirs], source), strict=True):
+            if rule.row is not None:
+                stacks.setdefault(name, []).append(part)
+                continue
             if rule.again and name in found and not torch.equal(found[name], part):
                 raise InputError(f"{source}: tensor {rule.theirs!r} is not the one that this model shares with it")
             found[name] = part
-    return found
+    return found | {name: _stack(name, parts, source) for name, parts in stacks.items()}
+
+
+def _parts(rule: Rule, tensor: Tensor, source: object) -> Sequence[Tensor]:
+    try:
+        parts = rule.split(tensor)
+    except RuntimeError:
+        parts = ()
+    if len(parts) != len(rule.ours):
+        raise InputError(f"{source}: tensor {rule.theirs!r} of shape {list(tensor.shape)} cannot be divided as needed")
+    return parts
+
+
+def _stack(name: str, parts: Sequence[Tensor], source: object) -> Tensor:
+    if len({part.shape for part in parts}) > 1:
+        raise InputError(f"{source}: the matrices of {name!r} are not all of one shape")
+    return torch.stack(list(parts))
 
 
 def to_theirs(rules: Iterable[Rule], layers: Mapping[str, int], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,92 @@
+"""Independent calls of one function: one after another in this process, or many at once on a Ray cluster.
+
+What a call leaves behind it writes to files, which all machines must see; what it returns is not sent back.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from allyouneed.core.errors import InputError
+
+Workers = Callable[[Callable[..., None], Sequence[tuple[Any, ...]]], Iterator[int]]
+
+
+def in_turn(function: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> Iterator[int]:
+    """Call `function` with each of `calls`; yields the place of a call when it is done.
+
+    >>> list(in_turn(print, [("one",), ("two",)]))
+    one
+    two
+    [0, 1]
+    """
+    for place, arguments in enumerate(calls):
+        function(*arguments)
+        yield place
+
+
+def over_ray(address: str) -> Workers:
+    """The same on Ray, one core a call.
+
+    `address` is HOST:PORT of a cluster's head, `auto` for the cluster this machine belongs to, `local` for a new one of
+    this machine alone.
+
+    Calls end in any order. The first that fails ends the others, with its own error.
+
+    Raises:
+        InputError: Ray is not installed, or nobody answers at that address.
+    """
+
+    def spread(function: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> Iterator[int]:
+        if not calls:
+            return
+        with _connected(address) as ray:
+            work = ray.put(function)  # sent once, however often it is called
+            called = ray.remote(num_cpus=1, max_retries=0)(lambda function, arguments: function(*arguments))
+            places = {called.remote(work, arguments): place for place, arguments in enumerate(calls)}
+            while places:
+                (done,), _ = ray.wait(list(places), num_returns=1)
+                try:
+                    ray.get(done)
+                except ray.exceptions.RayTaskError as failed:
+                    raise (failed.cause if isinstance(failed.cause, InputError) else failed) from None
+                yield places.pop(done)
+
+    return spread
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Ray, connected until the end; a connection there was before is used and left as it is."""
+    try:
+        import ray
+    except ImportError:
+        raise InputError("Ray is not installed: pip install 'allyouneed[ray]'") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    _check_answers(address)
+    if address == "local":
+        ray.init(include_dashboard=False, log_to_driver=False)
+    else:
+        ray.init(address, log_to_driver=False)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes and then end the process."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("local", "auto"):
+        return
+    if not (host and colon and port.isdigit()):
+        raise InputError(f"ray: {address!r} is no address; write local, auto or HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise InputError(f"ray: nobody answers at {address!r} ({error.strerror or error})") from None

@@ -1,0 +1,86 @@
+"""How many tokens an expert may take: places are given in order, and who finds none is dropped.
+
+First choices come before second ones, and among these earlier tokens before later ones, so that in one row no token
+loses its place to a later one.
+
+Shapes: N tokens (of B rows, one after the other), k choices a token, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allyouneed import core
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlimited(core.Config):
+    """Every token finds a place at every expert it asks for: nothing is dropped."""
+
+    def admit(self, experts: Tensor, asked: Tensor, num_experts: int, *, rows: int, training: bool) -> Tensor:
+        """Which of the `asked` (N, k) find a place: all."""
+        return asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor(core.Config):
+    """⌈factor · k · N / E⌉ places at each expert (Fedus et al. 2021, eq. 3; Lepikhin et al. 2020, sec. 2.2).
+
+    Which tokens are dropped then depends on what else is in the batch. So that a model says the same of a text whatever
+    it is batched with, and with a cache the same as without, nothing is dropped in evaluation unless `evaluation` says
+    so (GShard and ST-MoE use a factor of 2 there).
+    """
+
+    factor: float = 1.25  # Fedus et al. 2021, sec. 2.2: 1.0 to 1.25
+    evaluation: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "evaluation"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise core.InputError(f"capacity {name}={value}; it must be above 0: 1.25 leaves a quarter of room")
+
+    def admit(self, experts: Tensor, asked: Tensor, num_experts: int, *, rows: int, training: bool) -> Tensor:
+        """Which of the `asked` (N, k) find a place at their `experts` (N, k)."""
+        factor = self.factor if training else self.evaluation
+        if factor is None:
+            return asked
+        return asked & (places(experts, asked, num_experts) < math.ceil(factor * experts.numel() / num_experts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerRow(core.Config):
+    """A fixed number of `places` at each expert for every row of a batch, in evaluation too, as `transformers` has it
+    for Switch. What one row drops no other row changes; padding takes places, and a row read in pieces finds them anew.
+    """
+
+    places: int = 64
+
+    def __post_init__(self) -> None:
+        if self.places < 1:
+            raise core.InputError(f"capacity places={self.places}; each expert needs at least 1 a row")
+
+    def admit(self, experts: Tensor, asked: Tensor, num_experts: int, *, rows: int, training: bool) -> Tensor:
+        """Which of the `asked` (N, k) find a place at their `experts` (N, k)."""
+        row = torch.arange(rows, device=experts.device).repeat_interleave(len(experts) // rows)
+        return asked & (places(row[:, None] * num_experts + experts, asked, rows * num_experts) < self.places)
+
+
+Capacity = Unlimited | Factor | PerRow
+
+
+def places(experts: Tensor, asked: Tensor, num_experts: int) -> Tensor:
+    """How many asked for the same expert before: (N, k) -> (N, k); for what is not asked for, a number of no meaning.
+
+    >>> places(torch.tensor([[0, 1], [1, 0], [1, 2]]), torch.ones(3, 2, dtype=torch.bool), 3).tolist()
+    [[0, 2], [0, 1], [1, 0]]
+    """
+    queue = torch.where(asked, experts, num_experts).t().flatten()  # all first choices, then all second ones
+    order = queue.argsort(stable=True)
+    ordered = queue[order]
+    place = torch.arange(len(queue), device=queue.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(queue).scatter_(0, order, place).view(experts.shape[1], -1).t()

@@ -1,0 +1,331 @@
+"""Training Compute-Optimal Large Language Models (Hoffmann et al., 2022).
+
+arXiv:2203.15556.
+
+Claim   For a budget C of training, parameters and tokens should grow alike, N_opt ∝ C^a and D_opt ∝ C^b with a and b
+        about 0.5, and not as Kaplan et al. advise, a = 0.73. Three ways to estimate a agree: the envelope of training
+        curves, the minima of IsoFLOP profiles, a parametric fit of the loss.
+Here    Decoders of GPT-2's block learn words that follow Zipf's law and are spelled by lot (`data.lexicon`), a new text
+        at every step, so that no token is seen twice. Each budget is spent on every size, with a cosine that ends with
+        the budget; FLOPs are counted part by part. All three approaches are fitted to the same runs, and their
+        intervals are of drawing these runs anew, within each budget.
+Apart   A source whose rules are independent words instead of language, a two-hundredth and less of the paper's smallest
+        model, a factor of 32 of compute instead of three hundred. One size's learning rate is a constant over its
+        width and not tuned for each budget. That the exponents of one source are those of another is not to be had from
+        this, nor the ratio of tokens to parameters. Chinchilla's and Gopher's relative positions (Dai et al. 2019) are
+        rotary ones here, without their matrix a layer, 5.4 and 21.5 billion parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allyouneed import core
+from allyouneed.core.errors import InputError
+from allyouneed.data.lexicon import Lexicon
+from allyouneed.evaluate import fits, frontiers
+from allyouneed.evaluate.laws import LAWS, HoffmannLoss, PowerLaw
+from allyouneed.evaluate.perplexity import batch_nll
+from allyouneed.evaluate.statistics import Interval
+from allyouneed.models import gpt2
+from allyouneed.models.decoder import Decoder
+from allyouneed.nn.attention import Attention
+from allyouneed.nn.block import Block
+from allyouneed.nn.ffn import MLP
+from allyouneed.nn.flops import TRAINING
+from allyouneed.nn.initialise import Normal
+from allyouneed.nn.norms import RMSNorm
+from allyouneed.nn.positions import Rotary
+from allyouneed.objectives.next_token import next_token
+from allyouneed.papers import figures
+from allyouneed.papers.base import Paper, Report
+from allyouneed.train import ladder
+from allyouneed.train.loop import Training
+from allyouneed.train.optimizers import AdamW
+from allyouneed.train.schedules import Cosine
+from allyouneed.train.suite import Member
+
+APPROACHES = ("1, envelope of curves", "2, IsoFLOP profiles", "3, parametric fit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(core.Config):
+    """The sizes, the budgets they share, the source, and the margin of the verdict."""
+
+    sizes: tuple[Member, ...]
+    budgets: tuple[float, ...]  # FLOPs of training
+    world: Lexicon.Config
+    ratios: tuple[float, float] = (2.0, 400.0)  # tokens a parameter, of a run: least and most
+    rows: int = 8
+    length: int = 60
+    held_out: int = 256  # rows
+    resamples: int = 200
+    near: float = 0.15  # each approach's whole interval of a: so near to 0.5, and so below 0.73
+
+
+def run(config: Config, report: Report) -> None:
+    """Train every size with every budget, and ask the three approaches how the best size grows."""
+    world = config.world.build()
+
+    def cost(model: Decoder.Config) -> float:
+        return TRAINING * model.flops(1, config.length) / config.length
+
+    def work(member: Member, seed: int, folder: Path) -> dict[str, list[float]]:
+        return vars(_trained(config, world, member, seed, folder))
+
+    runs = _runs(config, cost)
+    found = report.repeat(runs, work)
+    table = _Runs(config, runs, found, cost)
+    _record(config, report, runs, cost)
+    estimates = _estimates(config, report, table)
+    for name in APPROACHES:
+        if name in estimates:
+            one = estimates[name]
+            report.check(
+                f"a, approach {name}",
+                one.estimate,
+                interval=(one.low, one.high),
+                method="95 % bootstrap interval over runs",
+                above=0.5 - config.near,
+                below=0.5 + config.near,
+            )
+    answered = sum(name in estimates for name in APPROACHES)
+    report.check("approaches that give an answer", answered, above=len(APPROACHES) - 1)
+    profiles = _profiles(config, report, table)
+    inside = sum(one.inside for one in profiles)
+    report.check("budgets whose best size lies among those tried", inside, above=len(config.budgets) - 1)
+    _figure(report, table, profiles, estimates)
+
+
+def _runs(config: Config, cost: Callable[[Decoder.Config], float]) -> dict[str, Member]:
+    """Every budget spent on every size for which that is not out of all proportion."""
+    models: list[Any] = [one.model for one in config.sizes]
+    sizes = {f"N={ladder.short(model.num_parameters())}": one for model, one in zip(models, config.sizes, strict=True)}
+    batch = config.rows * config.length
+    runs = ladder.isoflops(sizes, config.budgets, cost, batch_tokens=batch)
+    least, most = config.ratios
+
+    def proportioned(member: Any) -> bool:
+        return least <= member.training.steps * batch / member.model.num_parameters() <= most
+
+    return {name: member for name, member in runs.items() if proportioned(member)}
+
+
+class _Runs:
+    """All runs as columns, and the fits of any of them by their places."""
+
+    def __init__(
+        self,
+        config: Config,
+        runs: Mapping[str, Member],
+        found: Mapping[str, list[dict[str, Any]]],
+        cost: Callable[[Decoder.Config], float],
+    ) -> None:
+        each = [(runs[name], one) for name, values in found.items() for one in values]
+        models: list[Any] = [member.model for member, _ in each]
+        batch = config.rows * config.length
+        self.parameters = np.array([model.num_parameters() for model in models], dtype=float)
+        self.without_embeddings = np.array([model.num_parameters(embeddings=False) for model in models], dtype=float)
+        self.tokens = np.array([member.training.steps * batch for member, _ in each], dtype=float)
+        self.loss = np.array([one["losses"][-1] for _, one in each])
+        spent = self.tokens * [cost(model) for model in models]
+        self.budget = np.array([min(config.budgets, key=lambda C: abs(np.log(C / c))) for c in spent])
+        self.whole: dict[str, HoffmannLoss] = {}
+        self.curves = [
+            frontiers.Curve(model.num_parameters(), np.array(one["tokens"]) * cost(model), one["losses"])
+            for model, (_, one) in zip(models, each, strict=True)
+        ]
+
+    def profiles(self, chosen: np.ndarray) -> list[frontiers.Profile]:
+        """Of some of the runs."""
+        return frontiers.profiles(self.budget[chosen], self.parameters[chosen], self.loss[chosen])
+
+    def frontier(self, approach: str, chosen: np.ndarray) -> PowerLaw:
+        """N_opt(C) by an approach, from some of the runs."""
+        if approach == APPROACHES[0]:
+            return frontiers.envelope([self.curves[i] for i in chosen]).frontier
+        if approach == APPROACHES[1]:
+            return frontiers.frontier(self.profiles(chosen))
+        size = self.parameters if approach == APPROACHES[2] else self.without_embeddings
+        whole = self.whole.get(approach)  # a resample's fit begins at that of all runs, which comes first
+        law = fits.hoffmann(size[chosen], self.tokens[chosen], self.loss[chosen], start=whole)
+        self.whole.setdefault(approach, law)
+        return law.frontier
+
+
+def _estimates(config: Config, report: Report, runs: _Runs) -> dict[str, Interval]:
+    """a by each approach that gives an answer, with its interval; beside the published ones as a table."""
+    found: dict[str, Interval] = {}
+    for name in (*APPROACHES, "3, N without embeddings"):
+        try:
+            found[name] = fits.intervals(
+                np.arange(len(runs.loss)),
+                lambda chosen, name=name: {"a": runs.frontier(name, chosen).exponent},  # type: ignore[misc]
+                strata=runs.budget,
+                resamples=config.resamples,
+            )["a"]
+        except InputError as error:
+            report.note(f"Approach {name}: {error}.")
+    rows = [_exponents(f"here, {name}", one.estimate, (one.low, one.high)) for name, one in found.items()]
+    rows += [_exponents(law.name, law.frontier.exponent) for law in LAWS]
+    report.table("exponents of N_opt ∝ C^a and D_opt ∝ C^b", rows)
+    return found
+
+
+def _profiles(config: Config, report: Report, runs: _Runs) -> list[frontiers.Profile]:
+    """One budget's parabola each, where the losses have a minimum."""
+    found = []
+    for budget in config.budgets:
+        here = runs.budget == budget
+        try:
+            found.append(frontiers.profile(budget, runs.parameters[here], runs.loss[here]))
+        except InputError as error:
+            report.note(f"{error}.")
+    return found
+
+
+def _exponents(name: str, a: float, interval: tuple[float, float] | None = None) -> dict[str, Any]:
+    between = f"{interval[0]:.3f} … {interval[1]:.3f}" if interval else "–"
+    return {"by": name, "a": round(a, 3), "95 %": between, "b": round(1 - a, 3)}
+
+
+def _trained(config: Config, world: Lexicon, member: Member, seed: int, folder: Path) -> ladder.Run:
+    held_out, chance = world.held_out(config.held_out, config.length)
+    return ladder.climb(
+        member,
+        next_token,
+        world.batches(config.rows, config.length, seed=seed),
+        lambda module: batch_nll(module, held_out["ids"], held_out["targets"]) - chance,
+        batch_tokens=config.rows * config.length,
+        seed=seed,
+        folder=folder,
+    )
+
+
+def _record(
+    config: Config, report: Report, runs: Mapping[str, Member], cost: Callable[[Decoder.Config], float]
+) -> None:
+    for name, member in runs.items():
+        model: Any = member.model
+        tokens = member.training.steps * config.rows * config.length
+        report.arm(
+            name,
+            parameters=model.num_parameters(),
+            tokens=tokens,
+            training_flops=round(tokens * cost(model)),
+            six_n_d=6 * model.num_parameters() * tokens,
+            learning_rate=member.training.optimizer.lr,
+        )
+
+
+def _figure(report: Report, runs: _Runs, profiles: list[frontiers.Profile], estimates: Mapping[str, Interval]) -> None:
+    figure, (left, right) = figures.new(10, 4.2, columns=2)
+    for i, one in enumerate(profiles):
+        color, here = figures.PALETTE[i % len(figures.PALETTE)], runs.budget == one.compute
+        left.scatter(runs.parameters[here], runs.loss[here], s=12, color=color)
+        sizes = np.geomspace(runs.parameters.min(), runs.parameters.max(), 60)
+        left.plot(sizes, [one(size) for size in sizes], color=color, label=f"{ladder.short(one.compute)}FLOP")
+        left.plot([one.parameters], [one.loss], marker="v", markersize=9, color=color)
+        ordered = sorted(set(runs.parameters[here]))
+        means = [float(runs.loss[here & (runs.parameters == size)].mean()) for size in ordered]
+        report.curve(
+            f"{ladder.short(one.compute)}FLOP", ordered, [means], x_label="parameters", y_label="loss (nats per token)"
+        )
+    left.set_xscale("log")
+    figures.describe(left, title="IsoFLOP profiles", x="parameters N", y="loss at the end (nats per token)")
+    left.legend(fontsize=8)
+    compute = np.array([one.compute for one in profiles])
+    right.plot(compute, [one.parameters for one in profiles], "v", color="#222222", label="_minima")
+    every = np.arange(len(runs.loss))
+    for name in APPROACHES:
+        if name in estimates:
+            law = runs.frontier(name, every)
+            right.plot(compute, [law(c) for c in compute], label=f"{name}: a = {law.exponent:.2f}")
+    for middle in profiles[len(profiles) // 2 :][:1]:
+        kaplan = middle.parameters * (compute / middle.compute) ** 0.73
+        right.plot(compute, kaplan, "--", color=figures.CONTROL, label="Kaplan's slope: a = 0.73")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    figures.describe(right, title="The best size", x="training FLOPs C", y="N_opt")
+    right.legend(fontsize=8)
+    report.figure(figure, "Left: runs of one budget each, parabola and minimum. Right: the minima and three estimates.")
+
+
+def _member(dim: int, num_layers: int = 2, *, letters: int = 32, length: int = 60) -> Member:
+    """A rate in proportion to 1/width (Yang et al. 2022), 0.01 at 64, as short trials of 16 to 96 wanted."""
+    model = gpt2.architecture(
+        vocab_size=letters, context=length, dim=dim, num_layers=num_layers, num_heads=max(1, dim // 16)
+    )
+    return Member(model=model.replace(initialise=Normal(std=0.5 * dim**-0.5)), training=training(0.64 / dim))
+
+
+def training(lr: float, steps: int = 1000) -> Training:
+    """AdamW, a twentieth of warm-up, a cosine to a tenth (sec. B and F); the ladder sets the steps."""
+    return Training(steps=steps, optimizer=AdamW.Config(lr=lr), schedule=Cosine(warmup=steps // 20))
+
+
+def sized(name: str) -> Decoder.Config:
+    """Gopher 280B or Chinchilla 70B (table 4), with rotary positions; the vocabulary is of 32,000 pieces."""
+    num_heads, dim = {"Gopher 280B": (128, 16384), "Chinchilla 70B": (64, 8192)}[name]
+    block = Block.Config(
+        mixer=Attention.Config(num_heads=num_heads, head_dim=128, bias=True, out_bias=True),
+        channel=MLP.Config(hidden_dim=4 * dim, activation="gelu"),
+        norm=RMSNorm.Config(),
+    )
+    return Decoder.Config(
+        vocab_size=32_000,
+        context=2048,
+        dim=dim,
+        num_layers=80,
+        blocks=(block,),
+        positions=Rotary.Config(),
+        norm=RMSNorm.Config(),
+    )
+
+
+# Sizes of table A4, 73 M to 6.8 B: layers, dim, heads. The budgets below are the nine of fig. 3
+_TABLE_A4 = ((10, 640, 10), (20, 1024, 16), (24, 1280, 10), (26, 1792, 14), (28, 2048, 16), (40, 3584, 28))
+
+PAPER = Paper(
+    doc=__doc__,
+    run=run,
+    evidence="small world",
+    minutes={"smoke": 0.2, "laptop": 25},
+    sizes={
+        "smoke": Config(
+            sizes=tuple(_member(dim, 1, letters=8, length=12) for dim in (8, 12, 16, 24, 32, 48)),
+            budgets=(2e7, 4e7, 8e7),
+            ratios=(0.1, 400.0),
+            world=Lexicon.Config(letters=8, length=3, words=200, exponent=1.3),
+            rows=4,
+            length=12,
+            held_out=16,
+            resamples=3,
+        ),
+        "laptop": Config(
+            sizes=tuple(_member(dim) for dim in (16, 20, 24, 32, 48, 64, 96)),
+            budgets=(3e10, 6e10, 1.2e11, 2.4e11, 4.8e11, 9.6e11),
+            world=Lexicon.Config(letters=32, length=6, words=2**17, exponent=1.3),
+        ),
+        "paper": Config(
+            sizes=tuple(
+                Member(
+                    model=gpt2.architecture(
+                        vocab_size=32_000, context=2048, dim=dim, num_layers=layers, num_heads=heads
+                    ),
+                    training=training(2e-4).replace(precision="bf16"),
+                )
+                for layers, dim, heads in _TABLE_A4
+            ),
+            budgets=(6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21),
+            world=Lexicon.Config(letters=32_000, length=4, words=10**7, exponent=1.1),
+            rows=256,
+            length=2048,
+        ),
+    },
+)

@@ -1,0 +1,198 @@
+"""The Triton kernels, interpreted, against the softmax in float64; and compiled for a GPU that is not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton
+from attention_cases import KINDS, Case, random_case
+from torch import Tensor
+
+from allyouneed.core.errors import InputError
+from allyouneed.models import llama
+from allyouneed.nn import flash
+from allyouneed.nn.kernels import Flash
+from allyouneed.nn.positions import RelativeBias
+from allyouneed.nn.recomputed import attend
+from allyouneed.nn.sight import whole_rows
+
+TILES = ((16, 16), (32, 16), (16, 32), (32, 32))
+SHAPES = 24  # of each of the nine kinds: 216
+KERNELS = (flash.FORWARD_TUNED, flash.QUERIES_TUNED, flash.KEYS_TUNED)
+
+
+@pytest.fixture
+def tile(monkeypatch):
+    """Choose a tile, which the interpreter cannot tune."""
+
+    def choose(number: int) -> None:
+        m, n = TILES[number % len(TILES)]
+        for kernel in KERNELS:
+            monkeypatch.setattr(kernel, "configs", [triton.Config({"M": m, "N": n})])
+
+    return choose
+
+
+def cases(kind: str) -> Iterator[tuple[int, Case]]:
+    return ((seed, random_case(seed, kind, longest=40, pairs=2 if seed % 8 else 4)) for seed in range(SHAPES))
+
+
+def unrounded(case: Case) -> list[Tensor]:
+    """Output and gradients in float32, before they are rounded to the type of the inputs."""
+    tiles, scale = flash.FlashTiles(), case.q.shape[-1] ** -0.5
+    out, level = tiles.forward(case.q, case.k, case.v, case.view, scale)
+    sums = (out * case.gradient).sum(-1)
+    return [out, *tiles.backward(case.q, case.k, case.v, case.view, scale, case.gradient, level, sums, ())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32(kind, tile):
+    """No element of the output or of a gradient is further than 1e-5 from the softmax in float64."""
+    for seed, case in cases(kind):
+        tile(seed)
+        leaves = case.leaves()
+        out, logsumexp = attend(flash.FlashTiles(), *leaves, case.view)
+        found = [out, *torch.autograd.grad(out, leaves, case.gradient)]
+        for a, b in zip(found, case.expected(), strict=True):
+            assert a.isfinite().all() and (a - b).abs().max() <= 1e-5, str(case)
+        empty = ~case.seen.any(-1)[:, None].expand(out.shape[:3])
+        assert torch.equal(logsumexp.isneginf(), empty) and not out[empty].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision(kind, tile):
+    """Of bfloat16 and float16 inputs, no element of the output or of a gradient, before the last rounding, is further
+    from the softmax in float64 than 2e-3 of the largest element.
+    """
+    for seed, case in cases(kind):
+        tile(seed)
+        case = case.to((torch.bfloat16, torch.float16)[seed % 2])
+        for a, b in zip(unrounded(case), case.expected(), strict=True):
+            assert a.dtype == torch.float32 and a.isfinite().all()
+            assert (a - b).abs().max() <= 2e-3 * b.abs().max() + 1e-6, str(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_once(dtype):
+    case = random_case(5, "packed", longest=40, pairs=2).to(dtype)
+    leaves = case.leaves()
+    out, _ = attend(flash.FlashTiles(), *leaves, case.view)
+    found = [out, *torch.autograd.grad(out, leaves, case.gradient)]
+    for a, b in zip(found, case.expected(), strict=True):
+        assert a.dtype == dtype
+        assert ((a - b).abs() <= torch.finfo(dtype).eps / 2 * b.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tf32_is_near_enough(kind):
+    """What the interpreter does not show: on a GPU products with P and dS are taken in TF32, of ten binary digits.
+    Their rounding, spelled out, stays within 2e-3 of the largest element.
+    """
+    for _, case in cases(kind):
+        case = case.to(torch.bfloat16)
+        for a, b in zip(with_tf32(case), case.expected(), strict=True):
+            assert (a - b).abs().max() <= 2e-3 * b.abs().max() + 1e-6, str(case)
+
+
+def with_tf32(case: Case) -> list[Tensor]:
+    q, k, v, do = (x.float() for x in (case.q, case.k, case.v, case.gradient))
+    heads, shared = q.shape[1], q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(shared, 1) for x in (k, v))
+    scores = q @ keys.mT * q.shape[-1] ** -0.5 + (0 if case.bias is None else case.bias)
+    scores = torch.where(case.seen[:, None], scores, -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True).nan_to_num(neginf=0)).exp()
+    totals = weights.sum(-1, keepdim=True).clamp(min=1e-30)
+    out, p = tf32(weights) @ values / totals, weights / totals
+    ds = tf32(p * (do @ values.mT - (out * do).sum(-1, keepdim=True)))
+    dq, dk, dv = ds @ keys * q.shape[-1] ** -0.5, ds.mT @ q * q.shape[-1] ** -0.5, tf32(p).mT @ do
+    return [out, dq, *(x.unflatten(1, (heads // shared, shared)).sum(2) for x in (dk, dv))]
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Rounded to the nearest of ten digits after the first."""
+    return ((x.contiguous().view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
+@torch.no_grad()
+def test_a_model_generates_through_it(tile):
+    tile(0)
+    config = llama.architecture(vocab_size=50, context=32, dim=24, num_layers=1, num_heads=2, num_kv_heads=1)
+    torch.manual_seed(0)
+    plain, fast = config.build().eval(), config.with_kernel(Flash()).build().eval()
+    fast.load_state_dict(plain.state_dict())
+    ids = torch.randint(0, 50, (2, 18), generator=torch.Generator().manual_seed(0))
+    whole, cache, pieces = plain(ids).logits, fast.new_cache(2, 18), []
+    for piece in ids.split([16, 1, 1], 1):
+        pieces.append(fast(piece, cache=cache).logits)
+        cache.advance(piece.shape[1])
+    assert (torch.cat(pieces, 1) - whole).abs().max() <= 1e-5
+    assert (fast(ids).logits - whole).abs().max() <= 1e-5
+
+
+def test_what_the_kernels_cannot_do_is_refused():
+    q = torch.randn(1, 2, 3, 8)
+    part = RelativeBias.Config().build(dim=16, num_heads=2, head_dim=8, context=8)
+    view = whole_rows(part, torch.zeros(1, 3)).view(None)
+    with pytest.raises(InputError, match="Flash cannot make the bias of RelativeBias, only one of slopes: use Tiled"):
+        Flash()(q, q, q, view)
+    with pytest.raises(InputError, match=r"takes float32, float16 and bfloat16, not torch\.float64"):
+        Flash()(*[q.double()] * 3, view)
+    with pytest.raises(InputError, match="heads of up to 256 dimensions, not head_dim=300"):
+        Flash()(*[torch.randn(1, 1, 3, 300)] * 3, view)
+    with pytest.raises(InputError, match="Flash: queries, keys and values have head_dim 8, 6, 8"):
+        Flash()(q, q[..., :6], q, view)
+
+
+def without_interpreter(program: str) -> str:
+    """What a fresh process prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_a_gpu_one_line_says_so():
+    printed = without_interpreter("""
+import torch
+from allyouneed.core.errors import InputError
+from allyouneed.models import llama
+from allyouneed.nn.kernels import Flash
+config = llama.architecture(vocab_size=50, context=32, dim=24, num_layers=1, num_heads=2).with_kernel(Flash())
+try:
+    config.build()(torch.zeros(1, 4, dtype=torch.long))
+except InputError as error:
+    print(error)
+""")
+    assert printed.startswith(
+        "kernel Flash needs a CUDA device, these tensors are on cpu: use Tiled, or TRITON_INTERPRET"
+    )
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("kernel", ["_forward", "_gather_queries", "_gather_keys"])
+def test_compiles_for_a_gpu(kernel):
+    """For compute capability 8.0, bfloat16 and heads of 64, with products on tensor cores, within its 163 KB."""
+    printed = without_interpreter(f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from allyouneed.nn import flash
+kernel, tuning = flash.{kernel}, (flash.FORWARD if "{kernel}" == "_forward" else flash.BACKWARD)[1]
+constants = dict(D=64, PRECISION="tf32", SLOPES=True, SHARED=False, SHORT=False, FACTOR=flash.tl.bfloat16)
+constants |= tuning.kwargs
+kinds = dict.fromkeys(("q", "k", "v", "gradient"), "*bf16") | dict.fromkeys(("bounds", "places", "key_places"), "*i32")
+kinds |= dict.fromkeys(("out", "dq", "dk", "dv", "level", "sums", "slopes"), "*fp32") | {{"scale": "fp32"}}
+signature = {{n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}}
+source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={{"num_warps": tuning.num_warps}})
+print(made.metadata.shared, "mma.sync" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
+""")
+    shared, tensor_cores, compiled = printed.split()
+    assert int(shared) <= 163 * 1024 and tensor_cores == compiled == "True"

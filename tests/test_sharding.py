@@ -1,0 +1,430 @@
+"""A module split over two ranks does what it does on one. Run as a program, this file is what `torchrun` starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded_run import FAMILIES, MESHES, batch_of, built, run, settings, sparse
+from test_distributed import finish, launch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from allyouneed.core.errors import InputError
+from allyouneed.core.metrics import read
+from allyouneed.models.checkpoints.loading import load_module, save
+from allyouneed.objectives.next_token import next_token
+from allyouneed.train import checkpoints as saving
+from allyouneed.train import sharding
+from allyouneed.train.checkpoints import Checkpoints
+from allyouneed.train.gradients import differentiate
+from allyouneed.train.mesh import Mesh
+from allyouneed.train.optimizers import Adafactor, AdamW
+from allyouneed.train.planner import Machine, cost, trace
+from allyouneed.train.ranks import Ranks, join
+from allyouneed.train.suite import Snapshots
+
+ALONE = Ranks()
+WIDER: dict[str, Any] = {"dim": 32, "vocab_size": 64, "hidden_dim": 64}
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, Any]:
+    """One process: the dense model and the one with experts, fifty steps each, saved on the way."""
+    folder = tmp_path_factory.mktemp("alone")
+    modules = {"dense": built(), "sparse": sparse()}
+    for name, module in modules.items():
+        run(module, folder / name, settings(ema=0.9))
+    return {"folder": folder, **modules}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, alone) -> Path:
+    """The folder in which two ranks trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    half_way(alone["folder"] / "dense", folder / "alone to shard")
+    return done_by_two("train", folder)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """The folder in which two ranks wrote what single steps gave."""
+    return done_by_two("measure", tmp_path_factory.mktemp("measured"))
+
+
+def done_by_two(what: str, folder: Path) -> Path:
+    launched = launch(what, folder, __file__)
+    output = finish(launched)
+    assert launched.returncode == 0, output
+    return folder
+
+
+def half_way(done: Path, folder: Path) -> Path:
+    """A copy of a finished run as it was at step 25."""
+    shutil.copytree(done, folder)
+    shutil.rmtree(folder / "checkpoints/step-00000050")
+    return folder
+
+
+@pytest.mark.parametrize("mesh", ["shard", "tensor"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_is_that_of_one_process(measured, family, mesh):
+    found = json.loads((measured / "gradients.json").read_text())[f"{family}, {mesh}"]
+    assert found["largest"] > 1e-3 and found["apart"] < 1e-5 * found["largest"] and found["norm"] < 1e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_loss_curve_is_that_of_one_process(two_ranks, alone, mesh):
+    here, there = losses(alone["folder"] / ("sparse" if mesh == "expert" else "dense")), losses(two_ranks / mesh)
+    assert len(here) == len(there) == 50 and here[-1] < here[0] - 0.5
+    assert there == pytest.approx(here, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["recomputed", "sliced", "deferred", "alone to shard", "shard to tensor", "tensor to shard"]
+)
+def test_so_is_that_of_a_run_that(two_ranks, alone, name):
+    assert losses(two_ranks / name) == pytest.approx(losses(alone["folder"] / "dense"), abs=1e-4)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_one_process_takes_up_what_two_saved(two_ranks, alone, tmp_path, mesh):
+    name = "sparse" if mesh == "expert" else "dense"
+    module = sparse(seed=5) if mesh == "expert" else built(seed=5)
+    folder = half_way(two_ranks / mesh, tmp_path / "run")
+    run(module, folder, settings(ema=0.9))
+    assert losses(folder) == pytest.approx(losses(alone["folder"] / name), abs=1e-4)
+    for key, p in alone[name].named_parameters():
+        assert torch.allclose(module.get_parameter(key), p, atol=1e-4), key
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_checkpoint_of_slices_holds_the_whole_state(two_ranks, alone, mesh):
+    here, there = (
+        saving.read(folder / "checkpoints/step-00000025")
+        for folder in (alone["folder"] / ("sparse" if mesh == "expert" else "dense"), two_ranks / mesh)
+    )
+    for part in ("model", "averages", "optimizer", "batches"):
+        a, b = ({}, {})
+        saving.take_tensors(here[part], "", a)
+        saving.take_tensors(there[part], "", b)
+        assert a.keys() == b.keys()
+        for name, x in a.items():
+            assert torch.allclose(x.double(), b[name].double(), atol=1e-4), (part, name)
+
+
+def test_each_rank_writes_its_slices_and_nobody_a_pickle(two_ranks):
+    names = {path.name for path in (two_ranks / "shard/checkpoints/step-00000050").iterdir()}
+    assert {"model-00000.safetensors", "model-00001.safetensors", "state.json", "SHA256SUMS"} <= names
+    assert all(name.endswith((".safetensors", ".json", "SHA256SUMS")) for name in names)
+    sizes = [
+        sum(f.stat().st_size for f in (two_ranks / "shard/checkpoints/step-00000050").glob(f"optimizer-0000{rank}*"))
+        for rank in (0, 1)
+    ]
+    assert 0.8 < sizes[0] / sizes[1] < 1.25
+
+
+@pytest.mark.parametrize("spoil", [lambda p: os.truncate(p, 100), lambda p: p.unlink()])
+@pytest.mark.parametrize("name", ["model-00001.safetensors", "optimizer-00000.safetensors", "state.json", "SHA256SUMS"])
+def test_a_broken_slice_is_named_and_passed_over(two_ranks, tmp_path, capsys, name, spoil):
+    shutil.copytree(two_ranks / "shard", tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path / "checkpoints/step-00000050" / name)
+    assert Checkpoints(tmp_path / "checkpoints").newest() == tmp_path / "checkpoints/step-00000025"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-00000050" in line and line.endswith("; passing over this checkpoint")
+
+
+def test_ranks_agree_on_passing_over_a_broken_one(two_ranks):
+    assert losses(two_ranks / "broken") == losses(two_ranks / "shard")
+
+
+def test_a_split_model_is_exported_and_shown_whole(two_ranks, alone):
+    for mesh in ("shard", "tensor"):
+        ids = batch_of(next_token)["ids"]
+        exported = load_module(two_ranks / f"{mesh}-exported")
+        assert torch.allclose(exported(ids).logits, alone["dense"].eval()(ids).logits, atol=1e-3)
+    assert (two_ranks / "snapshots/step0/model.safetensors").exists()
+    assert torch.equal(
+        load_module(two_ranks / "snapshots", step=50).embedding.weight,
+        load_module(two_ranks / "shard-exported").embedding.weight,
+    )
+
+
+def test_evaluation_of_a_split_module_sees_the_average(two_ranks, alone):
+    seen = json.loads((two_ranks / "evaluated.json").read_text())
+    module = alone["dense"].eval()
+    average = saving.read(alone["folder"] / "dense/checkpoints/step-00000050")["averages"]
+    with torch.no_grad():
+        of_average = torch.func.functional_call(module, average, (batch_of(next_token)["ids"],)).logits
+    assert seen == pytest.approx(of_average.sum().item(), rel=1e-3)
+
+
+def test_each_rank_holds_half_of_what_is_sharded(two_ranks):
+    held = [int((two_ranks / f"held-{rank}.txt").read_text()) for rank in (0, 1)]
+    row = built().embedding.weight[0].nbytes  # of which there are eleven
+    assert sum(held) == sum(p.nbytes for p in built().parameters()) and held[0] - held[1] == row
+
+
+def test_gradients_travel_once_a_step_however_often_they_are_accumulated(measured):
+    once, four, sliced = json.loads((measured / "reductions.json").read_text())
+    assert once == four == 3 and sliced == 12  # two blocks and the rest
+
+
+@pytest.mark.parametrize("mesh", ["shard", "tensor"])
+def test_the_planner_foresees_the_memory_of_a_rank(measured, mesh):
+    """Weights, gradients and moments to 1 %, for rows that do not divide by two; what is kept to 3 %."""
+    found = json.loads((measured / "memory.json").read_text())[mesh]
+    batch = batch_of(next_token)
+    rows, context = batch["ids"].shape
+
+    def row(module: nn.Module) -> None:
+        ids = torch.zeros(1, context, dtype=torch.long)
+        next_token(module, {"ids": ids, "targets": ids})
+
+    traced = trace(lambda: built(**WIDER), row, context, narrow=False)
+    each = rows // (2 if mesh == "shard" else 1)
+    planned = cost(traced, MESHES[mesh].sizes(2), rows, each, Machine(), narrow=False)
+    assert found["weights"] == pytest.approx(planned.weights, rel=0.01)
+    assert found["gradients"] == pytest.approx(planned.gradients, rel=0.01)
+    assert found["optimizer"] == pytest.approx(planned.optimizer, rel=0.01)
+    assert found["activations"] == pytest.approx(planned.activations, rel=0.03)
+
+
+def test_sixteen_bits_are_sent_and_summed_in_thirty_two(two_ranks):
+    alone = [row["loss"] for row in run(built(), training=settings(precision="bf16")).history]
+    for mesh in ("shard", "tensor"):
+        assert losses(two_ranks / f"{mesh}-bf16") == pytest.approx(alone, abs=5e-2)
+        stored = saving.read(two_ranks / f"{mesh}-bf16/checkpoints/step-00000050")["model"]
+        assert {x.dtype for x in stored.values()} == {torch.float32}
+
+
+def test_whoever_trains_alone_pays_for_none_of_it():
+    module = built()
+    sharding.begin(module, ALONE)
+    assert not sharding.is_split(module) and sharding.whole(module) is module
+    assert Mesh().lay(ALONE, module) is ALONE
+
+
+def test_recomputing_blocks_changes_no_bit():
+    plain, recomputed = built(), built()
+    a, b = run(plain, training=settings(steps=5)), run(recomputed, training=settings(steps=5, recompute=True))
+    assert [row["loss"] for row in a.history] == [row["loss"] for row in b.history]
+    assert all(torch.equal(x, y) for x, y in zip(plain.parameters(), recomputed.parameters(), strict=True))
+    assert "forward" not in vars(recomputed.blocks[0])  # as it was
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_keeps_less_and_gives_the_same_gradient(family):
+    config, objective = FAMILIES[family]
+    gradients, kept = [], []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        module, total = config.build().train(), 0
+
+        def count(x: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += x.nbytes
+            return x
+
+        with sharding.recomputed(module, asked), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            differentiate(module, objective, batch_of(objective), ALONE)
+        gradients.append([p.grad for p in module.parameters()])
+        kept.append(total)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+# Meshes that do not fit
+
+
+REFUSED = {
+    "mesh: data=1 x shard=3 wants a multiple of 3 ranks, and there are 2": Mesh(shard=3),
+    "mesh: data=2 x shard=2 wants 4 ranks, and there are 2": Mesh(data=2, shard=2),
+    "mesh.shard=0; it must be 1 or more": Mesh(shard=0),
+    "mesh.tensor=2 does not divide num_kv_heads=1 of blocks.0.mixer": Mesh(tensor=2),
+    "mesh.expert=2: Decoder has no experts": Mesh(expert=2),
+}
+
+
+def odd(mesh: Mesh) -> nn.Module:
+    return built(num_kv_heads=1) if mesh.tensor > 1 else built()
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_mesh_that_does_not_fit_is_one_line_on_each_rank(measured, line):
+    lines = [json.loads((measured / f"refused-{rank}.json").read_text()) for rank in (0, 1)]
+    assert lines[0] == lines[1]
+    assert any(said.startswith(line.replace("data=1 x ", "")) for said in lines[0]), lines[0]
+
+
+def test_what_cannot_be_split():
+    with pytest.raises(InputError, match=r"mesh\.tensor=2 does not divide hidden_dim=33 of blocks\.0\.channel"):
+        Mesh(tensor=2).check(built(hidden_dim=33))
+    with pytest.raises(InputError, match=r"mesh\.tensor=2: no part of Linear can be split among ranks"):
+        Mesh(tensor=2).check(nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"mesh\.expert=3 does not divide num_experts=4 of blocks\.0\.1"):
+        Mesh(expert=3).check(sparse())
+    with pytest.raises(InputError, match="Adafactor cannot step slices of a tensor; choose AdamW"):
+        run(built(), training=settings(optimizer=Adafactor.Config(), mesh=Mesh(shard=2)))
+    with (
+        pytest.raises(InputError, match="recompute=True: Linear has no blocks"),
+        sharding.recomputed(nn.Linear(2, 2), True),
+    ):
+        pass
+
+
+# As a program: one rank of two
+
+
+def gradients(folder: Path, rank: int) -> None:
+    found = {}
+    for family, (config, objective) in FAMILIES.items():
+        batch = batch_of(objective)
+        for name in ("shard", "tensor"):
+            torch.manual_seed(0)
+            reference = config.build()
+            torch.manual_seed(rank)
+            module = config.build()
+            ranks = MESHES[name].lay(join(), module)
+            alone = differentiate(reference, objective, batch, ALONE)
+            torch.manual_seed(0)
+            if rank == 0:
+                module = config.build()
+            sharding.begin(module, ranks)
+            together = differentiate(module, objective, batch, ranks, accumulate=2 if name == "shard" else 1)
+            apart, largest = 0.0, 0.0
+            for (_, p), (_, q) in zip(module.named_parameters(), reference.named_parameters(), strict=True):
+                gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+                apart = max(apart, (gradient - q.grad).abs().max().item())
+                largest = max(largest, q.grad.abs().max().item())
+            found[f"{family}, {name}"] = {
+                "apart": apart,
+                "largest": largest,
+                "norm": abs(together.norm / alone.norm - 1) + abs(together.means["loss"] - alone.means["loss"]),
+            }
+    if rank == 0:
+        (folder / "gradients.json").write_text(json.dumps(found))
+
+
+def curves(folder: Path, rank: int) -> None:
+    for name, mesh in MESHES.items():
+        module = sparse(seed=rank) if name == "expert" else built(seed=rank)
+        run(module, folder / name, settings(ema=0.9, mesh=mesh))
+        if name != "expert":
+            exported = sharding.whole(module)
+            if rank == 0:
+                save(exported, folder / f"{name}-exported")
+    run(built(seed=rank), folder / "recomputed", settings(mesh=MESHES["shard"], recompute=True, accumulate=2))
+    for name in ("shard", "tensor"):
+        run(built(seed=rank), folder / f"{name}-bf16", settings(mesh=MESHES[name], precision="bf16", keep=1))
+    sliced = MESHES["shard"].replace(slice_gradients=True)
+    run(built(seed=rank), folder / "sliced", settings(mesh=sliced, accumulate=4))
+    run(sharding.deferred(built), folder / "deferred", settings(mesh=MESHES["shard"]))
+
+
+def moved(folder: Path, rank: int) -> None:
+    """From one mesh to another, in the middle of a run."""
+
+    def half(name: str, to: str) -> Path:
+        if rank == 0:
+            half_way(folder / name, folder / to)
+        torch.distributed.barrier()
+        return folder / to
+
+    run(built(seed=7), folder / "alone to shard", settings(ema=0.9, mesh=MESHES["shard"]))
+    run(built(seed=7), half("shard", "shard to tensor"), settings(ema=0.9, mesh=MESHES["tensor"]))
+    run(built(seed=7), half("tensor", "tensor to shard"), settings(ema=0.9, mesh=MESHES["shard"]))
+    if rank == 0:
+        shutil.copytree(folder / "shard", folder / "broken")
+        os.truncate(folder / "broken/checkpoints/step-00000050/model-00001.safetensors", 99)
+    torch.distributed.barrier()
+    run(built(seed=7), folder / "broken", settings(ema=0.9, mesh=MESHES["shard"]))
+
+
+def looked_at(folder: Path, rank: int) -> None:
+    module, seen, ids = built(), [], batch_of(next_token)["ids"]
+
+    def evaluate(trained: nn.Module) -> dict[str, float]:
+        seen.append(trained(ids).logits.sum().item())
+        return {"sum": seen[-1]}
+
+    training = settings(ema=0.9, mesh=MESHES["shard"], evaluate_every=20)
+    run(module, training=training, evaluate=evaluate, snapshot=Snapshots(folder / "snapshots", {0, 50}, save))
+    (folder / f"held-{rank}.txt").write_text(str(sum(sharding.local(p).nbytes for p in module.parameters())))
+    if rank == 0:
+        (folder / "evaluated.json").write_text(json.dumps(seen[-1]))
+
+
+def reductions(folder: Path, rank: int) -> None:
+    """How often gradients are reduced in one step."""
+    counts, reduce = [], torch.distributed.reduce_scatter_single
+    for accumulate, slices in ((1, False), (4, False), (4, True)):
+        module, calls = built(), []
+
+        def counted(*given: Any, calls: list[int] = calls, **further: Any) -> Any:
+            calls.append(1)
+            return reduce(*given, **further)
+
+        ranks = MESHES["shard"].replace(slice_gradients=slices).lay(join(), module)
+        sharding.begin(module, ranks)
+        torch.distributed.reduce_scatter_single = counted
+        differentiate(module, next_token, batch_of(next_token), ranks, accumulate=accumulate)
+        torch.distributed.reduce_scatter_single = reduce
+        counts.append(len(calls))
+    if rank == 0:
+        (folder / "reductions.json").write_text(json.dumps(counts))
+
+
+def memory(folder: Path, rank: int) -> None:
+    """What a rank holds after a step, and what its forward pass kept."""
+    found = {}
+    for name in ("shard", "tensor"):
+        module, kept = built(**WIDER), {}
+        ranks = MESHES[name].lay(join(), module)
+        sharding.begin(module, ranks)
+
+        def keep(x: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            origin = x if x._base is None else x._base
+            if not (origin.is_leaf and origin.requires_grad):  # no weight
+                kept[sharding.local(x).untyped_storage().data_ptr()] = sharding.local(x)
+            return x
+
+        optimizer = AdamW.Config().build(module)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            differentiate(module, next_token, batch_of(next_token), ranks)
+        optimizer.step()
+        moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+        found[name] = {
+            "weights": sum(sharding.local(p).nbytes for p in module.parameters()),
+            "gradients": sum(sharding.local(p.grad).nbytes for p in module.parameters()),
+            "optimizer": sum(sharding.local(x).nbytes for x in moments),
+            "activations": sum(x.untyped_storage().nbytes() for x in kept.values()),
+        }
+    if rank == 0:
+        (folder / "memory.json").write_text(json.dumps(found))
+
+
+def refused(folder: Path, rank: int) -> None:
+    lines = []
+    for mesh in REFUSED.values():
+        try:
+            run(odd(mesh), training=settings(mesh=mesh))
+        except InputError as error:
+            lines.append(str(error))
+    (folder / f"refused-{rank}.json").write_text(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where, me = Path(sys.argv[2]), int(os.environ["RANK"])
+    for work in {"measure": (refused, gradients, reductions, memory), "train": (curves, moved, looked_at)}[sys.argv[1]]:
+        work(where, me)
