@@ -91,6 +91,8 @@ def test_losses_of_balance_are_those_of_one_process(two_ranks):
     for found in two_ranks:
         assert abs(found["loss"] - loss.mean.item()) > 1e-3  # a rank's own text is another
         for name, value in found["metrics"].items():
+            if name == "objective":
+                continue  # of the rank's own rows, as is all that an objective sums
             assert abs(value - loss.metrics[name].item() / loss.weight.item()) <= TOLERANCE, name
     for name, parameter in model.named_parameters():
         near(sum(found["gradients"][name] for found in two_ranks) / loss.weight, parameter.grad / loss.weight)

@@ -21,8 +21,10 @@ from allyouneed import core
 class Unlimited(core.Config):
     """Every token finds a place at every expert it asks for: nothing is dropped."""
 
-    def admit(self, experts: Tensor, asked: Tensor, num_experts: int, *, rows: int, training: bool) -> Tensor:
-        """Which of the `asked` (N, k) find a place: all."""
+    def admit(
+        self, experts: Tensor, asked: Tensor | None, num_experts: int, *, rows: int, training: bool
+    ) -> Tensor | None:
+        """Which of the `asked` (N, k) find a place, None standing for all: those that ask."""
         return asked
 
 
@@ -44,12 +46,14 @@ class Factor(core.Config):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise core.InputError(f"capacity {name}={value}; it must be above 0: 1.25 leaves a quarter of room")
 
-    def admit(self, experts: Tensor, asked: Tensor, num_experts: int, *, rows: int, training: bool) -> Tensor:
-        """Which of the `asked` (N, k) find a place at their `experts` (N, k)."""
+    def admit(
+        self, experts: Tensor, asked: Tensor | None, num_experts: int, *, rows: int, training: bool
+    ) -> Tensor | None:
+        """Which of the `asked` (N, k), None: all, find a place at their `experts` (N, k)."""
         factor = self.factor if training else self.evaluation
         if factor is None:
             return asked
-        return asked & (places(experts, asked, num_experts) < math.ceil(factor * experts.numel() / num_experts))
+        return _within(math.ceil(factor * experts.numel() / num_experts), experts, asked, num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +68,20 @@ class PerRow(core.Config):
         if self.places < 1:
             raise core.InputError(f"capacity places={self.places}; each expert needs at least 1 a row")
 
-    def admit(self, experts: Tensor, asked: Tensor, num_experts: int, *, rows: int, training: bool) -> Tensor:
-        """Which of the `asked` (N, k) find a place at their `experts` (N, k)."""
+    def admit(
+        self, experts: Tensor, asked: Tensor | None, num_experts: int, *, rows: int, training: bool
+    ) -> Tensor | None:
+        """Which of the `asked` (N, k), None: all, find a place at their `experts` (N, k)."""
         row = torch.arange(rows, device=experts.device).repeat_interleave(len(experts) // rows)
-        return asked & (places(row[:, None] * num_experts + experts, asked, rows * num_experts) < self.places)
+        return _within(self.places, row[:, None] * num_experts + experts, asked, rows * num_experts)
 
 
 Capacity = Unlimited | Factor | PerRow
+
+
+def _within(room: int, experts: Tensor, asked: Tensor | None, num_experts: int) -> Tensor:
+    asked = torch.ones_like(experts, dtype=torch.bool) if asked is None else asked
+    return asked & (places(experts, asked, num_experts) < room)
 
 
 def places(experts: Tensor, asked: Tensor, num_experts: int) -> Tensor:

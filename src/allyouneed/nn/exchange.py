@@ -35,7 +35,7 @@ def exchanged(x: Tensor, counts: Sequence[int], compute: Compute, group: dist.Pr
     rows = _AllToAll.apply(x[: sum(sent)], sent, received, group)
     # they come by rank and within that by expert: sort them by expert
     experts = torch.arange(local, device=x.device).repeat(ranks).repeat_interleave(arriving.flatten().to(x.device))
-    order = Order.by_expert(experts[:, None], torch.ones_like(experts[:, None], dtype=torch.bool), local)
+    order = Order.by_expert(experts[:, None], None, local)
     results = compute(order.spread(rows), arriving.sum(0).tolist())
     back = order.gather(results, results.new_ones(len(results), 1))
     returned: Tensor = _AllToAll.apply(back, received, sent, group)

@@ -41,9 +41,9 @@ class Order:
     k: int
 
     @staticmethod
-    def by_expert(experts: Tensor, kept: Tensor, num_experts: int) -> Order:
-        """The order of what is `kept` of `experts`, both (N, k)."""
-        numbers = torch.where(kept, experts, num_experts).flatten()
+    def by_expert(experts: Tensor, kept: Tensor | None, num_experts: int) -> Order:
+        """The order of what is `kept` of `experts`, both (N, k); None: all is."""
+        numbers = (experts if kept is None else torch.where(kept, experts, num_experts)).flatten()
         pairs = numbers.argsort(stable=True)
         places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=pairs.device))
         counts = torch.bincount(numbers, minlength=num_experts + 1)[:num_experts]
@@ -143,15 +143,17 @@ def _forward(
     x: Tensor,
     out: Tensor,
     ups: Sequence[Tensor],
-    firsts: Sequence[Tensor] | None,
+    kept: list[Tensor] | None,
 ) -> Tensor:
-    """Fills `firsts`, what each of `ups` gives for all rows, if somebody wants to keep them."""
+    """What each of `ups` gives goes to `kept` too, piece by piece, if somebody wants to keep it: small tensors that the
+    allocator has at hand, where the pages of large ones would be asked of the system anew each time.
+    """
     y = x.new_empty(len(x), out.shape[1])
     y[ends[-1] :] = 0.0
     for expert, rows in _pieces(ends):
-        piece = x[rows]
-        kept = [None] * len(ups) if firsts is None else [first[rows] for first in firsts]
-        given = [torch.mm(piece, up[expert].t(), out=place) for up, place in zip(ups, kept, strict=True)]
+        given = [torch.mm(x[rows], up[expert].t()) for up in ups]
+        if kept is not None:
+            kept += given
         torch.mm(middle(given, None if mask is None else mask[rows]), out[expert].t(), out=y[rows])
     return y
 
@@ -161,16 +163,17 @@ class _FeedForward(torch.autograd.Function):
     def forward(
         ctx: Any, ends: Sequence[int], middle: Middle, mask: Tensor | None, x: Tensor, out: Tensor, *ups: Tensor
     ) -> Tensor:
-        firsts = [x.new_empty(len(x), up.shape[1]) for up in ups]
+        kept: list[Tensor] = []
+        y = _forward(ends, middle, mask, x, out, ups, kept)
         ctx.ends, ctx.middle, ctx.mask, ctx.count = ends, middle, mask, len(ups)
-        ctx.save_for_backward(x, out, *ups, *firsts)
-        return _forward(ends, middle, mask, x, out, ups, firsts)
+        ctx.save_for_backward(x, out, *ups, *kept)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, out, *rest = ctx.saved_tensors
-        ups, firsts = rest[: ctx.count], rest[ctx.count :]
+        ups, kept = rest[: ctx.count], iter(rest[ctx.count :])
         to_x = torch.empty_like(x)
         to_x[ctx.ends[-1] :] = 0.0
         to_out, *to_ups = (torch.empty_like(t) for t in (out, *ups))
@@ -179,7 +182,7 @@ class _FeedForward(torch.autograd.Function):
             for matrix in (to_out, *to_ups):
                 matrix[begun + 1 : expert] = 0.0  # experts without tokens
             first, begun = float(expert == begun), expert
-            given = [f[rows].requires_grad_() for f in firsts]
+            given = [next(kept).detach().requires_grad_() for _ in ups]
             with torch.enable_grad():
                 hidden = ctx.middle(given, None if ctx.mask is None else ctx.mask[rows])
             above, below = gradient[rows], x[rows]

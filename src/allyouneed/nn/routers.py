@@ -38,23 +38,55 @@ class Choice:
 class Routing:
     """Where N tokens go: what experts compute by, and all that losses and statistics are made of."""
 
-    experts: Tensor  # (N, k), numbers of experts
-    gates: Tensor  # (N, k), what each expert's output is multiplied by; 0 where the token does not go there
-    logits: Tensor  # (N, E), or of a hierarchy's first level
-    kept: Tensor  # (N, k), whether the token goes there
-    asked: Tensor  # (N, k), whether it would, were there room
-    load: Tensor  # (E,), tokens that ask for each expert, differentiable where the router's noise makes it so
-    importance: Tensor  # (E,), the sum of each expert's gates (Shazeer et al. 2017, eq. 6)
+    choice: Choice
+    kept: Tensor | None  # (N, k), whether the token goes there; None: all do
+    num_experts: int
+
+    @property
+    def experts(self) -> Tensor:
+        """(N, k), numbers of experts."""
+        return self.choice.experts
+
+    @property
+    def gates(self) -> Tensor:
+        """(N, k), what each expert's output is multiplied by; 0 where the token does not go there."""
+        return self.choice.gates if self.kept is None else self.choice.gates * self.kept
+
+    @property
+    def logits(self) -> Tensor:
+        """(N, E), or of a hierarchy's first level."""
+        return self.choice.logits
+
+    @property
+    def asked(self) -> Tensor:
+        """(N, k), whether the token would go there, were there room."""
+        return torch.ones_like(self.experts, dtype=torch.bool) if self.choice.asked is None else self.choice.asked
+
+    @property
+    def importance(self) -> Tensor:
+        """(E,), the sum of each expert's gates (Shazeer et al. 2017, eq. 6)."""
+        return self._summed(self.choice.gates * self.asked)
+
+    @property
+    def load(self) -> Tensor:
+        """(E,), tokens that ask for each expert, differentiable where the router's noise makes it so."""
+        if self.choice.load is None:
+            return self._summed(self.asked.to(self.choice.gates.dtype))
+        return self.choice.load
 
     @property
     def dropped(self) -> Tensor:
         """How many of the choices found no place, ()."""
-        return (self.asked & ~self.kept).sum()
+        return self.experts.new_zeros(()) if self.kept is None else (self.asked & ~self.kept).sum()
 
     @property
     def broken(self) -> Tensor:
         """How many tokens have a logit that is not finite, ()."""
         return (~self.logits.isfinite()).any(-1).sum()
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum over tokens of what each expert is given: (N, k) -> (E,)."""
+        return values.new_zeros(self.num_experts).index_add(0, self.experts.flatten(), values.flatten())
 
 
 class Router(core.Configured, nn.Module):
@@ -89,12 +121,10 @@ class Router(core.Configured, nn.Module):
         """(B, T, dim) -> where the N = B·T tokens go."""
         with torch.autocast(x.device.type, enabled=False):
             choice = self.choose(x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)))
-        experts, E = choice.experts, self.num_experts
-        asked = torch.ones_like(experts, dtype=torch.bool) if choice.asked is None else choice.asked
-        kept = self.config.capacity.admit(experts, asked, E, rows=len(x), training=self.training)
-        load = _summed(asked.to(choice.gates.dtype), experts, E) if choice.load is None else choice.load
-        importance = _summed(choice.gates * asked, experts, E)
-        return Routing(experts, choice.gates * kept, choice.logits, kept, asked, load, importance)
+        kept = self.config.capacity.admit(
+            choice.experts, choice.asked, self.num_experts, rows=len(x), training=self.training
+        )
+        return Routing(choice, kept, self.num_experts)
 
     def choose(self, x: Tensor) -> Choice:
         """(N, dim) -> the k experts that each token would go to."""
@@ -304,8 +334,3 @@ class Hierarchical(NoisyTopK):
 
 
 AnyRouter = TopK.Config | Top1.Config | Top2.Config | NoisyTopK.Config | Hierarchical.Config
-
-
-def _summed(values: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    """The sum over tokens of what each expert is given: (N, k), (N, k) -> (E,)."""
-    return values.new_zeros(num_experts).index_add(0, experts.flatten(), values.flatten())

@@ -42,7 +42,7 @@ class Tally:
     @staticmethod
     def of(routing: Routing) -> Tally:
         """The sums of one answer."""
-        E, logits = len(routing.load), routing.logits
+        E, logits = routing.num_experts, routing.logits
         asked = torch.where(routing.asked, routing.experts, E)
         return Tally(
             logits.new_tensor(len(logits)),
