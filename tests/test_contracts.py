@@ -12,13 +12,15 @@ from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import LanguageModel, Sampling
 from allyouneed.generate.local import LocalModel
-from allyouneed.models import llama
+from allyouneed.models import llama, rwkv
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.block import PostNorm
 from allyouneed.nn.kernels import Tiled
+from allyouneed.nn.moe import Experts, MoE
 from allyouneed.nn.positions import Positions
+from allyouneed.nn.routers import Top1, Top2
 
 
 def with_heirs(kind: type) -> list[type]:
@@ -41,7 +43,20 @@ TILED = {
     f"{name} in tiles": {**FAMILIES, **POSITIONS}[name].with_kernel(TILES) for name in ("gpt_neo", "llama", "bloom")
 }
 TILED["positions RelativeBias in tiles"] = POSITIONS["positions RelativeBias"].with_kernel(TILES)
-CONFIGS = {**FAMILIES, **POSITIONS, "post norm": POST_NORM, "scaled embeddings": SCALED, **TILED}
+HYBRID = llama.EXAMPLE.replace(blocks=(*rwkv.EXAMPLE.blocks, *llama.EXAMPLE.blocks))
+ARRANGED = {"post norm": POST_NORM, "scaled embeddings": SCALED, "states and keys": HYBRID}
+ROUTERS = {
+    f"router {router.__name__}": llama.EXAMPLE.replace(
+        blocks=(
+            llama.EXAMPLE.blocks[0],
+            llama.EXAMPLE.blocks[0].replace(
+                channel=MoE.Config(router=router.Config(), experts=Experts.Config(num_experts=3, hidden_dim=20))
+            ),
+        )
+    )
+    for router in (Top1, Top2)
+}
+CONFIGS = {**FAMILIES, **POSITIONS, **ROUTERS, **ARRANGED, **TILED}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

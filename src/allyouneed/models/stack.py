@@ -74,7 +74,8 @@ class Stack(core.Configured, nn.Module):
         self.config = config
         if not config.blocks or config.num_layers < 0:
             raise core.InputError(f"blocks={config.blocks}, num_layers={config.num_layers}; at least one kind of block")
-        num_heads, head_dim = config.blocks[0].heads(config.dim)
+        heads = (block.heads(config.dim) for block in config.blocks)
+        num_heads, head_dim = next(filter(None, heads), (1, config.dim))  # of the first kind that has any
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.positions = config.positions.build(
             dim=config.dim, num_heads=num_heads, head_dim=head_dim, context=config.context

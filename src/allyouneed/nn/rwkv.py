@@ -167,9 +167,8 @@ class RWKVBlock(core.Configured, nn.Module):
         norm: Norm = field(default_factory=LayerNorm.Config)
         dropout: float = 0.0
 
-        def heads(self, dim: int) -> tuple[int, int]:
-            """Number and size of heads: there are none, or one as wide as the model."""
-            return 1, dim
+        def heads(self, dim: int) -> None:
+            """There are none."""
 
         def with_kernel(self, kernel: AnyKernel) -> Self:
             """The same block: it has no attention to compute another way."""

@@ -80,13 +80,13 @@ def wkv(
     """
     if state is None:
         state = empty(len(k), k.shape[2], k.device).to(torch.promote_types(k.dtype, torch.float32))
-    given = v.dtype
+    dtype = v.dtype
     w, u, k, v = (x.to(state.dtype) for x in (w, u, k, v))
     if torch.is_grad_enabled():
         seen, after = _Wkv.apply(w, u, k, v, state, begins, counts)
     else:
         seen, after, _ = _read(w, u, k, v, state, begins, counts, saves=False)
-    return seen.to(given), after
+    return seen.to(dtype), after
 
 
 class Read(NamedTuple):
@@ -136,7 +136,8 @@ class _Wkv(torch.autograd.Function):
 
 
 def _kernels(x: Tensor) -> ctypes.CDLL | None:
-    return native.library() if x.is_cpu and x.dtype is torch.float32 else None
+    real = type(x) is Tensor  # others, those of `train.planner` for one, have no memory to read
+    return native.library() if real and x.is_cpu and x.dtype is torch.float32 else None
 
 
 def _read(
