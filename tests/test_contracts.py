@@ -16,6 +16,7 @@ from allyouneed.models import llama, rwkv
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
+from allyouneed.nn.attention import Attention, use_kernel
 from allyouneed.nn.block import PostNorm
 from allyouneed.nn.kernels import Tiled
 from allyouneed.nn.moe import Experts, MoE
@@ -178,6 +179,8 @@ def test_bfloat16(model):
 def test_saved_and_loaded(model, tmp_path):
     save(model, tmp_path)
     again = load_module(tmp_path)
+    for kernel in {part.kernel for part in model.modules() if isinstance(part, Attention)}:
+        use_kernel(again, kernel)  # which is no part of a checkpoint
     x = ids(2, 12)
     close(again(x).logits, model(x).logits, 0.0)
     for name, parameter in model.named_parameters():

@@ -133,6 +133,18 @@ def test_a_model_generates_through_it(tile):
     assert (fast(ids).logits - whole).abs().max() <= 1e-5
 
 
+def test_wide_heads_and_few_queries_have_their_own_tiles():
+    tunings = [triton.Config({"M": m, "N": n}) for m, n in ((16, 16), (16, 128), (64, 32), (128, 128))]
+
+    def tried(**given):
+        return [(t.kwargs["M"], t.kwargs["N"]) for t in flash._fitting(tunings, given)]
+
+    assert tried(D=64, PRECISION="tf32", SHORT=False) == [(64, 32), (128, 128)]
+    assert tried(D=256, PRECISION="tf32", SHORT=False) == [(64, 32)]
+    assert tried(D=256, PRECISION="ieee", SHORT=False) == [(16, 16)]
+    assert tried(D=64, PRECISION="tf32", SHORT=True) == [(16, 16), (16, 128)]
+
+
 def test_what_the_kernels_cannot_do_is_refused():
     q = torch.randn(1, 2, 3, 8)
     part = RelativeBias.Config().build(dim=16, num_heads=2, head_dim=8, context=8)
@@ -183,7 +195,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from allyouneed.nn import flash
-kernel, tuning = flash.{kernel}, (flash.FORWARD if "{kernel}" == "_forward" else flash.BACKWARD)[1]
+kernel, tuning = flash.{kernel}, (flash.FORWARD if "{kernel}" == "_forward" else flash.BACKWARD)[3]
 constants = dict(D=64, PRECISION="tf32", SLOPES=True, SHARED=False, SHORT=False, FACTOR=flash.tl.bfloat16)
 constants |= tuning.kwargs
 kinds = dict.fromkeys(("q", "k", "v", "gradient"), "*bf16") | dict.fromkeys(("bounds", "places", "key_places"), "*i32")

@@ -22,8 +22,9 @@ from allyouneed.models import (
     t5,
     transformer,
 )
+from allyouneed.nn.kernels import Flash
 from allyouneed.nn.moe import active_parameters
-from allyouneed.papers import alibi, chinchilla, scaling_laws
+from allyouneed.papers import alibi, chinchilla, flash_attention, scaling_laws
 
 # GPT-2: the released checkpoints' counts, which correct the paper's table 2 (117M … 1542M)
 GPT2 = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
@@ -213,6 +214,14 @@ def test_chinchilla_and_gopher(name, built, whole):
     config = chinchilla.sized(name)
     assert abs(config.num_parameters() / built - 1) < 0.001
     assert abs((config.num_parameters() + config.num_layers * config.dim**2) / whole - 1) < 0.005
+
+
+def test_flash_attention():
+    config = flash_attention.PAPER.sizes["paper"]
+    assert (
+        config.model.num_parameters() == GPT2["355M"]
+        and config.model.with_kernel(config.trained).blocks[0].mixer.kernel == Flash()
+    )
 
 
 def test_alibi():

@@ -135,6 +135,8 @@ def test_what_tiles_cannot_do_is_refused():
     )
     with pytest.raises(InputError, match="Tiled: queries, keys and values have head_dim 8, 6, 8"):
         Tiled()(q, q[..., :6], q, view)
+    with pytest.raises(InputError, match="tiles of 0 × 256; at least 1 × 1"):
+        Tiled(queries=0)
     with pytest.raises(InputError, match="Tiled: queries, keys and values have 4, 3, 3 heads"):
         Tiled()(q, k, k, view)
     with pytest.raises(InputError, match=r"Tiled has no dropout of the attention weights; dropout=0\.1 needs Sdpa"):

@@ -44,17 +44,17 @@ def _tunings(*blocks: tuple[int, int, int, int]) -> list[triton.Config]:
 
 
 def _fitting(tunings: list[triton.Config], given: dict[str, Any], **named: Any) -> list[triton.Config]:
-    """Those worth trying: wide heads leave room for small tiles only, and few queries want the smallest."""
+    """Those worth trying: wide heads leave room for small tiles only, and few queries fill no more than 16 rows."""
     given = given | named
     most = 24 * 1024 // (given["D"] * (2 if given["PRECISION"] == "ieee" else 1))
-    if given["SHORT"]:
-        return tunings[:1]
-    return [t for t in tunings if t.kwargs["M"] + t.kwargs["N"] <= most] or tunings[:1]
+    right = [t for t in tunings if (t.kwargs["M"] == 16) == given["SHORT"]]
+    return [t for t in right if t.kwargs["M"] + t.kwargs["N"] <= most] or tunings[:1]
 
 
 KEY = ["D", "PRECISION", "SLOPES", "SHARED", "SHORT"]
-FORWARD = _tunings((16, 16, 4, 1), (128, 64, 4, 2), (128, 128, 8, 1), (128, 32, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2))
-BACKWARD = _tunings((16, 16, 4, 1), (64, 64, 4, 1), (128, 64, 8, 1), (64, 128, 8, 1), (32, 64, 4, 2), (32, 32, 4, 2))
+SHORT = ((16, 16, 4, 1), (16, 64, 4, 2), (16, 128, 4, 2))
+FORWARD = _tunings(*SHORT, (128, 64, 4, 2), (128, 128, 8, 1), (128, 32, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2))
+BACKWARD = _tunings(*SHORT, (64, 64, 4, 1), (128, 64, 8, 1), (64, 128, 8, 1), (32, 64, 4, 2), (32, 32, 4, 2))
 
 
 @triton.jit
@@ -248,7 +248,8 @@ class FlashTiles:
         out = _new(q)
         level = q.new_empty(q.shape[:3], dtype=torch.float32)
         grid, given, constants = _arguments(q, k, v, view, scale)
-        FORWARD_TUNED[grid(q.shape[2], "M", q.shape[1])](q, k, v, out, level, *given, **constants)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            FORWARD_TUNED[grid(q.shape[2], "M", q.shape[1])](q, k, v, out, level, *given, **constants)
         return out.transpose(1, 2), level
 
     def backward(
@@ -269,8 +270,9 @@ class FlashTiles:
         dq, dk, dv = (_new(x) for x in (q, k, v))
         saved = (gradient.transpose(1, 2).contiguous(), logsumexp, sums.float().contiguous())
         grid, given, constants = _arguments(q, k, v, view, scale)
-        QUERIES_TUNED[grid(q.shape[2], "M", q.shape[1])](q, k, v, *saved, dq, *given, **constants)
-        KEYS_TUNED[grid(k.shape[2], "N", k.shape[1])](q, k, v, *saved, dk, dv, *given, **constants)
+        with torch.cuda.device_of(q):
+            QUERIES_TUNED[grid(q.shape[2], "M", q.shape[1])](q, k, v, *saved, dq, *given, **constants)
+            KEYS_TUNED[grid(k.shape[2], "N", k.shape[1])](q, k, v, *saved, dk, dv, *given, **constants)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 

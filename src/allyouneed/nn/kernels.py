@@ -34,7 +34,9 @@ class Sdpa(core.Config):
     >>> from allyouneed.nn.sight import whole_rows
     >>> from allyouneed.nn.positions import Positions
     >>> q = torch.randn(1, 2, 5, 4)
-    >>> view = whole_rows(Positions.Config().build(dim=8, num_heads=2, head_dim=4, context=8), q[0]).view(None)
+    >>> view = whole_rows(Positions.Config().build(dim=8, num_heads=2, head_dim=4, context=8), q[0, 0][None]).view(None)
+    >>> torch.allclose(Sdpa()(q, q, q, view), Tiled()(q, q, q, view), atol=1e-6)
+    True
     """
 
     def __call__(
@@ -64,6 +66,10 @@ class Tiled(core.Config):
 
     queries: int = 128  # as fast as any with 1 to 32 rows × heads (benchmarks/attention.py)
     keys: int = 256
+
+    def __post_init__(self) -> None:
+        if min(self.queries, self.keys) < 1:
+            raise core.InputError(f"kernel Tiled: tiles of {self.queries} × {self.keys}; at least 1 × 1 is needed")
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float | None = None, dropout: float = 0.0
