@@ -11,8 +11,9 @@ import torch
 
 from allyouneed.cli import main
 from allyouneed.models import gpt2, llama, mixtral
-from allyouneed.train.mesh import Mesh, mesh_for
-from allyouneed.train.planner import Machine, Traced, cost, plan, trace
+from allyouneed.train.mesh import Mesh, blocks, mesh_for
+from allyouneed.train.planner import Machine, cost, plan
+from allyouneed.train.tracing import Share, Traced, trace, weights
 
 SCALE = Path(__file__).parents[1] / "docs/scale.md"
 CONTEXT = 48
@@ -54,27 +55,23 @@ def test_a_real_pass_keeps_what_a_fake_one_does():
 
 def test_every_way_of_sharing_takes_memory_from_a_rank():
     config = mixtral.architecture(vocab_size=64, context=64, dim=32, num_layers=2, num_heads=4, hidden_dim=64)
-    weights = traced_weights(config)
-    machine = Machine()
+    counted, machine = traced_weights(config), Machine()
     sizes = {"data": 1, "expert": 1, "shard": 1, "tensor": 1}
-    whole = cost(weights, sizes, 8, 1, machine, narrow=True)
+    whole = cost(counted, sizes, 8, 1, machine, narrow=True)
     assert whole.weights == 4 * config.num_parameters() and whole.optimizer == 2 * whole.weights
-    assert cost(weights, sizes | {"shard": 4}, 8, 1, machine, narrow=True).weights == whole.weights / 4
-    spread = cost(weights, sizes | {"expert": 4}, 8, 1, machine, narrow=True)
+    assert cost(counted, sizes | {"shard": 4}, 8, 1, machine, narrow=True).weights == whole.weights / 4
+    spread = cost(counted, sizes | {"expert": 4}, 8, 1, machine, narrow=True)
     experts = 2 * 8 * 3 * 32 * 64
     assert spread.weights == 4 * (config.num_parameters() - experts * 3 / 4)
-    tensor = cost(weights, sizes | {"tensor": 2}, 8, 1, machine, narrow=True)
+    tensor = cost(counted, sizes | {"tensor": 2}, 8, 1, machine, narrow=True)
     assert tensor.weights == 4 * (config.num_parameters() - 2 * 4 * 32 * 32 / 2)
 
 
 def traced_weights(config) -> Traced:
     """A Mixtral cannot be traced, for its routing depends on its data; its weights can be counted."""
-    from allyouneed.train import planner
-
     with torch.device("meta"):
         module = config.build()
-    none = planner.Share()
-    shares = tuple(planner._weights(module, planner.blocks(module)))
+    none, shares = Share(), tuple(weights(module, blocks(module)))
     return Traced(CONTEXT, shares, none, none, none, 0.0, none, 0.0)
 
 

@@ -33,10 +33,11 @@ from allyouneed.train.gradients import differentiate
 from allyouneed.train.loop import train
 from allyouneed.train.mesh import Mesh
 from allyouneed.train.optimizers import Adafactor, AdamW
-from allyouneed.train.planner import Machine, cost, trace
+from allyouneed.train.planner import Machine, cost
 from allyouneed.train.ranks import Ranks, join
 from allyouneed.train.schedules import Constant
 from allyouneed.train.suite import Snapshots
+from allyouneed.train.tracing import trace
 
 ALONE = Ranks()
 SHORT = 12  # steps, where fifty would show no more

@@ -106,10 +106,10 @@ def _planned(
     """One model's numbers, and its plan if there is one."""
     import torch
 
-    from allyouneed.train import planner
+    from allyouneed.train import planner, tracing
 
     try:
-        traced = planner.trace(model.build, lambda module: _pass(module, length), length, narrow=narrow)
+        traced = tracing.trace(model.build, lambda module: _pass(module, length), length, narrow=narrow)
     except InputError as error:
         return {"name": name, "refused": str(error)}
     with torch.device("meta"):
