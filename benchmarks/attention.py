@@ -5,8 +5,7 @@ kernel works in tiles too, and beside attention spelled out, where its matrices 
 
 float32, heads of 64, inputs of the standard normal distribution; all sides give the same output to 1e-5, which is
 asserted before anything is timed. They take turns; a ratio is the median over rounds of the peer's time over ours in
-the same round, with the interval that encloses the true median with 95 %. On a machine with a GPU, `nn.flash` is what
-to measure; here is none.
+the same round, with the interval that encloses the true median with 95 %.
 """
 
 from __future__ import annotations

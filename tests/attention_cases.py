@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from allyouneed.nn.caches import Cache
+from allyouneed.nn.caches import Cache, Rows
 from allyouneed.nn.positions import Alibi, Positions
 from allyouneed.nn.sight import Memory, branches, prefixed, whole_rows, within_segments
 from allyouneed.nn.view import View
@@ -138,7 +138,7 @@ def prefix(chance, part, rows, length, window):
 def cached(chance, part, rows, length, window, ragged=False):
     new = chance.choice((1, 1, 3))
     lengths = torch.tensor([chance.randint(0, length) if ragged else length for _ in range(rows)])
-    cache = Cache(num_layers=0, batch=rows, num_kv_heads=1, capacity=length + new, head_dim=1)
+    cache = Cache(Rows(rows), [], capacity=length + new)
     cache.advance(lengths)
     queries = lengths[:, None] + torch.arange(new)
     keys = torch.arange(int(lengths.max()) + new)[None].expand(rows, -1)

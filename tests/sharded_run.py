@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
 
 from allyouneed.data.batches import Generated
-from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, t5, transformer
+from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, mixtral, t5, transformer
 from allyouneed.objectives.masked import masked
 from allyouneed.objectives.next_token import next_token
 from allyouneed.objectives.translation import target_given_source
@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[Any, Objective]] = {
     "gpt_neo": (gpt_neo.architecture(window=3, scale=1.0, **SIZES), next_token),
     "gpt_neox": (gpt_neox.architecture(**SIZES | {"dim": 32}), next_token),
     "llama": (llama.architecture(num_kv_heads=2, **BOTH), next_token),
+    "mixtral": (mixtral.architecture(num_kv_heads=2, num_experts=4, **BOTH), next_token),
     "bloom": (bloom.architecture(**SIZES), next_token),
     "bert": (bert.architecture(**SIZES), masked),
     "t5": (t5.architecture(head_dim=4, **BOTH), target_given_source),
@@ -129,7 +130,7 @@ def batch_of(objective: Objective) -> Mapping[str, Tensor]:
 
 def settings(**changes: Any) -> Training:
     """Fifty steps, fast enough to learn, saved in the middle and at the end."""
-    given: dict[str, Any] = {"steps": 50, "optimizer": AdamW.Config(lr=3e-3), "schedule": Cosine(warmup=5)}
+    given: dict[str, Any] = {"steps": 50, "optimizer": AdamW.Config(lr=3e-3), "schedule": Cosine(warmup=5, until=50)}
     return Training(**given | {"log_every": 1, "save_every": 25, "keep": 9} | changes)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import dataclass
 
 import pytest
 
 from allyouneed.core.config import Config
+from allyouneed.core.errors import InputError
 from allyouneed.models import gpt2, gpt3, marian, t5
 from allyouneed.models.architectures import (
     architectures,
@@ -41,6 +43,12 @@ def test_every_family_of_checkpoints_is_there():
 def test_titles_are_short_and_the_words_explain(module):
     one = BY_MODULE[module]
     assert len(one.title) < 40 and one.words.startswith(one.title) and one.words.endswith(".") and one.year > 2000
+
+
+@pytest.mark.parametrize("module", [name for name, one in BY_MODULE.items() if "" not in one.sizes])
+def test_a_size_that_nobody_published_is_refused_in_one_line(module):
+    with pytest.raises(InputError, match="unknown size"):
+        importlib.import_module(f"allyouneed.models.{module}").sized("999Q")
 
 
 def test_every_part_of_the_model_is_listed():

@@ -35,7 +35,7 @@ ROOMS = SHARED | {
     "__main__": {"cli"},
 }
 FRAME = {"base", "catalogue", "checks", "docstrings", "figures", "pages", "provenance", "publish", "runner", "schema"}
-FRAME |= {"table", "architecture_page", "__init__"}
+FRAME |= {"architecture_page", "ladders", "table", "__init__"}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -217,3 +217,9 @@ def test_laws_as_json_say_what_follows_from_two_numbers(capsys: pytest.CaptureFi
 def test_laws_refuse_in_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run("laws", *arguments, capsys=capsys)
     assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
+
+
+def test_jobs_go_nowhere_without_an_address(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = run("run", "alibi", "--ray", "there", "--out", str(tmp_path), capsys=capsys)
+    assert (code, out) == (2, "") and err == "error: ray: 'there' is no address; write local, auto or HOST:PORT\n"
+    assert not any(tmp_path.iterdir())

@@ -18,7 +18,9 @@ from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.block import PostNorm
 from allyouneed.nn.kernels import Tiled
+from allyouneed.nn.moe import Experts, MoE
 from allyouneed.nn.positions import Positions
+from allyouneed.nn.routers import Top1, Top2
 
 
 def with_heirs(kind: type) -> list[type]:
@@ -36,14 +38,25 @@ POSITIONS = {
 }
 POST_NORM = llama.EXAMPLE.replace(blocks=(llama.EXAMPLE.blocks[0].replace(placement=PostNorm()),))
 SCALED = llama.EXAMPLE.replace(embedding_scale=3.0)
-HYBRID = llama.EXAMPLE.replace(blocks=(*rwkv.EXAMPLE.blocks, *llama.EXAMPLE.blocks))
 TILES = Tiled(queries=4, keys=4)
 TILED = {
     f"{name} in tiles": {**FAMILIES, **POSITIONS}[name].with_kernel(TILES) for name in ("gpt_neo", "llama", "bloom")
 }
 TILED["positions RelativeBias in tiles"] = POSITIONS["positions RelativeBias"].with_kernel(TILES)
-OTHERS = {"post norm": POST_NORM, "scaled embeddings": SCALED, "states and keys": HYBRID}
-CONFIGS = {**FAMILIES, **POSITIONS, **OTHERS, **TILED}
+HYBRID = llama.EXAMPLE.replace(blocks=(*rwkv.EXAMPLE.blocks, *llama.EXAMPLE.blocks))
+ARRANGED = {"post norm": POST_NORM, "scaled embeddings": SCALED, "states and keys": HYBRID}
+ROUTERS = {
+    f"router {router.__name__}": llama.EXAMPLE.replace(
+        blocks=(
+            llama.EXAMPLE.blocks[0],
+            llama.EXAMPLE.blocks[0].replace(
+                channel=MoE.Config(router=router.Config(), experts=Experts.Config(num_experts=3, hidden_dim=20))
+            ),
+        )
+    )
+    for router in (Top1, Top2)
+}
+CONFIGS = {**FAMILIES, **POSITIONS, **ROUTERS, **ARRANGED, **TILED}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

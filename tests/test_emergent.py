@@ -128,6 +128,14 @@ def test_unbroken_is_the_share_before_the_first_error():
     assert grades.unbroken(0.7, 6) == pytest.approx(right.cumprod(1).mean(), abs=0.005)
 
 
+def test_crossing_is_the_first_place_above():
+    x, y = [1.0, 2.0, 4.0, 8.0], [0.0, 0.3, 0.1, 0.9]
+    for level in (0.05, 0.2, 0.3, 0.5):
+        fine = np.linspace(1, 8, 700_001)
+        assert grades.crossing(x, y, level) == pytest.approx(fine[np.interp(fine, x, y) > level][0], abs=2e-5)
+    assert grades.crossing(x, y, 0.95) == 8.0 and grades.crossing(x, [0.5, 0.6, 0.7, 0.8], 0.1) == 1.0
+
+
 def test_emergence_score():
     assert grades.emergence_score([1.0, 0.5, 0.0]) == -2.0
     assert grades.emergence_score([0.0, 0.0, 0.0, 1.0]) == math.inf

@@ -149,6 +149,12 @@ class TestPerplexity:
         expected = [[naive(module, row[:t], row[t]) for t in range(1, 9)] for row in ids.tolist()]
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
+    def test_batch_nll(self):
+        module, ids = Windowed(), random_ids(3, 9)
+        found = perplexity.batch_nll(module, ids[:, :-1], ids[:, 1:], batch=2)
+        expected = [naive(module, row[:t], row[t]) for row in ids.tolist() for t in range(1, 9)]
+        assert found == pytest.approx(np.mean(expected), rel=1e-12)
+
     def test_token_nll_of_half_precision_is_computed_in_single(self):
         logits, ids = torch.randn(5, 300).bfloat16(), torch.arange(5)
         found = perplexity.token_nll(logits, ids)

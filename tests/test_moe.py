@@ -299,6 +299,19 @@ def test_routers_compute_in_float32():
         assert router(torch.randn(1, 5, 16).bfloat16()).logits.dtype == torch.float32
 
 
+def test_banks_compute_in_what_autocast_says():
+    module = layer(TopK.Config()).float()
+    x = torch.randn(2, 30, 16, requires_grad=True)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).abs().max() <= 0.05 * expected.abs().max()
+    y.float().square().sum().backward()
+    for parameter in module.parameters():
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() and parameter.grad.any()
+
+
 # Capacity
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -11,26 +14,40 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_run import FAMILIES, MESHES, batch_of, built, run, settings, sparse
+from safetensors.torch import load_file, save_file
+from sharded_run import FAMILIES, MESHES, batch_of, batches, built, run, settings, sparse
 from test_distributed import finish, launch
+from tiny_run import counting
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.metrics import read
+from allyouneed.data.batches import Epochs
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.objectives.next_token import next_token
 from allyouneed.train import checkpoints as saving
 from allyouneed.train import sharding
 from allyouneed.train.checkpoints import Checkpoints
 from allyouneed.train.gradients import differentiate
+from allyouneed.train.loop import train
 from allyouneed.train.mesh import Mesh
 from allyouneed.train.optimizers import Adafactor, AdamW
 from allyouneed.train.planner import Machine, cost, trace
 from allyouneed.train.ranks import Ranks, join
+from allyouneed.train.schedules import Constant
 from allyouneed.train.suite import Snapshots
 
 ALONE = Ranks()
+SHORT = 12  # steps, where fifty would show no more
+CROSSED = {
+    "shard by tensor": Mesh(shard=2, tensor=2),
+    "data by shard": Mesh(data=2, shard=2),
+    "data by tensor": Mesh(tensor=2),
+    "expert by shard": Mesh(expert=2, shard=2),
+    "expert by tensor": Mesh(expert=2, tensor=2),
+    "data by expert": Mesh(data=2, expert=2),
+}
 WIDER: dict[str, Any] = {"dim": 32, "vocab_size": 64, "hidden_dim": 64}
 
 
@@ -53,20 +70,31 @@ def two_ranks(tmp_path_factory, alone) -> Path:
     """The folder in which two ranks trained."""
     folder = tmp_path_factory.mktemp("trained")
     half_way(alone["folder"] / "dense", folder / "alone to shard")
-    return done_by_two("train", folder)
+    return done_by_ranks("train", folder)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Path:
     """The folder in which two ranks wrote what single steps gave."""
-    return done_by_two("measure", tmp_path_factory.mktemp("measured"))
+    return done_by_ranks("measure", tmp_path_factory.mktemp("measured"))
 
 
-def done_by_two(what: str, folder: Path) -> Path:
-    launched = launch(what, folder, __file__)
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory) -> Path:
+    """The folder in which four ranks, on grids of two dimensions, wrote what they found."""
+    return done_by_ranks("cross", tmp_path_factory.mktemp("four"), "--nproc-per-node", "4")
+
+
+def done_by_ranks(what: str, folder: Path, *options: str) -> Path:
+    launched = launch(what, folder, __file__, *options)
     output = finish(launched)
     assert launched.returncode == 0, output
     return folder
+
+
+def rows_of_ten(chosen: list[int]) -> dict[str, torch.Tensor]:
+    rows = counting(torch.Generator().manual_seed(1), rows=10, length=8)
+    return {"ids": rows["ids"][chosen], "targets": rows["targets"][chosen], "row": torch.tensor(chosen)}
 
 
 def half_way(done: Path, folder: Path) -> Path:
@@ -76,11 +104,25 @@ def half_way(done: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mesh", ["shard", "tensor"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "mesh"), [*itertools.product(FAMILIES, ("shard", "tensor")), ("mixtral", "expert")])
 def test_the_gradient_is_that_of_one_process(measured, family, mesh):
     found = json.loads((measured / "gradients.json").read_text())[f"{family}, {mesh}"]
     assert found["largest"] > 1e-3 and found["apart"] < 1e-5 * found["largest"] and found["norm"] < 1e-5
+
+
+@pytest.mark.parametrize("mesh", CROSSED)
+def test_so_it_is_on_grids_of_two_dimensions(four_ranks, mesh):
+    found = json.loads((four_ranks / "gradients.json").read_text())[f"mixtral, {mesh}"]
+    assert found["largest"] > 1e-3 and found["apart"] < 1e-5 * found["largest"] and found["norm"] < 1e-5
+
+
+@pytest.mark.parametrize("mesh", CROSSED)
+def test_slices_of_slices_are_put_together(four_ranks, mesh):
+    """As one process reads them, as the ranks gather them, and as ranks on another grid read them."""
+    stored = saving.read(four_ranks / mesh / "checkpoints/step-00000003")["model"]
+    for name in ("gathered", "moved"):
+        exported = load_file(four_ranks / f"{mesh} {name}.safetensors")
+        assert stored.keys() == exported.keys() and all(torch.equal(stored[key], x) for key, x in exported.items())
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -94,7 +136,8 @@ def test_the_loss_curve_is_that_of_one_process(two_ranks, alone, mesh):
     "name", ["recomputed", "sliced", "deferred", "alone to shard", "shard to tensor", "tensor to shard"]
 )
 def test_so_is_that_of_a_run_that(two_ranks, alone, name):
-    assert losses(two_ranks / name) == pytest.approx(losses(alone["folder"] / "dense"), abs=1e-4)
+    here, there = losses(alone["folder"] / "dense"), losses(two_ranks / name)
+    assert len(there) == (50 if " to " in name else SHORT) and there == pytest.approx(here[: len(there)], abs=1e-4)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -148,6 +191,17 @@ def test_ranks_agree_on_passing_over_a_broken_one(two_ranks):
     assert losses(two_ranks / "broken") == losses(two_ranks / "shard")
 
 
+def test_a_disk_that_is_full_for_one_rank_stops_both_with_one_line(two_ranks, alone, tmp_path):
+    lines = [(two_ranks / f"full-{rank}.txt").read_text() for rank in (0, 1)]
+    assert lines[0] == lines[1] and "\n" not in lines[0]
+    assert re.search(r"step-00000010: cannot be written: .*File too large.*; the last checkpoint stands", lines[0])
+    folder = shutil.copytree(two_ranks / "full", tmp_path / "full")
+    assert Checkpoints(folder / "checkpoints").paths() == [folder / "checkpoints/step-00000005"]
+    run(built(seed=5), folder, settings(steps=SHORT))
+    assert losses(folder) == pytest.approx(losses(alone["folder"] / "dense")[:SHORT], abs=1e-4)
+    assert not list((folder / "checkpoints").glob(".*"))  # what was half-written is gone
+
+
 def test_a_split_model_is_exported_and_shown_whole(two_ranks, alone):
     for mesh in ("shard", "tensor"):
         ids = batch_of(next_token)["ids"]
@@ -167,6 +221,26 @@ def test_evaluation_of_a_split_module_sees_the_average(two_ranks, alone):
     with torch.no_grad():
         of_average = torch.func.functional_call(module, average, (batch_of(next_token)["ids"],)).logits
     assert seen == pytest.approx(of_average.sum().item(), rel=1e-3)
+
+
+def test_each_row_is_seen_once_an_epoch_whatever_the_ranks(two_ranks, tmp_path):
+    """Five steps on two ranks with rows of their own, three on two with the same, two on one: four epochs of ten."""
+    apart, same = (
+        [json.loads((two_ranks / f"rows-{n}-{r}.json").read_text()) for r in (0, 1)] for n in ("apart", "same")
+    )
+    assert same[0] == same[1] and len(apart[0]) == len(apart[1]) == 10
+    shutil.copytree(two_ranks / "epochs", tmp_path / "epochs")
+    last: list[int] = []
+
+    def objective(module: nn.Module, batch: Any) -> Any:
+        last.extend(batch["row"].tolist())
+        return next_token(module, batch)
+
+    data = Epochs(range(10), batch_size=4, collate=rows_of_ten, seed=0)
+    train(built(), objective, data, settings(steps=10, schedule=Constant()), folder=tmp_path / "epochs", quiet=True)
+    steps = [row for pair in zip(apart[0], apart[1], strict=True) for row in pair]  # ranks take rows in turn
+    order = [*steps, *same[0], *last]
+    assert [sorted(order[n : n + 10]) for n in range(0, 40, 10)] == [list(range(10))] * 4
 
 
 def test_each_rank_holds_half_of_what_is_sharded(two_ranks):
@@ -201,10 +275,10 @@ def test_the_planner_foresees_the_memory_of_a_rank(measured, mesh):
 
 
 def test_sixteen_bits_are_sent_and_summed_in_thirty_two(two_ranks):
-    alone = [row["loss"] for row in run(built(), training=settings(precision="bf16")).history]
+    alone = [row["loss"] for row in run(built(), training=settings(steps=SHORT, precision="bf16")).history]
     for mesh in ("shard", "tensor"):
         assert losses(two_ranks / f"{mesh}-bf16") == pytest.approx(alone, abs=5e-2)
-        stored = saving.read(two_ranks / f"{mesh}-bf16/checkpoints/step-00000050")["model"]
+        stored = saving.read(two_ranks / f"{mesh}-bf16/checkpoints/step-00000012")["model"]
         assert {x.dtype for x in stored.values()} == {torch.float32}
 
 
@@ -286,15 +360,23 @@ def test_what_cannot_be_split():
 
 
 def gradients(folder: Path, rank: int) -> None:
+    experts = ["expert"]
+    names = {family: ["shard", "tensor", *(experts if family == "mixtral" else [])] for family in FAMILIES}
+    compare(folder, rank, names, MESHES)
+
+
+def compare(folder: Path, rank: int, names: dict[str, list[str]], meshes: dict[str, Mesh]) -> None:
+    """Gradients of families on meshes with those of one process."""
     found = {}
-    for family, (config, objective) in FAMILIES.items():
+    for family in names:
+        config, objective = FAMILIES[family]
         batch = batch_of(objective)
-        for name in ("shard", "tensor"):
+        for name in names[family]:
             torch.manual_seed(0)
             reference = config.build()
             torch.manual_seed(rank)
             module = config.build()
-            ranks = MESHES[name].lay(join(), module)
+            ranks = meshes[name].lay(join(), module)
             alone = differentiate(reference, objective, batch, ALONE)
             torch.manual_seed(0)
             if rank == 0:
@@ -315,6 +397,19 @@ def gradients(folder: Path, rank: int) -> None:
         (folder / "gradients.json").write_text(json.dumps(found))
 
 
+def cross(folder: Path, rank: int) -> None:
+    compare(folder, rank, {"mixtral": list(CROSSED)}, CROSSED)
+    others = [*list(CROSSED)[1:], next(iter(CROSSED))]
+    for name, other in zip(CROSSED, others, strict=True):
+        for mesh, to in ((CROSSED[name], "gathered"), (CROSSED[other], "moved")):
+            torch.manual_seed(rank)
+            module = FAMILIES["mixtral"][0].build()
+            run(module, folder / name, settings(steps=3, mesh=mesh))
+            gathered = sharding.whole(module)
+            if rank == 0:
+                save_file(dict(gathered.named_parameters()), folder / f"{name} {to}.safetensors")
+
+
 def curves(folder: Path, rank: int) -> None:
     for name, mesh in MESHES.items():
         module = sparse(seed=rank) if name == "expert" else built(seed=rank)
@@ -323,12 +418,35 @@ def curves(folder: Path, rank: int) -> None:
             exported = sharding.whole(module)
             if rank == 0:
                 save(exported, folder / f"{name}-exported")
-    run(built(seed=rank), folder / "recomputed", settings(mesh=MESHES["shard"], recompute=True, accumulate=2))
+    run(
+        built(seed=rank),
+        folder / "recomputed",
+        settings(steps=SHORT, mesh=MESHES["shard"], recompute=True, accumulate=2),
+    )
     for name in ("shard", "tensor"):
-        run(built(seed=rank), folder / f"{name}-bf16", settings(mesh=MESHES[name], precision="bf16", keep=1))
+        run(built(seed=rank), folder / f"{name}-bf16", settings(steps=SHORT, mesh=MESHES[name], precision="bf16"))
     sliced = MESHES["shard"].replace(slice_gradients=True)
-    run(built(seed=rank), folder / "sliced", settings(mesh=sliced, accumulate=4))
-    run(sharding.deferred(built), folder / "deferred", settings(mesh=MESHES["shard"]))
+    run(built(seed=rank), folder / "sliced", settings(steps=SHORT, mesh=sliced, accumulate=4))
+    run(sharding.deferred(built), folder / "deferred", settings(steps=SHORT, mesh=MESHES["shard"]))
+
+
+def epochs(folder: Path, rank: int) -> None:
+    """Ten rows an epoch, four a step: as many steps as make four epochs, half of them by each mesh."""
+
+    def seen(name: str, mesh: Mesh, steps: int) -> None:
+        rows: list[int] = []
+
+        def objective(module: nn.Module, batch: Any) -> Any:
+            rows.extend(batch["row"].tolist())
+            return next_token(module, batch)
+
+        data = Epochs(range(10), batch_size=4, collate=rows_of_ten, seed=0)
+        training = settings(steps=steps, mesh=mesh, schedule=Constant())
+        train(built(), objective, data, training, folder=folder / "epochs", quiet=True)
+        (folder / f"rows-{name}-{rank}.json").write_text(json.dumps(rows))
+
+    seen("apart", MESHES["shard"], 5)
+    seen("same", MESHES["tensor"], 8)
 
 
 def moved(folder: Path, rank: int) -> None:
@@ -348,6 +466,25 @@ def moved(folder: Path, rank: int) -> None:
         os.truncate(folder / "broken/checkpoints/step-00000050/model-00001.safetensors", 99)
     torch.distributed.barrier()
     run(built(seed=7), folder / "broken", settings(ema=0.9, mesh=MESHES["shard"]))
+
+
+def full(folder: Path, rank: int) -> None:
+    """From the eighth step on rank 1 cannot write."""
+    calls, limits = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def objective(module: nn.Module, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 8 and rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        return next_token(module, batch)
+
+    try:
+        training = settings(mesh=MESHES["shard"], save_every=5)
+        train(built(), objective, batches(), training, folder=folder / "full", quiet=True)
+    except InputError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (folder / f"full-{rank}.txt").write_text(str(error))
 
 
 def looked_at(folder: Path, rank: int) -> None:
@@ -426,5 +563,10 @@ def refused(folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where, me = Path(sys.argv[2]), int(os.environ["RANK"])
-    for work in {"measure": (refused, gradients, reductions, memory), "train": (curves, moved, looked_at)}[sys.argv[1]]:
+    programs: dict[str, Any] = {
+        "measure": (refused, gradients, reductions, memory),
+        "cross": (cross,),
+        "train": (curves, epochs, moved, full, looked_at),
+    }
+    for work in programs[sys.argv[1]]:
         work(where, me)

@@ -7,14 +7,15 @@ import subprocess
 import sys
 
 import attention_cases
+import oracles
 import pytest
 import torch
 from attention_cases import KINDS, random_case
 
 from allyouneed.core.errors import InputError
-from allyouneed.models import llama
+from allyouneed.models import bert, llama, marian, t5
 from allyouneed.models.checkpoints.loading import save
-from allyouneed.nn.attention import Attention
+from allyouneed.nn.attention import Attention, use_kernel
 from allyouneed.nn.kernels import Tiled
 from allyouneed.nn.positions import Positions, RelativeBias
 from allyouneed.nn.recomputed import attend
@@ -99,6 +100,20 @@ def test_learned_biases_have_their_gradient_tile_by_tile(kv_heads):
         for part, out in zip((plain, tiled), outs, strict=True)
     ]
     assert all((a - b).abs().max() <= 1e-5 for a, b in zip(*sides, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [t5.EXAMPLE, marian.EXAMPLE, bert.EXAMPLE], ids=["t5", "marian", "bert"])
+def test_models_that_read_both_ways_and_remember(config):
+    """Encoders, memories with padding, learned biases of both stacks: as with PyTorch's kernel."""
+    module = oracles.randomised(config)
+    ids = torch.randint(3, 50, (3, 13), generator=torch.Generator().manual_seed(0))
+    segments = torch.ones_like(ids)
+    segments[1, 5:] = segments[2, 12:] = 0
+    given = (ids, segments) if config is bert.EXAMPLE else (ids, ids[:, :9], segments, segments[:, :9])
+    expected = module(*given).logits
+    use_kernel(module, Tiled(queries=4, keys=4))
+    assert (module(*given).logits - expected).abs().max() <= 1e-4
 
 
 def test_under_autocast_sums_stay_exact():

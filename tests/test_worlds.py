@@ -197,3 +197,12 @@ def test_a_lexicon_refuses_what_it_cannot_spell():
         Lexicon.Config(letters=4, length=2, words=9).build()
     with pytest.raises(InputError, match="length=5; words have 2 letters"):
         Lexicon.Config(letters=4, length=2, words=8).build().batch(1, 5, torch.Generator())
+
+
+def test_a_lexicon_s_held_out_rows_are_the_same_for_all_and_judged_by_the_entropy():
+    world = Lexicon.Config(letters=8, length=3, words=100).build()
+    (batch, chance), (again, _) = world.held_out(40, 30), world.held_out(40, 30)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    own = world.nll(batch["targets"]).sum().item() / batch["targets"].numel()
+    assert abs(own - chance - world.entropy) < 1e-12 and 0 < abs(chance) < 0.2
+    assert not torch.equal(next(world.batches(40, 30, seed=0))["ids"], batch["ids"])

@@ -40,6 +40,7 @@ def plan(
     inside: Annotated[float, typer.Option(help="GB/s within a node.")] = 300.0,
     between: Annotated[float, typer.Option(help="GB/s a rank between nodes.")] = 25.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    as_rows: Annotated[bool, typer.Option("--markdown", help="Rows of a table, as docs/scale.md has them.")] = False,
 ) -> None:
     """Memory, arithmetic and time of a step, and the mesh to ask for. Nothing is allocated, no rank is started."""
     from allyouneed.train.planner import Machine
@@ -52,6 +53,8 @@ def plan(
     planned = [_planned(*found, gpus, machine) for found in _presets(slug, size, rows, length)]
     if as_json:
         print(json.dumps({"slug": slug, "gpus": gpus, "machine": machine.to_json(), "models": planned}, indent=1))
+    elif as_rows:
+        print("\n".join(_row(slug, gpus, one) for one in planned))
     else:
         _show(slug, gpus, memory, planned)
 
@@ -142,6 +145,23 @@ def _least(traced: Traced, batch: int, outline: nn.Module, machine: Machine, nar
         if planner.plan(traced, ranks, max(batch, ranks), outline, machine, narrow=narrow):
             return ranks
     return None
+
+
+def _row(slug: str, gpus: int, one: dict[str, Any]) -> str:
+    """A model as a row of a table."""
+    cells = [f"{slug}, {one['name']}"]
+    if "refused" in one:
+        return f"| {cells[0]} | – | {gpus} | {one['refused']} | – | – | – | – |"
+    cells += [f"{one['parameters'] / 1e9:.3g} B", str(gpus)]
+    found = one["plan"]
+    if found is None:
+        return f"| {' | '.join(cells)} | does not fit; {one['least']} ranks would do | – | – | – | – |"
+    mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items() if name in (*SPLIT, "data") and size > 1)
+    batch = f"{found['rows']} · {found['accumulate']}" + (", recomputed" if found["recompute"] else "")
+    held = found["weights"] + found["gradients"] + found["optimizer"]
+    kept = found["activations"] + found["gathered"]
+    cells += [mesh, batch, f"{held / 1e9:.1f}", f"{kept / 1e9:.1f}", f"{found['seconds']:.2g}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def _show(slug: str, gpus: int, memory: float, planned: list[dict[str, Any]]) -> None:

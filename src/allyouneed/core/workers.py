@@ -5,13 +5,16 @@ What a call leaves behind it writes to files, which all machines must see; what 
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from allyouneed.core.errors import InputError
 
+WORDS = ("local", "auto")  # that stand for an address
 Workers = Callable[[Callable[..., None], Sequence[tuple[Any, ...]]], Iterator[int]]
 
 
@@ -40,6 +43,8 @@ def over_ray(address: str) -> Workers:
         InputError: Ray is not installed, or nobody answers at that address.
     """
 
+    _check_form(address)
+
     def spread(function: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> Iterator[int]:
         if not calls:
             return
@@ -61,10 +66,8 @@ def over_ray(address: str) -> Workers:
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """Ray, connected until the end; a connection there was before is used and left as it is."""
-    try:
-        import ray
-    except ImportError:
-        raise InputError("Ray is not installed: pip install 'allyouneed[ray]'") from None
+    import ray
+
     if ray.is_initialized():
         yield ray
         return
@@ -79,13 +82,18 @@ def _connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
+def _check_form(address: str) -> None:
+    if find_spec("ray") is None:
+        raise InputError("Ray is not installed: pip install 'allyouneed[ray]'")
+    if address not in WORDS and not re.fullmatch(r"(ray://)?[^/:]+:\d+", address):
+        raise InputError(f"ray: {address!r} is no address; write local, auto or HOST:PORT")
+
+
 def _check_answers(address: str) -> None:
     """Ray itself would try for minutes and then end the process."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if address in ("local", "auto"):
+    if address in WORDS:
         return
-    if not (host and colon and port.isdigit()):
-        raise InputError(f"ray: {address!r} is no address; write local, auto or HOST:PORT")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:

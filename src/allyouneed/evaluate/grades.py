@@ -131,6 +131,19 @@ def bend(x: Sequence[float], y: Sequence[float], *, least: float = 0.05) -> floa
     return round(float(2 * np.trapezoid(values[0] + rise * along - values, along) / max(rise, least)), 12)
 
 
+def crossing(x: Sequence[float], y: Sequence[float], level: float) -> float:
+    """The first x at which the grade exceeds `level`, on straight lines from point to point; else the last x.
+
+    >>> crossing([0.0, 1.0, 2.0], [0.0, 0.0, 0.2], 0.05)
+    1.25
+    """
+    above = next((i for i, value in enumerate(y) if value > level), None)
+    if not above:
+        return float(x[-1] if above is None else x[0])
+    share = (level - y[above - 1]) / (y[above] - y[above - 1])
+    return float(x[above - 1] + share * (x[above] - x[above - 1]))
+
+
 def emergence_score(y: Sequence[float]) -> float:
     """(max − min)/√median((yᵢ₊₁ − yᵢ)²), negative if the highest comes before the lowest: the range as a multiple of a
     typical step (Srivastava et al. 2022, "breakthroughness"; Schaeffer et al. 2023, sec. 4). ∞ where most steps are 0.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from allyouneed.core.errors import unknown
 from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.family import Family, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
@@ -46,7 +47,13 @@ def architecture(
 
 
 def sized(name: str = "117M") -> Decoder.Config:
-    """The one published size (sec. 4.1)."""
+    """The one published size (sec. 4.1).
+
+    Raises:
+        InputError: no such size.
+    """
+    if name not in SIZES:
+        raise unknown("size of GPT", name, SIZES)
     num_layers, num_heads, dim = SIZES[name]
     return architecture(dim=dim, num_layers=num_layers, num_heads=num_heads, dropout=0.1)
 

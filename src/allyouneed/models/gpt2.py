@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.checkpoints.names import Rule, both, same, thirds, transposed, transposed_thirds
@@ -52,7 +53,13 @@ def architecture(
 
 
 def sized(name: str = "124M") -> Decoder.Config:
-    """One of the four published sizes."""
+    """One of the four published sizes.
+
+    Raises:
+        InputError: no such size.
+    """
+    if name not in SIZES:
+        raise unknown("size of GPT-2", name, SIZES)
     num_layers, num_heads, dim = SIZES[name]
     return architecture(dim=dim, num_layers=num_layers, num_heads=num_heads, dropout=0.1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.checkpoints.names import Rule, paired, same
@@ -71,7 +72,13 @@ def swiglu_hidden_dim(dim: int, multiple: int = 256) -> int:
 
 
 def sized(name: str = "7B") -> Decoder.Config:
-    """One of the four published sizes."""
+    """One of the four published sizes.
+
+    Raises:
+        InputError: no such size.
+    """
+    if name not in SIZES:
+        raise unknown("size of LLaMA", name, SIZES)
     num_layers, num_heads, dim = SIZES[name]
     return architecture(dim=dim, num_layers=num_layers, num_heads=num_heads)
 

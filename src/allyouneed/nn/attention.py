@@ -148,3 +148,17 @@ class CrossAttention(Attention):
 
         k, v = project() if cache is None else cache.recall(project)
         return self._attend(self._heads(self.q(x)), k, v, memory.view)
+
+
+def use_kernel(module: nn.Module, kernel: AnyKernel) -> None:
+    """Have every attention of a model, a loaded one say, computed by `kernel`; its weights stay as they are.
+
+    >>> from allyouneed.nn.kernels import Tiled
+    >>> part = Attention.Config(num_heads=2).build(8)
+    >>> use_kernel(part, Tiled())
+    >>> part.kernel
+    Tiled(queries=128, keys=256)
+    """
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.kernel = kernel

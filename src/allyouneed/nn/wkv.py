@@ -136,7 +136,8 @@ class _Wkv(torch.autograd.Function):
 
 
 def _kernels(x: Tensor) -> ctypes.CDLL | None:
-    return native.library() if x.is_cpu and x.dtype is torch.float32 else None
+    real = type(x) is Tensor  # others, those of `train.planner` for one, have no memory to read
+    return native.library() if real and x.is_cpu and x.dtype is torch.float32 else None
 
 
 def _read(

@@ -25,12 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from allyouneed import core
 from allyouneed.core.errors import InputError
 from allyouneed.data.lexicon import Lexicon
 from allyouneed.evaluate import fits, frontiers
 from allyouneed.evaluate.laws import LAWS, HoffmannLoss, PowerLaw
-from allyouneed.evaluate.perplexity import batch_nll
 from allyouneed.evaluate.statistics import Interval
 from allyouneed.models import gpt2
 from allyouneed.models.decoder import Decoder
@@ -38,32 +36,23 @@ from allyouneed.nn.attention import Attention
 from allyouneed.nn.block import Block
 from allyouneed.nn.ffn import MLP
 from allyouneed.nn.flops import TRAINING
-from allyouneed.nn.initialise import Normal
 from allyouneed.nn.norms import RMSNorm
 from allyouneed.nn.positions import Rotary
-from allyouneed.objectives.next_token import next_token
-from allyouneed.papers import figures
+from allyouneed.papers import figures, ladders
 from allyouneed.papers.base import Paper, Report
 from allyouneed.train import ladder
-from allyouneed.train.loop import Training
-from allyouneed.train.optimizers import AdamW
-from allyouneed.train.schedules import Cosine
 from allyouneed.train.suite import Member
 
 APPROACHES = ("1, envelope of curves", "2, IsoFLOP profiles", "3, parametric fit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(core.Config):
+class Config(ladders.Words):
     """The sizes, the budgets they share, the source, and the margin of the verdict."""
 
     sizes: tuple[Member, ...]
     budgets: tuple[float, ...]  # FLOPs of training
-    world: Lexicon.Config
     ratios: tuple[float, float] = (2.0, 400.0)  # tokens a parameter, of a run: least and most
-    rows: int = 8
-    length: int = 60
-    held_out: int = 256  # rows
     resamples: int = 200
     near: float = 0.15  # each approach's whole interval of a: so near to 0.5, and so below 0.73
 
@@ -75,8 +64,8 @@ def run(config: Config, report: Report) -> None:
     def cost(model: Decoder.Config) -> float:
         return TRAINING * model.flops(1, config.length) / config.length
 
-    def work(member: Member, seed: int, folder: Path) -> dict[str, list[float]]:
-        return vars(_trained(config, world, member, seed, folder))
+    def work(member: Member, seed: int, folder: Path) -> dict[str, Any]:
+        return ladders.learn(config, world, member, seed, folder)
 
     runs = _runs(config, cost)
     found = report.repeat(runs, work)
@@ -106,7 +95,7 @@ def _runs(config: Config, cost: Callable[[Decoder.Config], float]) -> dict[str, 
     """Every budget spent on every size for which that is not out of all proportion."""
     models: list[Any] = [one.model for one in config.sizes]
     sizes = {f"N={ladder.short(model.num_parameters())}": one for model, one in zip(models, config.sizes, strict=True)}
-    batch = config.rows * config.length
+    batch = config.batch_tokens
     runs = ladder.isoflops(sizes, config.budgets, cost, batch_tokens=batch)
     least, most = config.ratios
 
@@ -128,7 +117,7 @@ class _Runs:
     ) -> None:
         each = [(runs[name], one) for name, values in found.items() for one in values]
         models: list[Any] = [member.model for member, _ in each]
-        batch = config.rows * config.length
+        batch = config.batch_tokens
         self.parameters = np.array([model.num_parameters() for model in models], dtype=float)
         self.without_embeddings = np.array([model.num_parameters(embeddings=False) for model in models], dtype=float)
         self.tokens = np.array([member.training.steps * batch for member, _ in each], dtype=float)
@@ -194,25 +183,12 @@ def _exponents(name: str, a: float, interval: tuple[float, float] | None = None)
     return {"by": name, "a": round(a, 3), "95 %": between, "b": round(1 - a, 3)}
 
 
-def _trained(config: Config, world: Lexicon, member: Member, seed: int, folder: Path) -> ladder.Run:
-    held_out, chance = world.held_out(config.held_out, config.length)
-    return ladder.climb(
-        member,
-        next_token,
-        world.batches(config.rows, config.length, seed=seed),
-        lambda module: batch_nll(module, held_out["ids"], held_out["targets"]) - chance,
-        batch_tokens=config.rows * config.length,
-        seed=seed,
-        folder=folder,
-    )
-
-
 def _record(
     config: Config, report: Report, runs: Mapping[str, Member], cost: Callable[[Decoder.Config], float]
 ) -> None:
     for name, member in runs.items():
         model: Any = member.model
-        tokens = member.training.steps * config.rows * config.length
+        tokens = member.training.steps * config.batch_tokens
         report.arm(
             name,
             parameters=model.num_parameters(),
@@ -256,19 +232,6 @@ def _figure(report: Report, runs: _Runs, profiles: list[frontiers.Profile], esti
     report.figure(figure, "Left: runs of one budget each, parabola and minimum. Right: the minima and three estimates.")
 
 
-def _member(dim: int, num_layers: int = 2, *, letters: int = 32, length: int = 60) -> Member:
-    """A rate in proportion to 1/width (Yang et al. 2022), 0.01 at 64, as short trials of 16 to 96 wanted."""
-    model = gpt2.architecture(
-        vocab_size=letters, context=length, dim=dim, num_layers=num_layers, num_heads=max(1, dim // 16)
-    )
-    return Member(model=model.replace(initialise=Normal(std=0.5 * dim**-0.5)), training=training(0.64 / dim))
-
-
-def training(lr: float, steps: int = 1000) -> Training:
-    """AdamW, a twentieth of warm-up, a cosine to a tenth (sec. B and F); the ladder sets the steps."""
-    return Training(steps=steps, optimizer=AdamW.Config(lr=lr), schedule=Cosine(warmup=steps // 20))
-
-
 def sized(name: str) -> Decoder.Config:
     """Gopher 280B or Chinchilla 70B (table 4), with rotary positions; the vocabulary is of 32,000 pieces."""
     num_heads, dim = {"Gopher 280B": (128, 16384), "Chinchilla 70B": (64, 8192)}[name]
@@ -298,7 +261,7 @@ PAPER = Paper(
     minutes={"smoke": 0.2, "laptop": 25},
     sizes={
         "smoke": Config(
-            sizes=tuple(_member(dim, 1, letters=8, length=12) for dim in (8, 12, 16, 24, 32, 48)),
+            sizes=tuple(ladders.small(dim, 1, vocab_size=8, length=12) for dim in (8, 12, 16, 24, 32, 48)),
             budgets=(2e7, 4e7, 8e7),
             ratios=(0.1, 400.0),
             world=Lexicon.Config(letters=8, length=3, words=200, exponent=1.3),
@@ -308,7 +271,7 @@ PAPER = Paper(
             resamples=3,
         ),
         "laptop": Config(
-            sizes=tuple(_member(dim) for dim in (16, 20, 24, 32, 48, 64, 96)),
+            sizes=tuple(ladders.small(dim) for dim in (16, 20, 24, 32, 48, 64, 96)),
             budgets=(3e10, 6e10, 1.2e11, 2.4e11, 4.8e11, 9.6e11),
             world=Lexicon.Config(letters=32, length=6, words=2**17, exponent=1.3),
         ),
@@ -318,7 +281,7 @@ PAPER = Paper(
                     model=gpt2.architecture(
                         vocab_size=32_000, context=2048, dim=dim, num_layers=layers, num_heads=heads
                     ),
-                    training=training(2e-4).replace(precision="bf16"),
+                    training=ladders.training(2e-4).replace(precision="bf16"),
                 )
                 for layers, dim, heads in _TABLE_A4
             ),

@@ -44,8 +44,10 @@ from allyouneed.objectives.next_token import next_token
 from allyouneed.papers import figures
 from allyouneed.papers.base import Paper, Report
 from allyouneed.train.loop import Training, train
+from allyouneed.train.mesh import mesh_for
 from allyouneed.train.optimizers import AdamW
 from allyouneed.train.schedules import Cosine, Linear
+from allyouneed.train.sharding import deferred
 
 # Batch in millions of tokens, peak learning rate (table 2.1); all see 300 B tokens
 TRAINED = {
@@ -172,7 +174,7 @@ def _from_scratch(config: Config, report: Report) -> dict[str, list[list[float]]
             return {"ids": ids, "targets": targets}
 
         seed_everything(seed)
-        module = config.model.build()
+        module = deferred(config.model.build)
         train(
             module,
             next_token,
@@ -268,7 +270,7 @@ PAPER = Paper(
             questions=40,
             world=_WORLD,
             model=gpt3.sized("175B"),
-            training=training("175B"),
+            training=training("175B").replace(mesh=mesh_for(175e9), recompute=True),
             rows=1600,
         ),
     },

@@ -32,6 +32,7 @@ from allyouneed.core.seeds import derive, generator, seed_everything
 from allyouneed.data.batches import Generated
 from allyouneed.data.packing import Batch
 from allyouneed.data.worlds import Markov
+from allyouneed.evaluate.laws import training_flops
 from allyouneed.evaluate.perplexity import token_nll
 from allyouneed.evaluate.statistics import median
 from allyouneed.generate.engine import Engine
@@ -42,8 +43,10 @@ from allyouneed.objectives.next_token import next_token
 from allyouneed.papers import figures
 from allyouneed.papers.base import Paper, Report
 from allyouneed.train.loop import Training, train
+from allyouneed.train.mesh import mesh_for
 from allyouneed.train.optimizers import AdamW
 from allyouneed.train.schedules import Cosine
+from allyouneed.train.sharding import deferred
 
 SMALL_LONG, SMALL_HALF, LARGE_SHORT = "small, trained long", "small, half as long", "large, trained short"
 
@@ -147,7 +150,7 @@ def _best_rate(
 def _record(config: Config, report: Report, name: str, model: Decoder.Config, training: Training) -> float:
     """Put down what an arm had at its disposal; its training FLOPs, 6 · parameters · tokens (Kaplan et al. 2020)."""
     tokens, parameters = training.steps * config.rows * config.length, model.num_parameters()
-    flops = 6.0 * parameters * tokens
+    flops = training_flops(parameters, tokens)
     report.arm(
         name,
         parameters=parameters,
@@ -179,7 +182,7 @@ def _trained(
 
     seed_everything(seed)
     done = train(
-        model.build(),
+        deferred(model.build),
         next_token,
         Generated(make, seed=seed),
         training.replace(seed=seed, evaluate_every=max(1, training.steps // 10)),
@@ -286,7 +289,7 @@ PAPER = Paper(
             small=llama.sized("7B"),
             large=llama.sized("13B"),
             world=Markov.Config(vocab_size=512),
-            training=_published(250_000, 3e-4),
+            training=_published(250_000, 3e-4).replace(mesh=mesh_for(13e9)),
             shorter=1 / 6,
             rates=(3e-4,),
             rows=2048,

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allyouneed import core
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import generator
 from allyouneed.data.batches import Windows
@@ -39,9 +38,8 @@ from allyouneed.evaluate.laws import KAPLAN, KaplanLoss
 from allyouneed.evaluate.perplexity import batch_nll
 from allyouneed.evaluate.statistics import Interval
 from allyouneed.models import gpt2
-from allyouneed.nn.initialise import Normal
 from allyouneed.objectives.next_token import next_token
-from allyouneed.papers import figures
+from allyouneed.papers import figures, ladders
 from allyouneed.papers.base import Paper, Report
 from allyouneed.train import ladder
 from allyouneed.train.loop import Training
@@ -53,20 +51,16 @@ WORDS, SOURCES = "words, beyond the entropy", "Python's sources"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(core.Config):
+class Config(ladders.Words):
     """The ladders, the run that is held out, and the margins of the verdict."""
 
     sizes: tuple[Member, ...]
     budgets: tuple[float, ...]  # tokens
     largest: Member  # held out
     largest_tokens: float
-    world: Lexicon.Config
     prose_sizes: tuple[Member, ...]
     prose_budgets: tuple[float, ...]
     prose: str = "python-code"
-    rows: int = 8
-    length: int = 60
-    held_out: int = 256  # rows
     resamples: int = 200
     error: float = 0.03  # of the foretold loss of the held-out run, relative: below
     residual: float = 0.03  # of the ladder's own losses, root mean square in log L: below
@@ -78,10 +72,10 @@ def run(config: Config, report: Report) -> None:
     world, text = config.world.build(), corpus(config.prose)
     train_bytes, valid_bytes = _bytes(text.train), _bytes(text.valid)
 
-    def work(member: Member, seed: int, folder: Path) -> dict[str, list[float]]:
-        return vars(_trained(config, world, member, seed, folder))
+    def work(member: Member, seed: int, folder: Path) -> dict[str, Any]:
+        return ladders.learn(config, world, member, seed, folder)
 
-    def read(member: Member, seed: int, folder: Path) -> dict[str, list[float]]:
+    def read(member: Member, seed: int, folder: Path) -> dict[str, Any]:
         return vars(_read(config, train_bytes, valid_bytes, member, seed, folder))
 
     runs = _grid(config, config.sizes, config.budgets)
@@ -185,7 +179,7 @@ def _exponents(name: str, law: KaplanLoss, found: Mapping[str, Interval]) -> dic
 
 def _grid(config: Config, sizes: Sequence[Member], budgets: Sequence[float], prefix: str = "") -> dict[str, Member]:
     named = {f"{prefix}N={ladder.short(_size(member))}": member for member in sizes}
-    return ladder.grid(named, budgets, batch_tokens=config.rows * config.length)
+    return ladder.grid(named, budgets, batch_tokens=config.batch_tokens)
 
 
 def _columns(
@@ -202,20 +196,7 @@ def _size(member: Any) -> int:
 
 
 def _tokens(config: Config, member: Member) -> int:
-    return member.training.steps * config.rows * config.length
-
-
-def _trained(config: Config, world: Lexicon, member: Member, seed: int, folder: Path) -> ladder.Run:
-    held_out, chance = world.held_out(config.held_out, config.length)
-    return ladder.climb(
-        member,
-        next_token,
-        world.batches(config.rows, config.length, seed=seed),
-        lambda module: batch_nll(module, held_out["ids"], held_out["targets"]) - chance,
-        batch_tokens=config.rows * config.length,
-        seed=seed,
-        folder=folder,
-    )
+    return member.training.steps * config.batch_tokens
 
 
 def _read(config: Config, text: Tensor, valid: Tensor, member: Member, seed: int, folder: Path) -> ladder.Run:
@@ -226,7 +207,7 @@ def _read(config: Config, text: Tensor, valid: Tensor, member: Member, seed: int
         next_token,
         Windows(text, batch_size=config.rows, length=config.length, seed=seed),
         lambda module: batch_nll(module, windows[:, :-1], windows[:, 1:]),
-        batch_tokens=config.rows * config.length,
+        batch_tokens=config.batch_tokens,
         seed=seed,
         folder=folder,
     )
@@ -263,18 +244,6 @@ def _lines(report: Report, axes: Any, runs: np.ndarray, law: KaplanLoss | None, 
     axes.legend(fontsize=8)
 
 
-def _member(dim: int, num_layers: int = 2, *, vocab_size: int = 32, length: int = 60) -> Member:
-    """A rate in proportion to 1/width (Yang et al. 2022), 0.01 at 64, as short trials of 16 to 96 wanted."""
-    model = gpt2.architecture(
-        vocab_size=vocab_size, context=length, dim=dim, num_layers=num_layers, num_heads=max(1, dim // 16)
-    )
-    return Member(model=model.replace(initialise=Normal(std=0.5 * dim**-0.5)), training=_training(0.64 / dim))
-
-
-def _training(lr: float, steps: int = 1000) -> Training:
-    return Training(steps=steps, optimizer=AdamW.Config(lr=lr), schedule=Cosine(warmup=steps // 20))
-
-
 def _published(num_layers: int, dim: int) -> Member:
     """A size of the paper's: contexts of 1024 tokens, BPE of 50257, the rate of eq. D.1 for its N; batches of half a
     million tokens, 3000 steps of warm-up in 250,000, a cosine to zero (sec. 2.2 and D.6).
@@ -292,12 +261,12 @@ PAPER = Paper(
     minutes={"smoke": 0.2, "laptop": 25},
     sizes={
         "smoke": Config(
-            sizes=tuple(_member(dim, 1, vocab_size=8, length=12) for dim in (4, 12, 32)),
+            sizes=tuple(ladders.small(dim, 1, vocab_size=8, length=12) for dim in (4, 12, 32)),
             budgets=(600, 1800, 5400),
-            largest=_member(48, 1, vocab_size=8, length=12),
+            largest=ladders.small(48, 1, vocab_size=8, length=12),
             largest_tokens=10_000,
             world=Lexicon.Config(letters=8, length=3, words=200, exponent=1.3),
-            prose_sizes=tuple(_member(dim, 1, vocab_size=256, length=12) for dim in (4, 12, 32)),
+            prose_sizes=tuple(ladders.small(dim, 1, vocab_size=256, length=12) for dim in (4, 12, 32)),
             prose_budgets=(600, 1800, 5400),
             prose="python-reference",
             rows=4,
@@ -306,12 +275,12 @@ PAPER = Paper(
             resamples=3,
         ),
         "laptop": Config(
-            sizes=tuple(_member(dim) for dim in (16, 20, 24, 32, 48, 64)),
+            sizes=tuple(ladders.small(dim) for dim in (16, 20, 24, 32, 48, 64)),
             budgets=(2e5, 4e5, 8e5, 1.6e6),
-            largest=_member(96),
+            largest=ladders.small(96),
             largest_tokens=3.2e6,
             world=Lexicon.Config(letters=32, length=6, words=2**17, exponent=1.3),
-            prose_sizes=tuple(_member(dim, vocab_size=256) for dim in (16, 24, 32, 48)),
+            prose_sizes=tuple(ladders.small(dim, vocab_size=256) for dim in (16, 24, 32, 48)),
             prose_budgets=(2e5, 4e5, 8e5),
         ),
         "paper": Config(

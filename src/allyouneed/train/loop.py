@@ -127,12 +127,7 @@ def train(
     ranks = _laid(training, module)
     device = _device(module, ranks)
     writes = ranks.rank == 0
-    with (
-        watched() as interrupts,
-        randomness.private(device),
-        ranks.together(),
-        sharding.recomputed(module, training.recompute),
-    ):
+    with watched() as interrupts, randomness.private(device), ranks.together():
         run = _Run(module, objective, batches, training, ranks, checkpoints)
         if checkpoints is not None and resume:
             run.take_up(checkpoints)
@@ -142,6 +137,7 @@ def train(
         with (
             Journal(folder if writes else None, run.step, callbacks if writes else ()) as journal,
             Progress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,
+            sharding.recomputed(module, training.recompute),
         ):
             while run.step < training.steps:
                 row = run.advance()

@@ -6,6 +6,7 @@ found here, before any rank sends anything, so that all say the same line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -126,6 +127,19 @@ class Mesh(core.Config):
 def _grid(device: str, **sizes: int) -> DeviceMesh:
     """One for each layout: its groups of ranks last as long as the process."""
     return init_device_mesh(device, (*sizes.values(),), mesh_dim_names=(*sizes,))
+
+
+def mesh_for(parameters: float, memory: float = 80e9) -> Mesh:
+    """A mesh for the published size of a paper: weights, gradients and AdamW's moments, 16 bytes a parameter, take up a
+    third of each rank's `memory` (bytes) at most; from 32 ranks on, eight of them are tensor ranks, the rest shards.
+    `allyouneed plan` finds better ones for a cluster at hand.
+
+    >>> mesh_for(1e9) == Mesh(), mesh_for(13e9).shard, mesh_for(175e9).shard, mesh_for(175e9).tensor
+    (True, 8, 16, 8)
+    """
+    ranks = 1 << max(0, math.ceil(math.log2(16 * parameters / (memory / 3))))
+    tensor = 8 if ranks >= 32 else 1
+    return Mesh(shard=ranks // tensor, tensor=tensor, slice_gradients=ranks > 1)
 
 
 def divided(module: nn.Module) -> Iterator[tuple[str, Divided]]:

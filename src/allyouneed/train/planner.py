@@ -324,16 +324,16 @@ def _messages(
 
 def grids(traced: Traced, ranks: int, machine: Machine, module: nn.Module) -> Iterator[dict[str, int]]:
     """Every grid of `ranks` that fits the model; tensor ranks stay within a node, the others are powers of two."""
+    has_experts = any(spread(module))
     for tensor in _powers(min(machine.node, ranks)):
-        for expert in _powers(ranks // tensor) if any(spread(module)) else (1,):
+        for expert in _powers(ranks // tensor) if has_experts else (1,):
+            try:
+                Mesh(tensor=tensor, expert=expert).check(module)
+            except InputError:
+                continue
             for shard in _powers(ranks // tensor // expert):
-                mesh = Mesh(tensor=tensor, expert=expert, shard=shard)
-                try:
-                    sizes = mesh.sizes(ranks)
-                    mesh.check(module)
-                except InputError:
-                    continue
-                yield sizes
+                if ranks % (tensor * expert * shard) == 0:
+                    yield Mesh(tensor=tensor, expert=expert, shard=shard).sizes(ranks)
 
 
 def plan(

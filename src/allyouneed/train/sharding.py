@@ -116,7 +116,7 @@ def copies(x: Tensor, world: int) -> int:
     """How many of `world` ranks hold the same slice of a tensor: all of them, where it is not split."""
     distinct = 1
     for place, size in zip(placements(x), cast("Any", x).device_mesh.shape if placements(x) else (), strict=True):
-        distinct *= size if place.is_shard() else 1
+        distinct *= 1 if place.is_replicate() else size
     return world // distinct
 
 

@@ -5,6 +5,7 @@ Stands by itself because what it imports takes a second that whoever trains alon
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -39,6 +40,7 @@ def split(module: nn.Module, ranks: Ranks, mesh: DeviceMesh, precision: torch.dt
         done |= set(unit.parameters())
     if isinstance(module, FSDPModule):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody here changes
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # slices of slices are slow
         _open(module)
 
 

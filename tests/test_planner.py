@@ -1,0 +1,139 @@
+"""What the planner says of one row, against closed forms and PyTorch's own counts; what it finds; how it is asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from allyouneed.cli import main
+from allyouneed.models import gpt2, llama, mixtral
+from allyouneed.train.mesh import Mesh, mesh_for
+from allyouneed.train.planner import Machine, Traced, cost, plan, trace
+
+SCALE = Path(__file__).parents[1] / "docs/scale.md"
+CONTEXT = 48
+
+
+def traced(config, context: int = CONTEXT, *, narrow: bool = False) -> Traced:
+    def run(module: torch.nn.Module) -> None:
+        module(torch.zeros(1, context, dtype=torch.long)).logits.float().exp().sum()
+
+    return trace(config.build, run, context, narrow=narrow)
+
+
+def test_arithmetic_is_the_closed_form():
+    """2 operations for each weight and token, and QKᵀ and its product with V."""
+    d, layers, h, v, t = 64, 3, 80, 100, CONTEXT
+    config = llama.architecture(vocab_size=v, context=64, dim=d, num_layers=layers, num_heads=4, hidden_dim=h)
+    found = traced(config)
+    assert found.flops.of_one() == layers * (8 * d * d * t + 6 * d * h * t + 4 * t * t * d) + 2 * d * v * t
+    assert found.flops.same == 2 * d * v * t  # the head, which tensor ranks do not share
+    assert found.parameters == config.num_parameters()
+
+
+def test_a_real_pass_keeps_what_a_fake_one_does():
+    config = gpt2.architecture(vocab_size=100, context=64, dim=32, num_layers=2, num_heads=4)
+    module, kept = config.build(), {}
+    weights = {p.data_ptr() for p in module.parameters()}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = module(torch.zeros(1, CONTEXT, dtype=torch.long)).logits
+        logits.float().exp().sum()
+        total = sum(x.untyped_storage().nbytes() for x in kept.values())
+    assert traced(config).kept.of_one() == pytest.approx(total, rel=0.01)
+
+
+def test_every_way_of_sharing_takes_memory_from_a_rank():
+    config = mixtral.architecture(vocab_size=64, context=64, dim=32, num_layers=2, num_heads=4, hidden_dim=64)
+    weights = traced_weights(config)
+    machine = Machine()
+    sizes = {"data": 1, "expert": 1, "shard": 1, "tensor": 1}
+    whole = cost(weights, sizes, 8, 1, machine, narrow=True)
+    assert whole.weights == 4 * config.num_parameters() and whole.optimizer == 2 * whole.weights
+    assert cost(weights, sizes | {"shard": 4}, 8, 1, machine, narrow=True).weights == whole.weights / 4
+    spread = cost(weights, sizes | {"expert": 4}, 8, 1, machine, narrow=True)
+    experts = 2 * 8 * 3 * 32 * 64
+    assert spread.weights == 4 * (config.num_parameters() - experts * 3 / 4)
+    tensor = cost(weights, sizes | {"tensor": 2}, 8, 1, machine, narrow=True)
+    assert tensor.weights == 4 * (config.num_parameters() - 2 * 4 * 32 * 32 / 2)
+
+
+def traced_weights(config) -> Traced:
+    """A Mixtral cannot be traced, for its routing depends on its data; its weights can be counted."""
+    from allyouneed.train import planner
+
+    with torch.device("meta"):
+        module = config.build()
+    none = planner.Share()
+    shares = tuple(planner._weights(module, planner.blocks(module)))
+    return Traced(CONTEXT, shares, none, none, none, 0.0, none, 0.0)
+
+
+def test_the_fastest_plan_that_fits_is_found():
+    config = llama.architecture(vocab_size=1000, context=256, dim=512, num_layers=8, num_heads=8)
+    found = traced(config, 256)
+    with torch.device("meta"):
+        module = config.build()
+    roomy, tight = Machine(), Machine(memory=2.5e8)
+    plans = plan(found, 8, 64, module, roomy)
+    assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
+    assert all(p.memory <= 0.9 * 80e9 for p in plans) and not plans[0].recompute
+    fitting = plan(found, 8, 64, module, tight)
+    assert fitting and all(p.memory <= 0.9 * 2.5e8 for p in fitting) and fitting[0].seconds > plans[0].seconds
+    assert all(p.mesh.sizes(8) for p in plans)
+    assert plan(found, 8, 64, module, Machine(memory=1e6)) == []
+
+
+def test_a_rule_of_thumb_for_presets():
+    assert mesh_for(117e6) == Mesh()
+    for parameters in (7e9, 13e9, 175e9, 1.6e12):
+        mesh = mesh_for(parameters)
+        assert 16 * parameters / (mesh.shard * mesh.tensor) <= 80e9 / 3
+
+
+def test_a_plan_for_programs(capsys):
+    assert main(["plan", "gpt2", "--gpus", "8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (model,) = told["models"]
+    assert model["parameters"] == 1_557_611_200 and told["machine"]["memory"] == 80e9
+    found = model["plan"]
+    assert found["memory"] == sum(found[n] for n in ("weights", "gradients", "optimizer", "activations", "gathered"))
+
+
+def test_a_plan_for_people(capsys):
+    assert main(["plan", "gpt2", "--gpus", "2", "--memory", "8"]) == 0
+    assert "1.56 B parameters" in (said := capsys.readouterr().out) and "does not fit into 2 ranks of 8 GB; 8" in said
+    assert main(["plan", "gpt2", "--gpus", "8", "--memory", "24"]) == 0
+    assert "--set training.mesh.shard=8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["gpt2", "--gpus", "0"], "--gpus 0 --memory 80: at least one rank"),
+        (["gtp2"], "unknown paper 'gtp2'; did you mean 'gpt2'"),
+        (["gpt2", "--size", "huge"], "unknown size 'huge'"),
+    ],
+)
+def test_bad_questions(capsys, arguments, line):
+    assert main(["plan", *arguments]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_the_table_of_the_docs_is_the_planners(capsys):
+    """Some of its rows, by the command of which they are."""
+    rows = [line for line in SCALE.read_text().splitlines() if re.match(r"\| \w+, ", line)]
+    assert len(rows) >= 12
+    for slug in ("alibi", "gpt", "llama", "t5"):
+        assert main(["plan", slug, "--markdown"]) == 0
+        told = capsys.readouterr().out.splitlines()
+        assert told == [row for row in rows if row.startswith(f"| {slug}, ")]
