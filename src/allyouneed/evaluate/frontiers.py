@@ -54,11 +54,12 @@ class Profile:
         return float(self.loss + self.curvature * np.log(parameters / self.parameters) ** 2)
 
 
-def envelope(curves: Sequence[Curve], *, points: int = POINTS) -> Envelope:
+def envelope(curves: Sequence[Curve], *, least: float = 0.0, points: int = POINTS) -> Envelope:
     """Approach 1 (sec. 3.1): at budgets evenly spread in log C, the run with the least loss.
 
     Curves are joined by straight lines in logarithms. Where the smallest or the largest size is best, a still smaller
-    or larger one might have been better, so that these budgets say nothing of N_opt and are left out.
+    or larger one might have been better, so that these budgets say nothing of N_opt and are left out, and so are those
+    below `least`: where no schedule has ended yet, curves tell how fast a size begins.
 
     Raises:
         InputError: fewer than three sizes are ever best between these two.
@@ -69,7 +70,8 @@ def envelope(curves: Sequence[Curve], *, points: int = POINTS) -> Envelope:
     known = [
         [np.log(x) for x in columns("envelope", compute=curve.compute, losses=curve.losses)] for curve in curves
     ]  # log C and log L of each
-    budgets = np.linspace(min(c[0] for c, _ in known), max(c[-1] for c, _ in known), points)
+    first = max(min(c[0] for c, _ in known), np.log(max(least, 1e-300)))
+    budgets = np.linspace(first, max(c[-1] for c, _ in known), points)
     losses = np.stack([np.interp(budgets, c, losses, left=np.inf, right=np.inf) for c, losses in known])
     best = sizes[losses.argmin(0)]
     inner = np.isfinite(losses.min(0)) & (best > sizes.min()) & (best < sizes.max())

@@ -6,11 +6,12 @@ Claim   For a budget C of training, parameters and tokens should grow alike, N_o
         about 0.5, and not as Kaplan et al. advise, a = 0.73. Three ways to estimate a agree: the envelope of training
         curves, the minima of IsoFLOP profiles, a parametric fit of the loss.
 Here    Decoders of GPT-2's block learn words that follow Zipf's law and are spelled by lot (`data.lexicon`), a new text
-        at every step, so that no token is seen twice. Each budget is spent on every size, with a cosine that ends with
+        at every step, so that nothing is seen twice. Each budget is spent on every size, with a cosine that ends with
         the budget; FLOPs are counted part by part. All three approaches are fitted to the same runs, and their
-        intervals are of drawing these runs anew, within each budget.
+        intervals are of drawing these runs anew, within each budget. The second and the third are judged; the first can
+        only answer with a size that was tried, and with seven of them says little more than that a is above 0.
 Apart   A source whose rules are independent words instead of language, a two-hundredth and less of the paper's smallest
-        model, a factor of 32 of compute instead of three hundred. One size's learning rate is a constant over its
+        model, a factor of sixteen of compute instead of three hundred. One size's learning rate is a constant over its
         width and not tuned for each budget. That the exponents of one source are those of another is not to be had from
         this, nor the ratio of tokens to parameters. Chinchilla's and Gopher's relative positions (Dai et al. 2019) are
         rotary ones here, without their matrix a layer, 5.4 and 21.5 billion parameters.
@@ -44,6 +45,7 @@ from allyouneed.train import ladder
 from allyouneed.train.suite import Member
 
 APPROACHES = ("1, envelope of curves", "2, IsoFLOP profiles", "3, parametric fit")
+JUDGED = APPROACHES[1:]  # of made data like these runs the first tells a within 0.2 only: it knows but the sizes tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Config(ladders.Words):
     budgets: tuple[float, ...]  # FLOPs of training
     ratios: tuple[float, float] = (2.0, 400.0)  # tokens a parameter, of a run: least and most
     resamples: int = 200
-    near: float = 0.15  # each approach's whole interval of a: so near to 0.5, and so below 0.73
+    near: float = 0.15  # the whole interval of a, by approaches 2 and 3: so near to 0.5, and so below 0.73
 
 
 def run(config: Config, report: Report) -> None:
@@ -72,7 +74,7 @@ def run(config: Config, report: Report) -> None:
     table = _Runs(config, runs, found, cost)
     _record(config, report, runs, cost)
     estimates = _estimates(config, report, table)
-    for name in APPROACHES:
+    for name in JUDGED:
         if name in estimates:
             one = estimates[name]
             report.check(
@@ -124,6 +126,7 @@ class _Runs:
         self.loss = np.array([one["losses"][-1] for _, one in each])
         spent = self.tokens * [cost(model) for model in models]
         self.budget = np.array([min(config.budgets, key=lambda C: abs(np.log(C / c))) for c in spent])
+        self.least = 0.99 * min(config.budgets)  # the last batch of a budget is not begun
         self.whole: dict[str, HoffmannLoss] = {}
         self.curves = [
             frontiers.Curve(model.num_parameters(), np.array(one["tokens"]) * cost(model), one["losses"])
@@ -137,7 +140,7 @@ class _Runs:
     def frontier(self, approach: str, chosen: np.ndarray) -> PowerLaw:
         """N_opt(C) by an approach, from some of the runs."""
         if approach == APPROACHES[0]:
-            return frontiers.envelope([self.curves[i] for i in chosen]).frontier
+            return frontiers.envelope([self.curves[i] for i in chosen], least=self.least).frontier
         if approach == APPROACHES[1]:
             return frontiers.frontier(self.profiles(chosen))
         size = self.parameters if approach == APPROACHES[2] else self.without_embeddings
@@ -258,11 +261,11 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 25},
+    minutes={"smoke": 0.2, "laptop": 28},
     sizes={
         "smoke": Config(
             sizes=tuple(ladders.small(dim, 1, vocab_size=8, length=12) for dim in (8, 12, 16, 24, 32, 48)),
-            budgets=(2e7, 4e7, 8e7),
+            budgets=(1e7, 2e7, 4e7),
             ratios=(0.1, 400.0),
             world=Lexicon.Config(letters=8, length=3, words=200, exponent=1.3),
             rows=4,
@@ -272,7 +275,7 @@ PAPER = Paper(
         ),
         "laptop": Config(
             sizes=tuple(ladders.small(dim) for dim in (16, 20, 24, 32, 48, 64, 96)),
-            budgets=(3e10, 6e10, 1.2e11, 2.4e11, 4.8e11, 9.6e11),
+            budgets=(3e10, 6e10, 1.2e11, 2.4e11, 4.8e11),
             world=Lexicon.Config(letters=32, length=6, words=2**17, exponent=1.3),
         ),
         "paper": Config(
