@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from allyouneed.cli import main
+from allyouneed.core.config import Config
 from allyouneed.data.batches import Windows
 from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate import engine, local
@@ -23,7 +24,9 @@ from allyouneed.models.checkpoints.loading import save
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.recurrent import RecurrentModel
 from allyouneed.nn import native
+from allyouneed.nn.ffn import MLP
 from allyouneed.nn.recurrent import GRU, LSTM, Recurrent
+from allyouneed.nn.sandwich import Sandwich
 from allyouneed.nn.wkv import empty, step, wkv
 from allyouneed.objectives.next_token import next_token
 from allyouneed.train.loop import Training, train
@@ -210,10 +213,17 @@ def test_prompts_longer_than_the_context_and_than_a_piece(model: Decoder, monkey
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cell", [LSTM, GRU])
-def test_recurrent_models_run_in_the_engine(cell: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "layers",
+    [
+        Recurrent.Config(cell=LSTM.Config(), num_layers=2),
+        Recurrent.Config(cell=GRU.Config()),
+        Sandwich.Config(cell=LSTM.Config(), between=MLP.Config(hidden_dim=20)),
+    ],
+    ids=["lstm", "gru", "sandwich"],
+)
+def test_recurrent_models_run_in_the_engine(layers: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "PIECE", 7)
-    layers = Recurrent.Config(cell=cell.Config(), num_layers=2)
     module = oracles.randomised(RecurrentModel.Config(vocab_size=53, dim=12, layers=layers))
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 16, 1)]
     for prompt, tokens in zip(prompts, greedy(module, prompts), strict=True):

@@ -109,7 +109,7 @@ class RecurrentModel(core.Configured, nn.Module):
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """The states of `batch` rows of which nothing was read; of one size, whatever the `capacity`."""
         rows = Rows(batch, self.device)
-        return Cache(rows, [RecurrentState(rows, *cell.begin(batch)) for cell in self.layers.cells])
+        return Cache(rows, [RecurrentState(rows, *state) for state in self.layers.begin(batch)])
 
     limit = None  # it continues texts of any length
 

@@ -186,6 +186,10 @@ class Recurrent(core.Configured, nn.Module):
             after.append(state)
         return x, after
 
+    def begin(self, rows: int) -> list[State]:
+        """The states of `rows` rows that nothing was read of."""
+        return [cell.begin(rows) for cell in self.cells]  # type: ignore[operator]
+
 
 def _along(cell: Cell, x: Tensor, before: State, begins: Tensor | None, counts: Tensor | None) -> tuple[Tensor, State]:
     shown, state, kept = [], before, before

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, D = dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -42,15 +43,23 @@ class Sandwich(core.Configured, nn.Module):
         self.between = config.between.build(dim)
 
     def forward(
-        self, x: Tensor, states: list[State] | None = None, begins: Tensor | None = None
+        self,
+        x: Tensor,
+        states: Sequence[State] | None = None,
+        begins: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, list[State]]:
         """(B, T, D) -> (B, T, D) and the states of both layers; arguments as of `Recurrent`."""
         x = self._drop(x)
-        shown, below = self.below(x, None if states is None else states[:1], begins)
+        shown, below = self.below(x, None if states is None else states[:1], begins, counts)
         x = x + self._drop(shown)
         x = x + self._drop(self.between(x).sigmoid())
-        shown, above = self.above(x, None if states is None else states[1:], begins)
+        shown, above = self.above(x, None if states is None else states[1:], begins, counts)
         return x + self._drop(shown), [*below, *above]
+
+    def begin(self, rows: int) -> list[State]:
+        """The states of `rows` rows that nothing was read of."""
+        return [*self.below.begin(rows), *self.above.begin(rows)]
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -310,7 +310,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.3, "laptop": 10},
+    minutes={"smoke": 0.3, "laptop": 9},
     sizes={
         "smoke": Config(
             **_arms(dim=32, num_layers=1, prose=8, recall=8),
@@ -323,7 +323,7 @@ PAPER = Paper(
             rounds=7,
         ),
         "laptop": Config(
-            **_arms(dim=64, num_layers=3, prose=600, recall=800), world=Recall.Config(symbols=4, pairs=32)
+            **_arms(dim=64, num_layers=3, prose=500, recall=600), world=Recall.Config(symbols=4, pairs=32)
         ),
         "paper": Config(
             **_published(),
