@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def run(config: Config, report: Report) -> None:
     """Train every size with every budget, and ask the three approaches how the best size grows."""
     world = config.world.build()
 
+    @cache
     def cost(model: Decoder.Config) -> float:
         return TRAINING * model.flops(1, config.length) / config.length
 
@@ -96,15 +98,20 @@ def run(config: Config, report: Report) -> None:
 def _runs(config: Config, cost: Callable[[Decoder.Config], float]) -> dict[str, Member]:
     """Every budget spent on every size for which that is not out of all proportion."""
     models: list[Any] = [one.model for one in config.sizes]
-    sizes = {f"N={ladder.short(model.num_parameters())}": one for model, one in zip(models, config.sizes, strict=True)}
+    sizes = {f"N={ladder.short(_size(model))}": one for model, one in zip(models, config.sizes, strict=True)}
     batch = config.batch_tokens
     runs = ladder.isoflops(sizes, config.budgets, cost, batch_tokens=batch)
     least, most = config.ratios
 
     def proportioned(member: Any) -> bool:
-        return least <= member.training.steps * batch / member.model.num_parameters() <= most
+        return least <= member.training.steps * batch / _size(member.model) <= most
 
     return {name: member for name, member in runs.items() if proportioned(member)}
+
+
+@cache
+def _size(model: Decoder.Config, *, embeddings: bool = True) -> int:
+    return model.num_parameters(embeddings=embeddings)
 
 
 class _Runs:
@@ -120,8 +127,8 @@ class _Runs:
         each = [(runs[name], one) for name, values in found.items() for one in values]
         models: list[Any] = [member.model for member, _ in each]
         batch = config.batch_tokens
-        self.parameters = np.array([model.num_parameters() for model in models], dtype=float)
-        self.without_embeddings = np.array([model.num_parameters(embeddings=False) for model in models], dtype=float)
+        self.parameters = np.array([_size(model) for model in models], dtype=float)
+        self.without_embeddings = np.array([_size(model, embeddings=False) for model in models], dtype=float)
         self.tokens = np.array([member.training.steps * batch for member, _ in each], dtype=float)
         self.loss = np.array([one["losses"][-1] for _, one in each])
         spent = self.tokens * [cost(model) for model in models]
@@ -129,7 +136,7 @@ class _Runs:
         self.least = 0.99 * min(config.budgets)  # the last batch of a budget is not begun
         self.whole: dict[str, HoffmannLoss] = {}
         self.curves = [
-            frontiers.Curve(model.num_parameters(), np.array(one["tokens"]) * cost(model), one["losses"])
+            frontiers.Curve(_size(model), np.array(one["tokens"]) * cost(model), one["losses"])
             for model, (_, one) in zip(models, each, strict=True)
         ]
 
@@ -194,10 +201,10 @@ def _record(
         tokens = member.training.steps * config.batch_tokens
         report.arm(
             name,
-            parameters=model.num_parameters(),
+            parameters=_size(model),
             tokens=tokens,
             training_flops=round(tokens * cost(model)),
-            six_n_d=6 * model.num_parameters() * tokens,
+            six_n_d=6 * _size(model) * tokens,
             learning_rate=member.training.optimizer.lr,
         )
 
@@ -271,7 +278,7 @@ PAPER = Paper(
             rows=4,
             length=12,
             held_out=16,
-            resamples=3,
+            resamples=2,
         ),
         "laptop": Config(
             sizes=tuple(ladders.small(dim) for dim in (16, 20, 24, 32, 48, 64, 96)),

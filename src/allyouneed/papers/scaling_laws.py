@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from allyouneed.evaluate.laws import KAPLAN, KaplanLoss
 from allyouneed.evaluate.perplexity import batch_nll
 from allyouneed.evaluate.statistics import Interval
 from allyouneed.models import gpt2
+from allyouneed.models.decoder import Decoder
 from allyouneed.objectives.next_token import next_token
 from allyouneed.papers import figures, ladders
 from allyouneed.papers.base import Paper, Report
@@ -192,7 +194,12 @@ def _columns(
 
 
 def _size(member: Any) -> int:
-    return int(member.model.num_parameters(embeddings=False))
+    return _parameters(member.model)
+
+
+@cache
+def _parameters(model: Decoder.Config) -> int:
+    return model.num_parameters(embeddings=False)
 
 
 def _tokens(config: Config, member: Member) -> int:
@@ -272,7 +279,7 @@ PAPER = Paper(
             rows=4,
             length=12,
             held_out=16,
-            resamples=3,
+            resamples=2,
         ),
         "laptop": Config(
             sizes=tuple(ladders.small(dim) for dim in (16, 20, 24, 32, 48, 64)),
