@@ -13,6 +13,7 @@ from allyouneed.data import passages
 from allyouneed.data.chronicle import Chronicle
 from allyouneed.data.kinds import NOTHING, Kinds
 from allyouneed.data.lexicon import Lexicon
+from allyouneed.data.tongues import Tongues
 from allyouneed.data.worlds import Markov, Recall
 from allyouneed.evaluate.tasks import tasks
 
@@ -206,3 +207,20 @@ def test_a_lexicon_s_held_out_rows_are_the_same_for_all_and_judged_by_the_entrop
     own = world.nll(batch["targets"]).sum().item() / batch["targets"].numel()
     assert abs(own - chance - world.entropy) < 1e-12 and 0 < abs(chance) < 0.2
     assert not torch.equal(next(world.batches(40, 30, seed=0))["ids"], batch["ids"])
+
+
+def test_tongues_give_their_texts_the_probability_they_are_drawn_with() -> None:
+    world = Tongues.Config(languages=3, words=5, spread=1.5).build()
+    ids = world.sample(20_000, 9, torch.Generator().manual_seed(0))
+    assert set(ids[:, 0].tolist()) == {5, 6, 7} and ids[:, 1:].max() < 5
+    nll = world.nll(ids)
+    deviation = nll.mean(1).std() / len(ids) ** 0.5
+    assert abs(nll.mean() - world.entropy(9)) < 4 * deviation
+    for language in range(3):
+        rows = ids[ids[:, 0] == 5 + language]
+        before, after = rows[:, 1:-1].flatten(), rows[:, 2:].flatten()
+        counted = torch.zeros(5, 5).index_put((before, after), torch.ones(len(after)), accumulate=True)
+        told = world.logprobs[language].exp()
+        assert (counted / counted.sum(1, keepdim=True) - told).abs().max() < 0.03
+    expected = -sum(world.logprobs[ids[0, 0] - 5, ids[0, t - 1], ids[0, t]] for t in range(2, 9))
+    assert abs(nll[0].sum() - expected - math.log(5)) < 1e-9
