@@ -190,7 +190,9 @@ def plan(
                 found.append(
                     cost(traced, sizes, batch, rows, machine, narrow=narrow, recompute=recompute, slices=slices)
                 )
-    return sorted((p for p in found if p.memory <= machine.usable * machine.memory), key=lambda p: p.seconds)
+    return sorted(
+        (p for p in found if p.memory <= machine.usable * machine.memory), key=lambda p: (p.seconds, p.accumulate)
+    )
 
 
 def _powers(most: int) -> list[int]:
