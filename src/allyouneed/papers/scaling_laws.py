@@ -282,7 +282,7 @@ PAPER = Paper(
             resamples=2,
         ),
         "laptop": Config(
-            sizes=tuple(ladders.small(dim) for dim in (16, 20, 24, 32, 48, 64)),
+            sizes=tuple(ladders.small(dim) for dim in (16, 24, 32, 40, 48, 64)),
             budgets=(2e5, 4e5, 8e5, 1.6e6),
             largest=ladders.small(96),
             largest_tokens=3.2e6,
