@@ -20,7 +20,7 @@ from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, 
 from allyouneed.models.checkpoints import heads, weights
 from allyouneed.models.checkpoints.family import HEAD_STORED, Family
 from allyouneed.models.checkpoints.fields import LARGEST, Fields
-from allyouneed.models.checkpoints.names import HOMELESS, SHOWN, Rule, listed, to_ours, to_theirs
+from allyouneed.models.checkpoints.names import HOMELESS, SHOWN, Rule, check_shared, listed, to_ours, to_theirs
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder import Encoder, MaskedModel
 from allyouneed.models.encoder_decoder import EncoderDecoder
@@ -142,9 +142,20 @@ def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:
     strange = [name for name in state if name not in places]
     if strange:
         raise InputError(f"{source}: the weights hold {listed(strange, state)}, {HOMELESS}")
+    _check_tied(model, state, source)
     model.load_state_dict({name: state[name].to(torch.float32) for name in expected}, strict=False, assign=True)
     model.retie()
     return model.eval()
+
+
+def _check_tied(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Refuse a tensor of `state` that the model has from another one, unless they are the same."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        one = first[id(parameter)]
+        if name != one and name in state:
+            mend = "for a head of its own, set tied to false" if name.endswith("head.weight") else ""
+            check_shared({one: state[one], name: state[name]}, source, mend)
 
 
 def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], tensors: Mapping[str, Any], source: object) -> None:
@@ -155,8 +166,7 @@ def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], tensors: Mapp
         suffix_of = before.split(".", 1)[-1]  # checkpoints of the bare model leave out the first part of the name
         held = sum(name.endswith(after) and (before in name or name.startswith(suffix_of)) for name in tensors)
         if held != num_layers:
-            found = "" if held else f", but {listed(list(tensors), tensors)}"
-            raise InputError(f"{source}: {num_layers} layers, but the weights hold {held}{found}")
+            raise InputError(f"{source}: {num_layers} layers are asked for, but the weights hold {held}")
 
 
 def _with_prefix(first: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
