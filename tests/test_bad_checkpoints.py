@@ -17,7 +17,7 @@ from mutations import mutations, survives
 
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError
-from allyouneed.models import bert, gpt2, gpt_neo, llama
+from allyouneed.models import bert, gpt2, gpt_neo, llama, marian
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
@@ -213,3 +213,24 @@ def test_a_head_beside_a_tied_embedding_is_that_embedding_or_refused(family, tmp
         assert re.search("set (tied|tie_word_embeddings) to false", message) or family == "bert"  # whose head is tied
         assert f"{name!r} {list(other.shape)}" in message and str(list(weight.shape)) in message
         assert "\n" not in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type", "architecture", "lacks", "holds"),
+    [
+        (gpt2.EXAMPLE, "llama", "LlamaForCausalLM", "model.layers.0.", "transformer.h.0."),
+        (marian.EXAMPLE, "t5", "T5ForConditionalGeneration", "encoder.block.0.", "final_logits_bias"),
+        (llama.EXAMPLE, "gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.layers.0.", "lm_head.weight"),
+    ],
+)
+def test_weights_of_another_family_are_named_before_any_field(config, model_type, architecture, lacks, holds, tmp_path):
+    save(config.build(), tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(described | {"model_type": model_type, "architectures": [architecture]})
+    )
+    with pytest.raises(
+        InputError, match=rf"not the weights of a {architecture}: lacks '{lacks}.*; holds '{holds}"
+    ) as e:
+        load_module(tmp_path)
+    assert "\n" not in str(e.value) and re.search(r"\[\d+", str(e.value)) and str(e.value).count("but") == 0

@@ -74,6 +74,7 @@ def load(folder: Path) -> Model:
                 raise InputError(f"{source}: num_layers={config.layers[sign]}, but the weights hold {len(held)} layers")
         return assemble(config, tensors, source)
     family = family_of(fields)
+    _check_kind(family, tensors, source)
     stored = {HEAD_STORED: any(name.endswith("lm_head.weight") for name in tensors)}
     config = family.read(Fields({**fields.values, **stored}, source))
     rules = family.rules(config)
@@ -156,6 +157,19 @@ def _check_tied(model: nn.Module, state: Mapping[str, Tensor], source: object) -
         if name != one and name in state:
             mend = "for a head of its own, set tied to false" if name.endswith("head.weight") else ""
             check_shared({one: state[one], name: state[name]}, source, mend)
+
+
+def _check_kind(family: Family[Any], tensors: Mapping[str, Tensor], source: object) -> None:
+    """Refuse weights that have no name in common with the family's first layer: another kind of model's. Comes before
+    the fields, which in such a case say only that one of them is missing.
+    """
+    layered = [rule.at("i", 0).at("j", 0).theirs for rule in family.rules(family.example) if "{" in rule.theirs]
+    bare = {name.partition(".")[2] for name in layered}
+    if not any(name in bare or name in layered for name in tensors):
+        raise InputError(
+            f"{source}: not the weights of a {family.architecture}: lacks {listed(layered)}; "
+            f"holds {listed(list(tensors), tensors)}"
+        )
 
 
 def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], tensors: Mapping[str, Any], source: object) -> None:
