@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from mutations import mutations, survives
 
+from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError
-from allyouneed.models import gpt2, gpt_neo, llama
+from allyouneed.models import bert, gpt2, gpt_neo, llama, marian
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
@@ -175,3 +176,61 @@ def test_command_line_says_it_in_one_line(arguments, tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _heads() -> dict[str, tuple[Config, str]]:
+    """Of every family whose head can be its embedding: such a model, and the name of a head that is stored besides."""
+    found = {"bert": (bert.EXAMPLE, "cls.predictions.decoder.weight")}
+    for family in (family for families in huggingface.FAMILIES.values() for family in families):
+        if hasattr(family.example, "tied"):
+            apart = family.rules(family.example.replace(tied=False))
+            name = next(rule.theirs for rule in apart if rule.ours == ("head.weight",))
+            found[family.model_type] = family.example.replace(tied=True), name
+    return found | {"our own layout": (llama.EXAMPLE.replace(embedding_scale=2.0, tied=True), "head.weight")}
+
+
+HEADS = _heads()
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_head_beside_a_tied_embedding_is_that_embedding_or_refused(family, tmp_path):
+    config, name = HEADS[family]
+    module = oracles.randomised(config)
+    save(module, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    weight = next(tensor for key, tensor in module.named_parameters() if key.endswith("embedding.weight")).detach()
+    assert name not in tensors
+    safetensors.torch.save_file(tensors | {name: weight.clone()}, file)
+    again = load_module(tmp_path)
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+    for other in (weight + 1, weight[1:]):
+        safetensors.torch.save_file(tensors | {name: other.clone()}, file)
+        with pytest.raises(InputError, match="one tensor for both") as raised:
+            load_module(tmp_path)
+        message = str(raised.value)
+        assert re.search("set (tied|tie_word_embeddings) to false", message) or family == "bert"  # whose head is tied
+        assert f"{name!r} {list(other.shape)}" in message and str(list(weight.shape)) in message
+        assert "\n" not in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type", "architecture", "lacks", "holds"),
+    [
+        (gpt2.EXAMPLE, "llama", "LlamaForCausalLM", "model.layers.0.", "transformer.h.0."),
+        (marian.EXAMPLE, "t5", "T5ForConditionalGeneration", "encoder.block.0.", "final_logits_bias"),
+        (llama.EXAMPLE, "gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.layers.0.", "lm_head.weight"),
+    ],
+)
+def test_weights_of_another_family_are_named_before_any_field(config, model_type, architecture, lacks, holds, tmp_path):
+    save(config.build(), tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(described | {"model_type": model_type, "architectures": [architecture]})
+    )
+    with pytest.raises(
+        InputError, match=rf"not the weights of a {architecture}: lacks '{lacks}.*; holds '{holds}"
+    ) as e:
+        load_module(tmp_path)
+    assert "\n" not in str(e.value) and re.search(r"\[\d+", str(e.value)) and str(e.value).count("but") == 0

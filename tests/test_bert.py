@@ -168,13 +168,21 @@ def test_names_of_the_first_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("make", "change", "named"),
     [
-        (oracles.bert, {"architectures": ["BertModel"]}, ["lacks 'embeddings.word_", "'bert.", "more"]),
+        (oracles.bert, {"architectures": ["BertModel"]}, ["lacks 'encoder.layer.0", "holds 'bert.", "more"]),
         (oracles.bert_encoder, {"architectures": ["BertForPreTraining"]}, ["lacks 'cls.predictions", "4 more"]),
         (oracles.bert, {"architectures": ["BertForMaskedLM"]}, ["architectures", "BertModel or BertForPreTraining"]),
         (oracles.bert, {"architectures": None}, ["architectures", "BertModel or BertForPreTraining"]),
         (oracles.bert, {"architectures": [["BertModel"]]}, ["architectures"]),
-        (oracles.bert, {"model_type": "gpt2", "n_layer": 3}, ["the weights hold 0, but 'bert.", "[48", "more"]),
-        (oracles.gpt2, {"model_type": "bert", "architectures": ["BertModel"]}, ["the weights hold 0", "'transformer."]),
+        (
+            oracles.bert,
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            ["not the weights of a GPT2LMHeadModel: lacks 'transformer.h.0.", "'bert.", "[48", "more"],
+        ),
+        (
+            oracles.gpt2,
+            {"model_type": "bert", "architectures": ["BertModel"]},
+            ["not the weights of a BertModel: lacks 'encoder.", "holds 'transformer."],
+        ),
         (oracles.bert, {"vocab_size": 98}, ["'embedding.weight' [97, 48]", "'bias' [97]", "[98] and [98, 48]"]),
         (oracles.bert, {"type_vocab_size": 3}, ["'types.weight' [2, 48]", "[3, 48]"]),
         (oracles.bert, {"num_hidden_layers": 4}, ["4 layers", "hold 3"]),

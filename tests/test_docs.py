@@ -34,22 +34,28 @@ def test_there_is_something_to_run():
     assert len(commands()) >= 10 and len(blocks("python")) >= 3
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Where a reader sits who does all that the pages say."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(HOME / "docs" / "examples", folder / "docs" / "examples")
+    return folder
+
+
 @pytest.mark.parametrize("page", sorted({name.rsplit("-", 1)[0] for name, _ in blocks("python")}))
-def test_examples(page, tmp_path):
+def test_examples(page, folder):
     """The examples of one page, one after the other as a reader would run them."""
     program = "\n".join(text for name, text in blocks("python") if name.rsplit("-", 1)[0] == page)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands(command, tmp_path_factory):
-    """In the order of the pages; a later command may use what an earlier one left."""
+def test_commands(command, folder):
+    """In the order of the pages; a command may use what the examples and earlier commands left."""
     here = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
-    folder = tmp_path_factory.getbasetemp() / "docs"
-    shutil.copytree(HOME / "docs" / "examples", folder / "docs" / "examples", dirs_exist_ok=True)
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from allyouneed.nn.norms import NoNorm
-from allyouneed.papers.layer_norm import CHANGES, METHODS, PAPER, Arm, _trained, difference, steps_ratio
+from allyouneed.papers.layer_norm import CHANGES, METHODS, PAPER, Arm, difference, held_out_losses, steps_ratio
 
 # Ba et al. 2016, table 1
 PRINTED = {
@@ -45,7 +45,7 @@ def test_a_training_that_diverges_counts_as_the_uniform_guess(tmp_path: Path) ->
     config = PAPER.sizes["smoke"]
     arm = Arm(config.transformer.replace(norm=NoNorm.Config()), rows=4, steps=7)
     bytes_ = torch.arange(400) % 256
-    found = _trained(config, arm, 1e30, (bytes_, bytes_), seed=0, folder=tmp_path / "diverged")
+    found = held_out_losses(config, arm, 1e30, (bytes_, bytes_), seed=0, folder=tmp_path / "diverged")
     assert found == {"steps": [2, 4, 6, 7], "loss": [math.log(256)] * 4}
-    sound = _trained(config, arm, 1e-3, (bytes_, bytes_), seed=0, folder=tmp_path / "sound")
+    sound = held_out_losses(config, arm, 1e-3, (bytes_, bytes_), seed=0, folder=tmp_path / "sound")
     assert sound["steps"] == found["steps"] and max(sound["loss"]) < 6.0

@@ -492,6 +492,12 @@ def test_the_smoke_run_of_a_built_paper_gives_a_valid_report(slug: str, tmp_path
     assert time.monotonic() - started <= 20
 
 
+def test_a_run_is_announced_with_the_minutes_that_the_published_one_took() -> None:
+    took = {slug: report["seconds"] / 60 for slug in catalogue.built() if (report := catalogue.result(slug))}
+    said = {slug: catalogue.load(slug).minutes["laptop"] for slug in took}
+    assert not {slug: (said[slug], round(took[slug], 1)) for slug in took if said[slug] < round(took[slug])}
+
+
 def test_published_results_and_pages_agree() -> None:
     for slug in catalogue.built():
         report = catalogue.result(slug)

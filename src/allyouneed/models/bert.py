@@ -8,7 +8,7 @@ from typing import Any
 from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, both, same
+from allyouneed.models.checkpoints.names import Rule, again, both, same
 from allyouneed.models.encoder import Encoder, MaskedModel
 from allyouneed.nn.attention import Attention
 from allyouneed.nn.block import Block, PostNorm
@@ -155,6 +155,8 @@ def _masked_rules(config: MaskedModel.Config) -> tuple[Rule, ...]:
         *both("transform", "cls.predictions.transform.dense"),
         *both("transform_norm", "cls.predictions.transform.LayerNorm"),
         same("bias", "cls.predictions.bias"),
+        again("embedding.weight", "cls.predictions.decoder.weight"),
+        again("bias", "cls.predictions.decoder.bias"),
         *both("pairs", "cls.seq_relationship"),
     )
 

@@ -8,7 +8,7 @@ from allyouneed.core.errors import unknown
 from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.family import Family, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, both, by_head, same
+from allyouneed.models.checkpoints.names import Rule, both, by_head, head, same
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.norms import LayerNorm
 from allyouneed.nn.positions import Alibi
@@ -111,7 +111,7 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
         *both("blocks.{i}.channel.up", f"{theirs}.mlp.dense_h_to_4h"),
         *both("blocks.{i}.channel.out", f"{theirs}.mlp.dense_4h_to_h"),
         *both("norm", "transformer.ln_f"),
-        same("head.weight", "lm_head.weight", optional=config.tied),
+        head("lm_head.weight", tied=config.tied),
     )
 
 

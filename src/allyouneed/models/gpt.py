@@ -8,7 +8,7 @@ from allyouneed.core.errors import unknown
 from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.family import Family, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, same
+from allyouneed.models.checkpoints.names import Rule, head, same
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.block import PostNorm
 from allyouneed.nn.norms import NoNorm
@@ -99,7 +99,7 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
         same("embedding.weight", "transformer.tokens_embed.weight"),
         same("positions.embedding.weight", "transformer.positions_embed.weight"),
         *gpt2.block_rules(),
-        same("head.weight", "lm_head.weight", optional=config.tied),
+        head("lm_head.weight", tied=config.tied),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, both, same, thirds, transposed, transposed_thirds
+from allyouneed.models.checkpoints.names import Rule, both, head, same, thirds, transposed, transposed_thirds
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.attention import Attention
 from allyouneed.nn.block import Block
@@ -124,7 +124,7 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
         same("positions.embedding.weight", "transformer.wpe.weight"),
         *block_rules(),
         *both("norm", "transformer.ln_f"),
-        same("head.weight", "lm_head.weight", optional=config.tied),
+        head("lm_head.weight", tied=config.tied),
     )
 
 
@@ -175,7 +175,7 @@ def _rules_gguf(config: Decoder.Config) -> tuple[Rule, ...]:
         *both("blocks.{i}.channel.up", "blk.{i}.ffn_up"),
         *both("blocks.{i}.channel.out", "blk.{i}.ffn_down"),
         *both("norm", "output_norm"),
-        same("head.weight", "output.weight", optional=config.tied),
+        head("output.weight", tied=config.tied),
     )
 
 

@@ -9,7 +9,7 @@ from allyouneed.core.errors import unknown
 from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, both, same
+from allyouneed.models.checkpoints.names import Rule, both, head, same
 from allyouneed.models.decoder import Decoder
 
 # layers, heads, dim of the released checkpoints
@@ -100,7 +100,7 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
         *both("blocks.{i}.channel.up", f"{theirs}.mlp.c_fc"),
         *both("blocks.{i}.channel.out", f"{theirs}.mlp.c_proj"),
         *both("norm", "transformer.ln_f"),
-        same("head.weight", "lm_head.weight", optional=config.tied),
+        head("lm_head.weight", tied=config.tied),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, both, by_head, same
+from allyouneed.models.checkpoints.names import Rule, both, by_head, head, same
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.gpt2 import QKV, with_dropout
 from allyouneed.nn.attention import Attention
@@ -157,7 +157,7 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
         *both("blocks.{i}.channel.out", f"{theirs}.mlp.dense_4h_to_h"),
         *both("norm", "gpt_neox.final_layer_norm"),
         # on disk; in memory transformers now calls it lm_head
-        same("head.weight", "embed_out.weight", optional=config.tied),
+        head("embed_out.weight", tied=config.tied),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, paired, same
+from allyouneed.models.checkpoints.names import Rule, head, paired, same
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.attention import Attention
 from allyouneed.nn.block import Block
@@ -163,7 +163,7 @@ def frame_rules(config: Decoder.Config) -> tuple[Rule, ...]:
         *attention,
         same("blocks.{i}.channel_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
         same("norm.weight", "model.norm.weight"),
-        same("head.weight", "lm_head.weight", optional=config.tied),
+        head("lm_head.weight", tied=config.tied),
     )
 
 
@@ -206,7 +206,7 @@ def _rules_gguf(config: Decoder.Config) -> tuple[Rule, ...]:
         same("blocks.{i}.channel.up.weight", "blk.{i}.ffn_up.weight"),
         same("blocks.{i}.channel.out.weight", "blk.{i}.ffn_down.weight"),
         same("norm.weight", "output_norm.weight"),
-        same("head.weight", "output.weight", optional=config.tied),
+        head("output.weight", tied=config.tied),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from allyouneed.models.checkpoints.family import ACTIVATIONS, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, again, both, same
+from allyouneed.models.checkpoints.names import Rule, again, both, head, same
 from allyouneed.models.encoder_decoder import EncoderDecoder
 from allyouneed.models.stack import Stack
 from allyouneed.nn.attention import Attention, CrossAttention
@@ -141,7 +141,7 @@ def _rules(config: EncoderDecoder.Config) -> tuple[Rule, ...]:
         again("encoder.embedding.weight", "model.decoder.embed_tokens.weight"),
         *_stack_rules("encoder", "i", {"mixer": "self_attn"}),
         *_stack_rules("decoder", "j", {"mixer": "self_attn", "cross": "encoder_attn"}),
-        same("head.weight", "lm_head.weight", optional=config.tied),
+        head("lm_head.weight", tied=config.tied, embedding="encoder.embedding.weight"),
         Rule(("head.bias",), "final_logits_bias", lambda t: t.unbind(), lambda parts: parts[0][None]),
     )
 

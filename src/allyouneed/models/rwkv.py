@@ -6,7 +6,7 @@ from typing import Any
 
 from allyouneed.models.checkpoints.family import Family, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, both, same
+from allyouneed.models.checkpoints.names import Rule, both, head, same
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.initialise import RWKV4
 from allyouneed.nn.norms import LayerNorm
@@ -112,7 +112,7 @@ def _rules(config: Decoder.Config) -> tuple[Rule, ...]:
         *(same(f"blocks.{{i}}.channel.{x}.weight", f"{channel}.{matrices[x]}.weight") for x in "rk"),
         same("blocks.{i}.channel.out.weight", f"{channel}.value.weight"),
         *both("norm", "rwkv.ln_out"),
-        same("head.weight", "head.weight", optional=config.tied),
+        head("head.weight", tied=config.tied),
     )
 
 

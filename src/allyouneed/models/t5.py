@@ -11,7 +11,7 @@ from typing import Any
 from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import ACTIVATIONS, HEAD_STORED, Family, activation_name, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.names import Rule, again, same
+from allyouneed.models.checkpoints.names import Rule, again, head, same
 from allyouneed.models.encoder_decoder import EncoderDecoder
 from allyouneed.models.stack import Stack
 from allyouneed.nn.attention import Attention, CrossAttention
@@ -203,7 +203,7 @@ def shared_rules(config: EncoderDecoder.Config) -> tuple[Rule, ...]:
         same("encoder.embedding.weight", "shared.weight"),
         again("encoder.embedding.weight", "encoder.embed_tokens.weight"),
         again("encoder.embedding.weight", "decoder.embed_tokens.weight"),
-        same("head.weight", "lm_head.weight", optional=config.tied),
+        head("lm_head.weight", tied=config.tied, embedding="encoder.embedding.weight"),
     )
 
 

@@ -159,7 +159,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 10},
+    minutes={"smoke": 0.2, "laptop": 12},
     sizes={
         "smoke": Config(model=_small(32, 1), training=_training(12), length=16, batch_tokens=512, judged=8, windows=16),
         "laptop": Config(model=_small(64, 3), training=_training(400)),

@@ -374,7 +374,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 10},
+    minutes={"smoke": 0.2, "laptop": 11},
     sizes={
         "smoke": Config(
             real=_domain(300, 1024, 16, 1, 16, steps=4, judged=8),

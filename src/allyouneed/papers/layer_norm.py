@@ -109,7 +109,7 @@ def run(config: Config, report: Report) -> None:
     )
 
     def trained(arm: Arm, lr: float, seed: int, folder: Path) -> dict[str, list[float]]:
-        return _trained(config, arm, lr, (train_bytes, valid_bytes), seed, folder)
+        return held_out_losses(config, arm, lr, (train_bytes, valid_bytes), seed, folder)
 
     rates = {name: _best_rate(config, report, name, arm, trained) for name, arm in arms.items()}
     found = report.repeat(
@@ -224,7 +224,7 @@ def _best_rate(
     return min(losses, key=losses.__getitem__)
 
 
-def _trained(
+def held_out_losses(
     config: Config, arm: Arm, lr: float, text: tuple[Tensor, Tensor], seed: int, folder: Path
 ) -> dict[str, list[float]]:
     """The loss on held-out windows along the training; all along the uniform guess's, if it ceased to be finite."""

@@ -263,7 +263,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 8},
+    minutes={"smoke": 0.2, "laptop": 9},
     sizes={
         "smoke": Config(
             small=_model(16, 1, 2, 16),

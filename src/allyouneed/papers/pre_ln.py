@@ -391,7 +391,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 6},
+    minutes={"smoke": 0.2, "laptop": 17},
     seeds={"smoke": 1, "laptop": 8, "paper": 1},
     sizes={
         "smoke": Config(

@@ -279,7 +279,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 9},
+    minutes={"smoke": 0.2, "laptop": 14},
     sizes={
         "smoke": Config(
             model=_model(16, 1, 2, 32, 8),

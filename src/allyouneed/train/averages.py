@@ -56,7 +56,7 @@ class Ema:
                 average.copy_(before)
 
 
-def mean_of_last(folder: Path, count: int = 5) -> dict[str, Tensor]:
+def mean_of_last(folder: Path | str, count: int = 5) -> dict[str, Tensor]:
     """The mean of the weights in the last checkpoints of a run, by name (Vaswani et al. 2017, sec. 6.1: 5 of them).
 
     Args:
@@ -66,7 +66,7 @@ def mean_of_last(folder: Path, count: int = 5) -> dict[str, Tensor]:
     Raises:
         InputError: there are fewer, or one cannot be read.
     """
-    paths = checkpoints.Checkpoints(folder / "checkpoints").paths()[-count:]
+    paths = checkpoints.Checkpoints(Path(folder) / "checkpoints").paths()[-count:]
     if len(paths) < count:
         raise InputError(f"{folder}: {len(paths)} checkpoints, {count} are to be averaged; keep more of them")
     total: dict[str, Tensor] = {}

@@ -20,7 +20,7 @@ from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, 
 from allyouneed.models.checkpoints import heads, weights
 from allyouneed.models.checkpoints.family import HEAD_STORED, Family
 from allyouneed.models.checkpoints.fields import LARGEST, Fields
-from allyouneed.models.checkpoints.names import HOMELESS, SHOWN, Rule, listed, to_ours, to_theirs
+from allyouneed.models.checkpoints.names import HOMELESS, SHOWN, Rule, check_shared, listed, to_ours, to_theirs
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder import Encoder, MaskedModel
 from allyouneed.models.encoder_decoder import EncoderDecoder
@@ -74,6 +74,7 @@ def load(folder: Path) -> Model:
                 raise InputError(f"{source}: num_layers={config.layers[sign]}, but the weights hold {len(held)} layers")
         return assemble(config, tensors, source)
     family = family_of(fields)
+    _check_kind(family, tensors, source)
     stored = {HEAD_STORED: any(name.endswith("lm_head.weight") for name in tensors)}
     config = family.read(Fields({**fields.values, **stored}, source))
     rules = family.rules(config)
@@ -142,9 +143,33 @@ def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:
     strange = [name for name in state if name not in places]
     if strange:
         raise InputError(f"{source}: the weights hold {listed(strange, state)}, {HOMELESS}")
+    _check_tied(model, state, source)
     model.load_state_dict({name: state[name].to(torch.float32) for name in expected}, strict=False, assign=True)
     model.retie()
     return model.eval()
+
+
+def _check_tied(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Refuse a tensor of `state` that the model has from another one, unless they are the same."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        one = first[id(parameter)]
+        if name != one and name in state:
+            mend = "for a head of its own, set tied to false" if name.endswith("head.weight") else ""
+            check_shared({one: state[one], name: state[name]}, source, mend)
+
+
+def _check_kind(family: Family[Any], tensors: Mapping[str, Tensor], source: object) -> None:
+    """Refuse weights that have no name in common with the family's first layer: another kind of model's. Comes before
+    the fields, which in such a case say only that one of them is missing.
+    """
+    layered = [rule.at("i", 0).at("j", 0).theirs for rule in family.rules(family.example) if "{" in rule.theirs]
+    bare = {name.partition(".")[2] for name in layered}
+    if not any(name in bare or name in layered for name in tensors):
+        raise InputError(
+            f"{source}: not the weights of a {family.architecture}: lacks {listed(layered)}; "
+            f"holds {listed(list(tensors), tensors)}"
+        )
 
 
 def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], tensors: Mapping[str, Any], source: object) -> None:
@@ -155,8 +180,7 @@ def check_layers(rules: Iterable[Rule], layers: Mapping[str, int], tensors: Mapp
         suffix_of = before.split(".", 1)[-1]  # checkpoints of the bare model leave out the first part of the name
         held = sum(name.endswith(after) and (before in name or name.startswith(suffix_of)) for name in tensors)
         if held != num_layers:
-            found = "" if held else f", but {listed(list(tensors), tensors)}"
-            raise InputError(f"{source}: {num_layers} layers, but the weights hold {held}{found}")
+            raise InputError(f"{source}: {num_layers} layers are asked for, but the weights hold {held}")
 
 
 def _with_prefix(first: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -42,7 +42,8 @@ class Rule:
     split: Split = lambda tensor: (tensor,)
     join: Join = lambda parts: parts[0]
     optional: bool = False  # left out of many checkpoints (a tied head)
-    again: bool = False  # a second name of what another rule has; read where it stands, and never written
+    again: bool = False  # a second name of what another rule has; compared where it stands, and never written
+    mend: str = ""  # what to do where the two are not the same
     row: int | None = None  # theirs is this one of those stacked in ours
 
     def at(self, sign: str, layer: int) -> Rule:
@@ -51,14 +52,21 @@ class Rule:
         return replace(self, ours=ours, theirs=self.theirs.replace(f"{{{sign}}}", str(layer)))
 
 
-def same(ours: str, theirs: str, *, optional: bool = False) -> Rule:
+def same(ours: str, theirs: str) -> Rule:
     """Another name, nothing else."""
-    return Rule((ours,), theirs, optional=optional)
+    return Rule((ours,), theirs)
 
 
-def again(ours: str, theirs: str) -> Rule:
+def again(ours: str, theirs: str, mend: str = "") -> Rule:
     """A second name under which some checkpoints hold the same tensor once more."""
-    return Rule((ours,), theirs, optional=True, again=True)
+    return Rule((ours,), theirs, optional=True, again=True, mend=mend)
+
+
+def head(theirs: str, *, tied: bool, embedding: str = "embedding.weight") -> Rule:
+    """The head's matrix; a tied one is the embedding, which some checkpoints hold once more under the head's name."""
+    if tied:
+        return again(embedding, theirs, mend="for a head of its own, set tie_word_embeddings to false in config.json")
+    return same("head.weight", theirs)
 
 
 def both(ours: str, theirs: str) -> tuple[Rule, Rule]:
@@ -165,10 +173,23 @@ def to_ours(
             if rule.row is not None:
                 stacks.setdefault(name, []).append(part)
                 continue
-            if rule.again and name in found and not torch.equal(found[name], part):
-                raise InputError(f"{source}: tensor {rule.theirs!r} is not the one that this model shares with it")
+            if rule.again and name in found:
+                first = next(one.theirs for one in rules if name in one.ours)
+                check_shared({first: found[name], rule.theirs: part}, source, rule.mend)
             found[name] = part
     return found | {name: _stack(name, parts, source) for name, parts in stacks.items()}
+
+
+def check_shared(tensors: Mapping[str, Tensor], source: object, mend: str = "") -> None:
+    """Refuse two tensors of a checkpoint that are one in the model unless they are the same.
+
+    Raises:
+        InputError: they are not; says their names and shapes, and `mend`.
+    """
+    one, other = tensors.values()
+    if one.shape != other.shape or not torch.equal(one, other.to(one.dtype)):
+        named = " and ".join(listed([name], tensors) for name in tensors)
+        raise InputError(f"{source}: {named} differ, but this model has one tensor for both{mend and '; ' + mend}")
 
 
 def _parts(rule: Rule, tensor: Tensor, source: object) -> Sequence[Tensor]:
