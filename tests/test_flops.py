@@ -12,6 +12,7 @@ from allyouneed.models.encoder_decoder import EncoderDecoder
 from allyouneed.models.stack import Stack
 from allyouneed.nn.flops import TRAINING, Reading
 from allyouneed.nn.kernels import Tiled
+from allyouneed.nn.routers import Hierarchical, NoisyTopK
 
 ROWS, LENGTH, SOURCE = 3, 21, 13
 SMALL = {"vocab_size": 53, "context": 48, "dim": 24, "num_layers": 3, "num_heads": 6}
@@ -95,3 +96,15 @@ def test_parameters_without_embeddings(config: Stack.Config):
     head = getattr(module, "head", None)
     apart = {id(p): p.numel() for m in [*tables, *([head] if head is not None else [])] for p in m.parameters()}
     assert config.num_parameters() - config.num_parameters(embeddings=False) == sum(apart.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("router", [NoisyTopK.Config(k=2), Hierarchical.Config(groups=2, k=2)])
+def test_noise_is_a_product_in_training(router, training):
+    """Both levels of a hierarchy; with all groups passed, every token passes all of its second level."""
+    module = router.build(dim=8, num_experts=4).train(training)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(1, 40, 8)
+    assert module.flops(Reading(tokens=40)) == counted(module.choose, x[0], training=False)
+    assert module.flops(Reading(tokens=40)) == 2 * 40 * 8 * (1 + training) * (6 if hasattr(module, "primary") else 4)

@@ -6,6 +6,7 @@ count, as in Kaplan et al. 2020, table 1. Attention computes the scores that a m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,3 +41,13 @@ def product(layer: nn.Linear, tokens: int) -> int:
     300
     """
     return 2 * layer.in_features * layer.out_features * tokens
+
+
+def width_for(cost: Callable[[int], int], flops: int) -> int:
+    """The width at which `cost`, which grows by as much with each unit of it, is nearest to so many FLOPs; at least 1.
+
+    >>> width_for(lambda width: 10 + 4 * width, 51)
+    10
+    """
+    least = cost(1)
+    return max(1, 1 + round((flops - least) / (cost(2) - least)))

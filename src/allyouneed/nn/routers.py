@@ -131,7 +131,7 @@ class Router(core.Configured, nn.Module):
         raise NotImplementedError
 
     def flops(self, reading: Reading) -> int:
-        """Of one logit an expert, without noise; of a hierarchy as if every token passed all of it."""
+        """Of one logit an expert."""
         return 2 * reading.tokens * self.weight.numel()
 
 
@@ -247,6 +247,11 @@ class NoisyTopK(Router):
     def choose(self, x: Tensor) -> Choice:
         """(N, dim) -> the k likeliest after noise."""
         return self.among(x, slice(None), self.k)
+
+    def flops(self, reading: Reading) -> int:
+        """In training of both matrices, else of the logits alone; of a hierarchy as if a token passed all of it."""
+        read = [p for name, p in self.named_parameters() if self.training or name.endswith("weight")]
+        return 2 * reading.tokens * sum(p.numel() for p in read)
 
     def among(self, x: Tensor, which: slice, k: int) -> Choice:
         """(N, dim) -> the k likeliest `which` experts, numbered from the first of these."""

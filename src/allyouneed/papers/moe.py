@@ -7,19 +7,22 @@ Claim   With the operations a token costs held fixed, a language model grows bet
         equal operations. That needs the importance and the load loss: without them the router comes to prefer some
         experts (the coefficient of variation of their importance is above 0.5), with them it does not (below 0.25).
 Here    The paper's model: LSTM, mixture of experts behind a sigmoid, LSTM, each with a residual connection; noisy top-k
-        gating. Only what stands between the LSTMs changes: a dense network with k times an expert's hidden layer, or 8
-        or 32 experts of which k = 2 are passed. Text in 16 languages, each a table of word pairs of its own, named by
-        the first token of a row, so that what a model lacks is room for the tables; the world's own loss of the same
-        rows is subtracted. A second pair of arms reads English prose as bytes, beside the verdict.
+        gating. Only what stands between the LSTMs changes: a dense network, or 8 or 32 experts of which k = 2 are
+        passed. At this size a router of 32 experts, its noise included, costs as much as the experts that a token
+        passes; so the dense network and each of the 8 experts are widened until the layer takes as many FLOPs a token,
+        as trained, as with 32. Text in 16 languages, each a table of word pairs of its own, named by the first token of
+        a row, so that what a model lacks is room for the tables; the world's own loss of the same rows is subtracted. A
+        second pair of arms reads English prose as bytes, beside the verdict.
 Apart   Thousands of parameters instead of billions, k = 2 instead of 4, three seeds instead of one. The hierarchy is
         built and tested, but adds nothing at 32 experts. That experts take no more time is not shown: on one processor
-        they do. The text is made to need capacity; of prose, as little as is read here, it may not be so.
+        they do. In evaluation there is no noise, and the sparse arms take fewer operations than the dense one. The text
+        is made to need capacity; of prose, as little as is read here, it may not be so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +36,7 @@ from allyouneed.data.corpora import Document, corpus
 from allyouneed.data.tongues import Tongues
 from allyouneed.models.recurrent import RecurrentModel
 from allyouneed.nn.ffn import MLP
+from allyouneed.nn.flops import Reading, width_for
 from allyouneed.nn.moe import Experts, MoE, active_parameters
 from allyouneed.nn.recurrent import LSTM
 from allyouneed.nn.routers import NoisyTopK
@@ -54,7 +58,7 @@ class Config(core.Config):
     world: Tongues.Config = field(default_factory=lambda: Tongues.Config(languages=16, words=24, spread=3.0))
     prose: str = "python-reference"
     dim: int = 32
-    hidden_dim: int = 16  # of an expert
+    hidden_dim: int = 16  # of one of many experts; the others are widened to as many operations
     k: int = 2
     experts: tuple[int, int] = (8, 32)
     weight: float = 0.1  # of importance and load loss (app. C.1)
@@ -64,6 +68,7 @@ class Config(core.Config):
     gain: float = 0.01  # few experts over the dense network, many over few
     collapsed: float = 0.5  # CV of importance without the losses, at least
     balanced: float = 0.25  # with them, at most
+    as_costly: float = 0.01  # the most that FLOPs a token may differ
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Arm:
     """What stands between the LSTMs, and on which text."""
 
     experts: int  # 0: a dense network
+    hidden_dim: int  # of an expert or of the dense network
     weight: float = 0.0
     prose: bool = False
 
@@ -88,16 +94,7 @@ class _Text(Protocol):
 def run(config: Config, report: Report) -> None:
     """Train every arm with each seed and hold losses and balance against the margins."""
     few, many = config.experts
-    if not config.k <= few < many:
-        raise core.InputError(f"experts={config.experts}: two rising numbers from k={config.k} on are wanted")
-    arms = {
-        "dense": Arm(0),
-        f"{few} experts": Arm(few, config.weight),
-        f"{many} experts": Arm(many, config.weight),
-        f"{many} experts, no balance losses": Arm(many),
-        "prose, dense": Arm(0, prose=True),
-        f"prose, {many} experts": Arm(many, config.weight, prose=True),
-    }
+    arms = arms_of(config)
     texts: dict[bool, Callable[[], Any]] = {False: lambda: _World(config), True: lambda: _Prose(config)}
 
     def work(arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
@@ -105,8 +102,9 @@ def run(config: Config, report: Report) -> None:
 
     found = report.repeat(arms, work)
     for name, arm in arms.items():
-        _, model = _model(config, arm, 256 if arm.prose else config.world.vocab_size)
-        report.arm(name, parameters=sum(p.numel() for p in model.parameters()), active=active_parameters(model))
+        _, model = model_of(config, arm, 256 if arm.prose else config.world.vocab_size)
+        sizes = {"parameters": sum(p.numel() for p in model.parameters()), "active": active_parameters(model)}
+        report.arm(name, **sizes, flops_per_token_between=flops(config, arm))
     loss = {name: [value["loss"] for value in values] for name, values in found.items()}
     steps = ("dense", f"{few} experts", f"{many} experts")
     for more, fewer in zip(steps[1:], steps, strict=False):
@@ -116,6 +114,41 @@ def run(config: Config, report: Report) -> None:
         limit: Any = {bound: config.collapsed if bound == "above" else config.balanced}
         report.check(f"CV of importance, {name}", values=[v["importance_cv"] for v in found[name]], **limit)
     _record(config, report, found)
+
+
+def arms_of(config: Config) -> dict[str, Arm]:
+    """All arms, of as many FLOPs a token between the LSTMs as many experts take.
+
+    Raises:
+        InputError: no whole width comes so near, or the numbers of experts do not rise from k on.
+    """
+    few, many = config.experts
+    if not config.k <= few < many:
+        raise core.InputError(f"experts={config.experts}: two rising numbers from k={config.k} on are wanted")
+    sparse = Arm(many, config.hidden_dim)
+    most = flops(config, sparse)
+
+    def widened(experts: int) -> Arm:
+        return Arm(experts, width_for(lambda width: flops(config, Arm(experts, width)), most))
+
+    arms = {
+        "dense": widened(0),
+        f"{few} experts": replace(widened(few), weight=config.weight),
+        f"{many} experts": replace(sparse, weight=config.weight),
+        f"{many} experts, no balance losses": sparse,
+        "prose, dense": replace(widened(0), prose=True),
+        f"prose, {many} experts": replace(sparse, weight=config.weight, prose=True),
+    }
+    costs = {name: flops(config, arm) for name, arm in arms.items()}
+    if max(costs.values()) > (1 + config.as_costly) * min(costs.values()):
+        raise core.InputError(f"FLOPs a token {costs}: the arms are to have as many, within {config.as_costly:.0%}")
+    return arms
+
+
+def flops(config: Config, arm: Arm) -> int:
+    """What a token costs between the LSTMs, forward and as trained: router, noise and all."""
+    with torch.device("meta"):
+        return int(_between(config, arm).build(config.dim).flops(Reading(tokens=1)))
 
 
 def _record(config: Config, report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
@@ -148,7 +181,7 @@ def _record(config: Config, report: Report, found: dict[str, list[dict[str, Any]
 
 def _measured(config: Config, arm: Arm, text: _Text, seed: int, folder: Path) -> dict[str, Any]:
     seed_everything(seed)
-    objective, module = _model(config, arm, text.vocab_size)
+    objective, module = model_of(config, arm, text.vocab_size)
     train(module, objective, text.batches(seed), config.training.replace(seed=seed), folder=folder, title="  train")
     module.eval()
     with torch.no_grad(), tallied(module) as tallies:
@@ -159,18 +192,18 @@ def _measured(config: Config, arm: Arm, text: _Text, seed: int, folder: Path) ->
     return {"loss": loss, "shares": shares} | {name: value.item() for name, value in statistics(tallies).items()}
 
 
-def _model(config: Config, arm: Arm, vocab_size: int) -> tuple[Any, RecurrentModel]:
+def model_of(config: Config, arm: Arm, vocab_size: int) -> tuple[Any, RecurrentModel]:
     """The arm's objective and a new model of it."""
-    between: MoE.Config | MLP.Config = MLP.Config(
-        hidden_dim=config.k * config.hidden_dim, activation="relu", bias=False
-    )
-    objective: Any = next_token
-    if arm.experts:
-        bank = Experts.Config(num_experts=arm.experts, hidden_dim=config.hidden_dim)
-        between = MoE.Config(router=NoisyTopK.Config(k=config.k), experts=bank)
-        objective = balanced(next_token, importance=arm.weight, load=arm.weight)
-    layers = Sandwich.Config(cell=LSTM.Config(), between=between)
+    objective = balanced(next_token, importance=arm.weight, load=arm.weight) if arm.experts else next_token
+    layers = Sandwich.Config(cell=LSTM.Config(), between=_between(config, arm))
     return objective, RecurrentModel.Config(vocab_size=vocab_size, dim=config.dim, layers=layers).build()
+
+
+def _between(config: Config, arm: Arm) -> MoE.Config | MLP.Config:
+    if not arm.experts:
+        return MLP.Config(hidden_dim=arm.hidden_dim, activation="relu", bias=False)
+    bank = Experts.Config(num_experts=arm.experts, hidden_dim=arm.hidden_dim)
+    return MoE.Config(router=NoisyTopK.Config(k=config.k), experts=bank)
 
 
 class _World:

@@ -3,14 +3,16 @@
 https://huggingface.co/blog/moe.
 
 Claim   A sparse model has a lower loss than a dense one of the same operations a token, whether a token passes one
-        expert (Switch) or two of half the width (Mixtral); but a dense model that takes the same memory is better
+        expert (Switch) or two smaller ones (Mixtral); but a dense model that takes the same memory is better
         still, as it uses all of it for every token. An expert's capacity decides how many tokens are dropped: at a
         factor of 1 some are though the balance loss is on, at 2 hardly any (below 2 %). The router z-loss keeps the
         router's logits small: (log Σ exp)² falls below half.
 Here    One small LLaMA on text in 16 languages, each a table of word pairs of its own, named by the first token of a
-        row. Only the channel part changes: a dense network, one eight times as wide, eight experts behind a router of
-        Switch with capacity factors 1, 1.25 and 2 and with the z-loss, and sixteen of half the width behind Mixtral's.
-        The switch loss is weighed 0.01, the z-loss 0.001. The world's own loss of the same rows is subtracted.
+        row. Only the channel part changes: a dense network; eight experts behind a router of Switch with capacity
+        factors 1, 1.25 and 2 and with the z-loss; a dense network eight times as wide as one of these; and sixteen
+        smaller experts behind Mixtral's router. The last take the most operations, router included: all but the wide
+        network are widened until the channel part takes as many FLOPs a token. The switch loss is weighed 0.01, the
+        z-loss 0.001. The world's own loss of the same rows is subtracted.
 Apart   Thousands of parameters, two layers, three seeds. Tokens a second are reported, not judged: eight small products
         take longer here than one, and a GPU or eight of them would say something else. Nothing is shown of fine-tuning,
         where sparse models are said to overfit, nor of experts spread over machines, which tests do.
@@ -19,6 +21,7 @@ Apart   Thousands of parameters, two layers, three seeds. Tokens a second are re
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from allyouneed.models import llama, mixtral
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.capacity import Factor
 from allyouneed.nn.ffn import GatedMLP
+from allyouneed.nn.flops import Reading, width_for
 from allyouneed.nn.moe import GatedExperts, MoE, active_parameters
 from allyouneed.nn.routers import Top1, TopK
 from allyouneed.objectives.balanced import balanced, tallied
@@ -50,7 +54,7 @@ Channel = GatedMLP.Config | MoE.Config
 class Config(core.Config):
     """The world, the model, its training and the margins of the verdict: losses in nats a token."""
 
-    model: Decoder.Config  # with the dense network
+    model: Decoder.Config  # with a network of two of Mixtral's experts' width; the others are widened
     training: Training
     world: Tongues.Config = field(default_factory=lambda: Tongues.Config(languages=16, words=24, spread=3.0))
     num_experts: int = 8
@@ -63,6 +67,7 @@ class Config(core.Config):
     gain: float = 0.01  # of sparse over dense at equal operations, and of dense over sparse at equal memory
     most_dropped: float = 0.02  # at the largest factor
     smaller: float = 0.5  # (log Σ exp)² with the z-loss, of that without
+    as_costly: float = 0.01  # the most that FLOPs a token may differ where they are to be equal
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,13 @@ def run(config: Config, report: Report) -> None:
     """Train every arm with each seed and hold losses, drops and logits against the margins."""
     if sorted(config.factors) != list(config.factors):
         raise core.InputError(f"factors={config.factors}: rising capacity factors are wanted")
-    arms = _arms(config)
+    arms = arms_of(config)
     found = report.repeat(arms, lambda arm, seed, folder: _measured(config, arm, seed, folder))
     for name, arm in arms.items():
-        module = _with(config.model, arm.channel).build()
-        report.arm(name, parameters=sum(p.numel() for p in module.parameters()), active=active_parameters(module))
+        model = _with(config.model, arm.channel)
+        module, per_token = model.build(), model.flops(1, config.length) // config.length
+        sizes = {"parameters": sum(p.numel() for p in module.parameters()), "active": active_parameters(module)}
+        report.arm(name, **sizes, flops_per_token=per_token)
     values = {name: {key: [v[key] for v in runs] for key in runs[0]} for name, runs in found.items()}
     loss = {name: of["loss"] for name, of in values.items()}
     for name in ("switch", "mixtral"):
@@ -109,22 +116,49 @@ def _at(config: Config, factor: float) -> str:
     return "switch" if factor == config.factors[1] else f"switch, factor {factor:g}"
 
 
-def _arms(config: Config) -> dict[str, Arm]:
-    dense: Any = config.model.blocks[0].channel
-    E, hidden = config.num_experts, dense.hidden_dim
-    weights, bank = {"switch": config.switch}, GatedExperts.Config(num_experts=E, hidden_dim=hidden)
-    switch = {
-        _at(config, f): Arm(MoE.Config(router=Top1.Config(capacity=Factor(factor=f)), experts=bank), weights)
-        for f in config.factors
-    }
-    halves = GatedExperts.Config(num_experts=2 * E, hidden_dim=hidden // 2)
+def arms_of(config: Config) -> dict[str, Arm]:
+    """All arms, of as many FLOPs a token as Mixtral's but for the dense network of equal memory.
+
+    Raises:
+        InputError: no whole width comes so near.
+    """
+    given: Any = config.model.blocks[0].channel
+    E, weights = config.num_experts, {"switch": config.switch}
+    halves = GatedExperts.Config(num_experts=2 * E, hidden_dim=given.hidden_dim // 2)
+    mixtral = MoE.Config(router=TopK.Config(k=2), experts=halves)
+    dense = given.replace(hidden_dim=_width(config, mixtral, lambda width: given.replace(hidden_dim=width)))
+    width = _width(config, mixtral, lambda width: _switch(E, width, config.factors[1]))
+    switch = {_at(config, factor): Arm(_switch(E, width, factor), weights) for factor in config.factors}
     return {
         "dense": Arm(dense),
-        "dense, equal memory": Arm(dense.replace(hidden_dim=E * hidden)),
+        "dense, equal memory": Arm(given.replace(hidden_dim=E * width)),
         **switch,
         "switch, z-loss": Arm(switch["switch"].channel, {**weights, "z": config.z}),
-        "mixtral": Arm(MoE.Config(router=TopK.Config(k=2), experts=halves), weights),
+        "mixtral": Arm(mixtral, weights),
     }
+
+
+def _switch(num_experts: int, hidden_dim: int, factor: float) -> MoE.Config:
+    bank = GatedExperts.Config(num_experts=num_experts, hidden_dim=hidden_dim)
+    return MoE.Config(router=Top1.Config(capacity=Factor(factor=factor)), experts=bank)
+
+
+def _width(config: Config, costly: Channel, channel: Callable[[int], Channel]) -> int:
+    """That at which a channel part takes as many operations as the `costly` one."""
+    most = flops(config, costly)
+    width = width_for(lambda width: flops(config, channel(width)), most)
+    found = flops(config, channel(width))
+    if abs(found / most - 1) > config.as_costly:
+        raise core.InputError(
+            f"FLOPs a token {found} and {most}: the arms are to have as many, within {config.as_costly:.0%}"
+        )
+    return width
+
+
+def flops(config: Config, channel: Channel) -> int:
+    """What a token costs in one channel part, forward: router and all."""
+    with torch.device("meta"):
+        return int(channel.build(config.model.dim).flops(Reading(tokens=1)))
 
 
 def _with(model: Decoder.Config, channel: Channel) -> Decoder.Config:
@@ -196,7 +230,7 @@ PAPER = Paper(
     minutes={"smoke": 0.2, "laptop": 8},
     sizes={
         "smoke": Config(
-            model=_small(16, 1, 8, SMALL), training=_training(8, 1e-2), num_experts=4, rows=16, length=8, tested=32
+            model=_small(16, 1, 8, SMALL), training=_training(8, 1e-2), num_experts=5, rows=16, length=8, tested=32
         ),
         "laptop": Config(model=_small(32, 2, 16, SMALL), training=_training(400, 1e-2)),
         "paper": Config(
