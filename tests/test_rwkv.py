@@ -24,11 +24,13 @@ from allyouneed.models.checkpoints.loading import save
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.recurrent import RecurrentModel
 from allyouneed.nn import native
+from allyouneed.nn.caches import RecurrentState
 from allyouneed.nn.ffn import MLP
 from allyouneed.nn.recurrent import GRU, LSTM, Recurrent
 from allyouneed.nn.sandwich import Sandwich
 from allyouneed.nn.wkv import empty, step, wkv
 from allyouneed.objectives.next_token import next_token
+from allyouneed.papers import rwkv as paper
 from allyouneed.train.loop import Training, train
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -301,6 +303,24 @@ def test_a_cache_goes_back(config: Decoder.Config) -> None:
     logits = module(x[:, held:], cache=cache).logits
     assert worst(logits, module(x).logits[:, held:]) <= 1e-4
     assert cache.rewind(3) == (0 if config is rwkv.EXAMPLE else 3)
+
+
+def test_the_paper_measures_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that quietly kept the text would fail the paper's check."""
+    smoke = paper.PAPER.sizes["smoke"]
+    config = smoke.replace(contexts=(16, 64), rounds=1)
+    assert isinstance(config, paper.Config)
+    kept = {name: found["bytes"] for name, found in paper._measured(config).items()}
+    assert kept[paper.RWKV][0] == kept[paper.RWKV][1] and kept[paper.TRANSFORMER][1] > 3 * kept[paper.TRANSFORMER][0]
+    text, leave = [], RecurrentState.leave
+
+    def hoard(self: RecurrentState, *after: Tensor) -> None:
+        text.append(torch.zeros(1 if self.rows.counts is None else int(self.rows.counts.max())))
+        leave(self, *after)
+
+    monkeypatch.setattr(RecurrentState, "leave", hoard)
+    low, high = paper._measured(config)[paper.RWKV]["bytes"]
+    assert high - low == 48 * 4 * config.rwkv.model.num_layers
 
 
 def test_the_authors_initialisation() -> None:
