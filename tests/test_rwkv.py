@@ -12,6 +12,7 @@ from torch import Tensor
 
 from allyouneed.cli import main
 from allyouneed.core.config import Config
+from allyouneed.core.errors import InputError
 from allyouneed.data.batches import Windows
 from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate import engine, local
@@ -24,11 +25,13 @@ from allyouneed.models.checkpoints.loading import save
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.recurrent import RecurrentModel
 from allyouneed.nn import native
+from allyouneed.nn.caches import RecurrentState
 from allyouneed.nn.ffn import MLP
 from allyouneed.nn.recurrent import GRU, LSTM, Recurrent
 from allyouneed.nn.sandwich import Sandwich
 from allyouneed.nn.wkv import empty, step, wkv
 from allyouneed.objectives.next_token import next_token
+from allyouneed.papers import rwkv as paper
 from allyouneed.train.loop import Training, train
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -154,6 +157,35 @@ def test_what_begins_again_begins_from_the_state_given(path: str) -> None:
     seen, _ = wkv(w, u, k[:, 10:], v[:, 10:], state, begins)
     other = wkv(w, u, k[:, 16:], v[:, 16:], state)[0]
     assert worst(seen[:, 6:], other) <= 1e-6
+
+
+def test_marks_of_one_row_are_those_of_all(path: str) -> None:
+    w, u, k, v = given(4, 20, 8)
+    marks = torch.zeros(1, 20, dtype=torch.bool)
+    marks[0, 7] = True
+    found, wanted = [], []
+    for begins, results in ((marks, found), (marks.expand(4, 20).clone(), wanted)):
+        leaves = [x.clone().requires_grad_() for x in (w, u, k, v)]
+        seen, after = wkv(*leaves, begins=begins)
+        results += [seen, after, *torch.autograd.grad((seen * v).sum(), leaves)]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_lies_outside_of_the_tokens_is_not_read(path: str, model: Decoder) -> None:
+    w, u, k, v = given(3, 5, 8)
+    for counts in ([1, 2, 6], [1, -1, 2], [1, 2]):
+        with pytest.raises(InputError, match=r"counts=.*: for each of 3 rows one from 0 to 5 is wanted"):
+            wkv(w, u, k, v, counts=torch.tensor(counts))
+    for shape in ((2, 5), (3, 4), (1, 6)):
+        with pytest.raises(InputError, match="for 3 rows of 5 tokens; give as many"):
+            wkv(w, u, k, v, begins=torch.ones(shape, dtype=torch.bool))
+    for wrong in (empty(2, 8), empty(3, 7), empty(3, 8)[:, :2]):
+        with pytest.raises(AssertionError):
+            wkv(w, u, k, v, wrong)
+    segments = torch.tensor([[1] * 9 + [2] * 11])
+    with torch.no_grad():
+        found = model(ids(4, 20), segments=segments).logits
+        assert worst(found, model(ids(4, 20), segments=segments.expand(4, 20)).logits) <= 1e-6
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -301,6 +333,24 @@ def test_a_cache_goes_back(config: Decoder.Config) -> None:
     logits = module(x[:, held:], cache=cache).logits
     assert worst(logits, module(x).logits[:, held:]) <= 1e-4
     assert cache.rewind(3) == (0 if config is rwkv.EXAMPLE else 3)
+
+
+def test_the_paper_measures_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that quietly kept the text would fail the paper's check."""
+    smoke = paper.PAPER.sizes["smoke"]
+    config = smoke.replace(contexts=(16, 64), rounds=1)
+    assert isinstance(config, paper.Config)
+    kept = {name: found["bytes"] for name, found in paper._measured(config).items()}
+    assert kept[paper.RWKV][0] == kept[paper.RWKV][1] and kept[paper.TRANSFORMER][1] > 3 * kept[paper.TRANSFORMER][0]
+    text, leave = [], RecurrentState.leave
+
+    def hoard(self: RecurrentState, *after: Tensor) -> None:
+        text.append(torch.zeros(1 if self.rows.counts is None else int(self.rows.counts.max())))
+        leave(self, *after)
+
+    monkeypatch.setattr(RecurrentState, "leave", hoard)
+    low, high = paper._measured(config)[paper.RWKV]["bytes"]
+    assert high - low == 48 * 4 * config.rwkv.model.num_layers
 
 
 def test_the_authors_initialisation() -> None:

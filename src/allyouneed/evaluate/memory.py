@@ -1,4 +1,4 @@
-"""How much memory a computation takes at its peak."""
+"""How much memory a computation takes at its peak, and how much it keeps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,28 @@ def peak_allocated(work: Callable[[], object]) -> int:
     >>> peak_allocated(lambda: torch.zeros(1000) + torch.zeros(1000)) // 4000
     3
     """
+    return max(accumulate(_changes(work), initial=0))
+
+
+def kept_allocated(work: Callable[[], object]) -> int:
+    """Bytes that are still given out when `work()` is done and its result is held, beyond what stood before; of a view
+    all that it keeps alive. As exact as `peak_allocated`.
+
+    >>> import torch
+    >>> kept_allocated(lambda: (torch.zeros(1000) + torch.zeros(1000))[:1]) // 4000
+    1
+    """
+    return sum(_changes(work))
+
+
+def _changes(work: Callable[[], object]) -> list[int]:
+    """Every allocation, above 0, and release, below, in their order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
+        held = work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_bytes())["traceEvents"]
+    del held  # not before the profiler has stopped
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return max(accumulate((change for _, change in changes), initial=0))
+    return [change for _, change in changes]

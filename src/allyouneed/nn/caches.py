@@ -64,11 +64,6 @@ class LayerCache:
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
-    @property
-    def nbytes(self) -> int:
-        """How many bytes hold what was read, room that is not used yet not among them."""
-        raise NotImplementedError
-
     def advance(self) -> None:
         """Keep what the last pass wrote."""
 
@@ -104,11 +99,6 @@ class KeyValues(LayerCache):
             self.values[rows, :, places] = values.transpose(1, 2)
         return self.keys[:, :, :total], self.values[:, :, :total]
 
-    @property
-    def nbytes(self) -> int:
-        """Of keys and values up to the longest row's end; a memory's are not among them."""
-        return 2 * self.keys[:, :, : self.rows.longest].nbytes
-
     def recall(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Keys and values of the memory, computed by `project` the first time."""
         if self.recalled is None:
@@ -135,11 +125,6 @@ class RecurrentState(LayerCache):
     def __init__(self, rows: Rows, *before: Tensor) -> None:
         super().__init__(rows)
         self.before = self.after = before
-
-    @property
-    def nbytes(self) -> int:
-        """Always as many."""
-        return sum(x.nbytes for x in self.before)
 
     def leave(self, *after: Tensor) -> None:
         """Write what the layer remembers after the tokens it is reading; it counts once the cache advances."""
@@ -173,11 +158,6 @@ class Cache:
     def lengths(self) -> Tensor:
         """How many tokens each row holds, (B)."""
         return self.rows.lengths
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes hold what was read."""
-        return sum(layer.nbytes for layer in self.layers)
 
     def sight(
         self, part: Positions, length: int, segments: Tensor | None = None, counts: Tensor | None = None

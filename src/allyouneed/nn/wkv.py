@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from allyouneed import core
 from allyouneed.nn import native
 
 NOTHING = -1e38  # the exponent of an empty sum; −∞ would make NaN of differences
@@ -71,8 +72,11 @@ def wkv(
         k: (B, T, D) keys.
         v: (B, T, D) values.
         state: (B, 3, D) to begin from; None: nothing was read.
-        begins: (B, T), true at tokens that follow on `state`, not on the token before them.
+        begins: (B, T), or (1, T) for all rows, true at tokens that follow on `state`, not on the token before them.
         counts: (B), how many tokens of each row the state after it is to hold; None: all.
+
+    Raises:
+        InputError: `begins` of another shape, or `counts` of another shape or beyond T.
 
     >>> w, u, k, v = torch.ones(2), torch.zeros(2), torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
     >>> wkv(w, u, k, v)[0][0, -1].tolist()
@@ -80,6 +84,7 @@ def wkv(
     """
     if state is None:
         state = empty(len(k), k.shape[2], k.device).to(torch.promote_types(k.dtype, torch.float32))
+    begins = _checked(w, u, k, v, state, begins, counts)
     dtype = v.dtype
     w, u, k, v = (x.to(state.dtype) for x in (w, u, k, v))
     if torch.is_grad_enabled():
@@ -87,6 +92,27 @@ def wkv(
     else:
         seen, after, _ = _read(w, u, k, v, state, begins, counts, saves=False)
     return seen.to(dtype), after
+
+
+def _checked(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, begins: Tensor | None, counts: Tensor | None
+) -> Tensor | None:
+    """`begins` of every row. What stands here the kernels rely on: they are given addresses and sizes, no shapes."""
+    rows, length, dim = k.shape
+    assert v.shape == k.shape and w.shape == u.shape == (dim,) and state.shape == (rows, 3, dim)
+    given = (w, u, v, state, *(x for x in (begins, counts) if x is not None))
+    assert all(x.device == k.device for x in given), "all on one device"
+    if counts is not None:
+        # where the numbers are on a GPU, to read them would wait for it; there the index that takes the states refuses
+        inside = not counts.is_cpu or bool(((counts >= 0) & (counts <= length)).all())
+        if counts.shape != (rows,) or not inside:
+            raise core.InputError(f"counts={counts.tolist()}: for each of {rows} rows one from 0 to {length} is wanted")
+    if begins is None:
+        return None
+    assert begins.dtype is torch.bool
+    if begins.shape not in ((rows, length), (1, length)):
+        raise core.InputError(f"segments of shape {(*begins.shape,)} for {rows} rows of {length} tokens; give as many")
+    return begins.expand(rows, length)
 
 
 class Read(NamedTuple):
