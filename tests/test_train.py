@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tiny_run import At, Tiny, batches, counting, run, same, settings, tiny, untimed
 from torch import Tensor, nn
 
+from allyouneed.cli import main
 from allyouneed.core.errors import InputError
 from allyouneed.core.metrics import read
 from allyouneed.core.seeds import generator
@@ -332,6 +333,30 @@ def test_training_reads_from_json_and_takes_overrides():
 
 
 # What goes wrong
+
+
+@pytest.mark.parametrize("name", ["accumulate", "log_every", "evaluate_every", "save_every", "keep"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_what_is_counted_is_at_least_one(name, value):
+    with pytest.raises(InputError, match=rf"^training\.{name}={value}; it must be 1 or more$"):
+        settings(**{name: value})
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
+def test_the_norm_to_clip_to_is_positive(clip):
+    with pytest.raises(InputError, match=rf"^training\.clip={clip}; it must be above 0, or None for no clipping$"):
+        settings(clip=clip)
+
+
+def test_a_run_has_no_fewer_than_no_steps():
+    with pytest.raises(InputError, match=r"^training\.steps=-1; it must be 0 or more$"):
+        settings(steps=-1)
+    assert run(tiny(), training=settings(steps=0)).step == 0
+
+
+def test_a_training_that_cannot_be_is_one_line_of_the_command(capsys):
+    assert main(["run", "alibi", "--size", "smoke", "--set", "training.accumulate=0"]) == 2
+    assert "error: training.accumulate=0; it must be 1 or more" in capsys.readouterr().err
 
 
 def spoilt(at: int) -> Any:

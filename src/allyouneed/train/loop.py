@@ -54,6 +54,16 @@ class Training(core.Config):
     save_every: int | None = None  # steps; None: after the last
     keep: int = 3  # checkpoints
 
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise InputError(f"training.steps={self.steps}; it must be 0 or more")
+        for name in ("accumulate", "log_every", "evaluate_every", "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"training.{name}={value}; it must be 1 or more")
+        if self.clip is not None and not self.clip > 0:  # so is what is no number
+            raise InputError(f"training.clip={self.clip}; it must be above 0, or None for no clipping")
+
 
 class Batches(Protocol):
     """An endless iterator that can say where it stands. Every rank draws the same batches, then takes its rows: so it
