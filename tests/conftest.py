@@ -1,5 +1,31 @@
-"""Set before any module imports Triton, which reads it then: kernels for GPUs run in its interpreter."""
+"""Kernels for GPUs run in an interpreter, and no test may take long."""
 
 import os
+import time
+from collections.abc import Generator
+from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
+import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"  # before any module imports Triton, which reads it then
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--most-seconds", type=float, default=60.0, help="a test that takes longer fails; 0: none does")
+
+
+def spent() -> tuple[float, float]:
+    """Seconds on the clock, and of processors, those of finished child processes included."""
+    times = os.times()
+    return time.monotonic(), times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Fail a test that is too long by both measures: a busy machine lengthens the one, many threads the other."""
+    before, most = spent(), item.config.getoption("--most-seconds")
+    result = yield
+    took = min(now - then for now, then in zip(spent(), before, strict=True))
+    if 0 < most < took:
+        pytest.fail(f"took {took:.1f} s, more than {most:g}: make it smaller (half of that is what a test may take)")
+    return result
