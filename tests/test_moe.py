@@ -299,10 +299,14 @@ def test_routers_compute_in_float32():
         assert router(torch.randn(1, 5, 16).bfloat16()).logits.dtype == torch.float32
 
 
-def test_banks_compute_in_what_autocast_says():
-    module = layer(TopK.Config()).float()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bank", [Experts, GatedExperts])
+def test_banks_compute_in_what_autocast_says(bank, dropout):
+    module = layer(TopK.Config(), bank, dropout=dropout).float()
     x = torch.randn(2, 30, 16, requires_grad=True)
+    torch.manual_seed(3)
     expected = module(x)
+    torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16):
         y = module(x)
     assert y.dtype == torch.bfloat16
