@@ -409,12 +409,19 @@ def test_the_losses_balance_a_router_that_begins_unbalanced(weights):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite(value):
-    module = layer(TopK.Config()).float()
-    x = torch.randn(1, 5, 16)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_logits_that_are_not_finite(name, value):
+    """Those of a token, then those that a broken number in any matrix of the router gives to some of many."""
+    module, x = layer(ROUTERS[name]).float(), torch.randn(1, 5, 16)
     x[0, 2] = value
     with pytest.raises(InputError, match=r"the router's logits are not finite for 1 tokens; lower the learning rate"):
         module(x)
+    for part, _ in module.router.named_parameters():
+        module = layer(ROUTERS[name]).float()
+        with torch.no_grad():
+            module.router.get_parameter(part)[1, 3] = value
+        with pytest.raises(InputError, match=r"the router's logits are not finite for \d+ tokens"):
+            module(torch.randn(2, 40, 16))
 
 
 @pytest.mark.parametrize(
