@@ -319,16 +319,35 @@ def test_banks_compute_in_what_autocast_says(bank, dropout):
 # Capacity
 
 
-def test_places_go_to_first_choices_and_earlier_tokens():
+@pytest.mark.parametrize("firsts_first", [True, False])
+def test_places_go_to_first_choices_or_to_earlier_tokens(firsts_first):
     torch.manual_seed(0)
     experts = torch.rand(40, 5).topk(2).indices
     asked = torch.rand(40, 2) < 0.8
-    taken, found = [0] * 5, places(experts, asked, 5)
-    for choice in range(2):
-        for token in range(40):
-            if asked[token, choice]:
-                assert found[token, choice] == taken[experts[token, choice]]
-                taken[experts[token, choice]] += 1
+    taken, found = [0] * 5, places(experts, asked, 5, firsts_first=firsts_first)
+    pairs = [(token, choice) for token in range(40) for choice in range(2)]
+    for token, choice in sorted(pairs, key=lambda pair: pair[::-1]) if firsts_first else pairs:
+        if asked[token, choice]:
+            assert found[token, choice] == taken[experts[token, choice]]
+            taken[experts[token, choice]] += 1
+
+
+LIMITS = [PerRow(places=2), PerRow(places=1), Factor(factor=0.5, evaluation=0.5)]
+
+
+@pytest.mark.parametrize("capacity", LIMITS, ids=str)
+@pytest.mark.parametrize("name", ["top k", "top 1", "top 2", "noisy", "hierarchical"])
+def test_in_evaluation_no_token_changes_an_earlier_one(name, capacity):
+    module, dropped = layer(ROUTERS[name].replace(capacity=capacity)).eval(), 0
+    for _ in range(20):
+        x = torch.randn(1, 6, 16, dtype=torch.double)
+        y, routing = answered(module, x)
+        dropped += routing.dropped
+        for since in range(1, 6):
+            changed = x.clone()
+            changed[:, since:] = torch.randn_like(x[:, since:])
+            close(module(changed)[:, :since], y[:, :since])
+    assert dropped > 0
 
 
 def test_nothing_is_dropped_in_evaluation_unless_asked_for():
