@@ -299,10 +299,14 @@ def test_routers_compute_in_float32():
         assert router(torch.randn(1, 5, 16).bfloat16()).logits.dtype == torch.float32
 
 
-def test_banks_compute_in_what_autocast_says():
-    module = layer(TopK.Config()).float()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bank", [Experts, GatedExperts])
+def test_banks_compute_in_what_autocast_says(bank, dropout):
+    module = layer(TopK.Config(), bank, dropout=dropout).float()
     x = torch.randn(2, 30, 16, requires_grad=True)
+    torch.manual_seed(3)
     expected = module(x)
+    torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16):
         y = module(x)
     assert y.dtype == torch.bfloat16
@@ -315,16 +319,35 @@ def test_banks_compute_in_what_autocast_says():
 # Capacity
 
 
-def test_places_go_to_first_choices_and_earlier_tokens():
+@pytest.mark.parametrize("firsts_first", [True, False])
+def test_places_go_to_first_choices_or_to_earlier_tokens(firsts_first):
     torch.manual_seed(0)
     experts = torch.rand(40, 5).topk(2).indices
     asked = torch.rand(40, 2) < 0.8
-    taken, found = [0] * 5, places(experts, asked, 5)
-    for choice in range(2):
-        for token in range(40):
-            if asked[token, choice]:
-                assert found[token, choice] == taken[experts[token, choice]]
-                taken[experts[token, choice]] += 1
+    taken, found = [0] * 5, places(experts, asked, 5, firsts_first=firsts_first)
+    pairs = [(token, choice) for token in range(40) for choice in range(2)]
+    for token, choice in sorted(pairs, key=lambda pair: pair[::-1]) if firsts_first else pairs:
+        if asked[token, choice]:
+            assert found[token, choice] == taken[experts[token, choice]]
+            taken[experts[token, choice]] += 1
+
+
+LIMITS = [PerRow(places=2), PerRow(places=1), Factor(factor=0.5, evaluation=0.5)]
+
+
+@pytest.mark.parametrize("capacity", LIMITS, ids=str)
+@pytest.mark.parametrize("name", ["top k", "top 1", "top 2", "noisy", "hierarchical"])
+def test_in_evaluation_no_token_changes_an_earlier_one(name, capacity):
+    module, dropped = layer(ROUTERS[name].replace(capacity=capacity)).eval(), 0
+    for _ in range(20):
+        x = torch.randn(1, 6, 16, dtype=torch.double)
+        y, routing = answered(module, x)
+        dropped += routing.dropped
+        for since in range(1, 6):
+            changed = x.clone()
+            changed[:, since:] = torch.randn_like(x[:, since:])
+            close(module(changed)[:, :since], y[:, :since])
+    assert dropped > 0
 
 
 def test_nothing_is_dropped_in_evaluation_unless_asked_for():
@@ -405,12 +428,19 @@ def test_the_losses_balance_a_router_that_begins_unbalanced(weights):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite(value):
-    module = layer(TopK.Config()).float()
-    x = torch.randn(1, 5, 16)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_logits_that_are_not_finite(name, value):
+    """Those of a token, then those that a broken number in any matrix of the router gives to some of many."""
+    module, x = layer(ROUTERS[name]).float(), torch.randn(1, 5, 16)
     x[0, 2] = value
     with pytest.raises(InputError, match=r"the router's logits are not finite for 1 tokens; lower the learning rate"):
         module(x)
+    for part, _ in module.router.named_parameters():
+        module = layer(ROUTERS[name]).float()
+        with torch.no_grad():
+            module.router.get_parameter(part)[1, 3] = value
+        with pytest.raises(InputError, match=r"the router's logits are not finite for \d+ tokens"):
+            module(torch.randn(2, 40, 16))
 
 
 @pytest.mark.parametrize(

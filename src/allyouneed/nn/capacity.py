@@ -1,7 +1,9 @@
 """How many tokens an expert may take: places are given in order, and who finds none is dropped.
 
-First choices come before second ones, and among these earlier tokens before later ones, so that in one row no token
-loses its place to a later one.
+In training first choices come before second ones, and among these earlier tokens before later ones (Lepikhin et al.
+2020, alg. 1). With k > 1 choices a token may then lose its second place to a token after it, which a causal model must
+not know of. In evaluation, therefore, earlier tokens come first with all their choices: no token changes what an
+earlier one of its row is given. With one choice both orders are the same.
 
 Shapes: N tokens (of B rows, one after the other), k choices a token, E experts.
 """
@@ -34,7 +36,7 @@ class Factor(core.Config):
 
     Which tokens are dropped then depends on what else is in the batch. So that a model says the same of a text whatever
     it is batched with, and with a cache the same as without, nothing is dropped in evaluation unless `evaluation` says
-    so (GShard and ST-MoE use a factor of 2 there).
+    so (GShard and ST-MoE use a factor of 2 there); the room then grows with the number of tokens, later ones included.
     """
 
     factor: float = 1.25  # Fedus et al. 2021, sec. 2.2: 1.0 to 1.25
@@ -53,7 +55,7 @@ class Factor(core.Config):
         factor = self.factor if training else self.evaluation
         if factor is None:
             return asked
-        return _within(math.ceil(factor * experts.numel() / num_experts), experts, asked, num_experts)
+        return _within(math.ceil(factor * experts.numel() / num_experts), experts, asked, num_experts, training)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,25 +75,29 @@ class PerRow(core.Config):
     ) -> Tensor | None:
         """Which of the `asked` (N, k), None: all, find a place at their `experts` (N, k)."""
         row = torch.arange(rows, device=experts.device).repeat_interleave(len(experts) // rows)
-        return _within(self.places, row[:, None] * num_experts + experts, asked, rows * num_experts)
+        return _within(self.places, row[:, None] * num_experts + experts, asked, rows * num_experts, training)
 
 
 Capacity = Unlimited | Factor | PerRow
 
 
-def _within(room: int, experts: Tensor, asked: Tensor | None, num_experts: int) -> Tensor:
+def _within(room: int, experts: Tensor, asked: Tensor | None, num_experts: int, training: bool) -> Tensor:
     asked = torch.ones_like(experts, dtype=torch.bool) if asked is None else asked
-    return asked & (places(experts, asked, num_experts) < room)
+    return asked & (places(experts, asked, num_experts, firsts_first=training) < room)
 
 
-def places(experts: Tensor, asked: Tensor, num_experts: int) -> Tensor:
+def places(experts: Tensor, asked: Tensor, num_experts: int, *, firsts_first: bool) -> Tensor:
     """How many asked for the same expert before: (N, k) -> (N, k); for what is not asked for, a number of no meaning.
+    All first choices come before all second ones (`firsts_first`), or all choices of a token before the next token's.
 
-    >>> places(torch.tensor([[0, 1], [1, 0], [1, 2]]), torch.ones(3, 2, dtype=torch.bool), 3).tolist()
-    [[0, 2], [0, 1], [1, 0]]
+    >>> experts, asked = torch.tensor([[0, 1], [1, 0], [1, 2]]), torch.ones(3, 2, dtype=torch.bool)
+    >>> places(experts, asked, 3, firsts_first=True).tolist(), places(experts, asked, 3, firsts_first=False).tolist()
+    ([[0, 2], [0, 1], [1, 0]], [[0, 0], [1, 1], [2, 0]])
     """
-    queue = torch.where(asked, experts, num_experts).t().flatten()  # all first choices, then all second ones
+    wanted = torch.where(asked, experts, num_experts)
+    queue = (wanted.t() if firsts_first else wanted).flatten()
     order = queue.argsort(stable=True)
     ordered = queue[order]
     place = torch.arange(len(queue), device=queue.device) - torch.searchsorted(ordered, ordered)
-    return torch.empty_like(queue).scatter_(0, order, place).view(experts.shape[1], -1).t()
+    found = torch.empty_like(queue).scatter_(0, order, place)
+    return found.view(experts.shape[1], -1).t() if firsts_first else found.view_as(experts)

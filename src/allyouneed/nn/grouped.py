@@ -107,6 +107,7 @@ def feed_forward(
     ends = list(accumulate(counts))
     if torch.is_autocast_enabled(x.device.type):
         x, out, *ups = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, out, *ups))
+        mask = None if mask is None else mask.to(x.dtype)
     if x.device.type != "cpu" and all(t.shape[-1] * t.element_size() % 16 == 0 for t in (x, out)):  # what it asks for
         return by_grouped_product(x, ends, middle, ups, out, mask)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, out, *ups)):

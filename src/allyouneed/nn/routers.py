@@ -81,8 +81,8 @@ class Routing:
 
     @property
     def broken(self) -> Tensor:
-        """How many tokens have a logit that is not finite, ()."""
-        return (~self.logits.isfinite()).any(-1).sum()
+        """How many tokens have a logit that is not finite, (); of noise and a second level the gates tell."""
+        return (~torch.cat((self.logits, self.choice.gates), -1).isfinite()).any(-1).sum()
 
     def _summed(self, values: Tensor) -> Tensor:
         """The sum over tokens of what each expert is given: (N, k) -> (E,)."""
