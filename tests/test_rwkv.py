@@ -364,6 +364,26 @@ def test_a_cache_goes_back(config: Decoder.Config) -> None:
     assert cache.rewind(3) == (0 if config is rwkv.EXAMPLE else 3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("config", [rwkv.EXAMPLE, llama.EXAMPLE], ids=["state", "keys"])
+def test_a_cache_goes_back_to_where_it_stands(config: Decoder.Config) -> None:
+    module = oracles.randomised(config)
+    x, cache = ids(2, 12), module.new_cache(2, 12)
+    module(x[:, :9], cache=cache)
+    assert cache.rewind(9) == 9 and cache.lengths.tolist() == [9, 9]
+    cache.select(torch.tensor([1]))
+    assert cache.rewind(9) == 9
+    assert worst(module(x[1:, 9:], cache=cache).logits, module(x[1:]).logits[:, 9:]) <= 1e-4
+    with pytest.raises(AssertionError, match="13 tokens of 12"):
+        cache.rewind(13)
+    if config is rwkv.EXAMPLE:
+        with pytest.raises(AssertionError, match="no mark to go back to: a select forgets them all"):
+            cache.rewind(8)
+        cache.mark()
+        module(x[1:, :3], cache=cache)
+        assert cache.rewind(14) == 12
+
+
 def test_the_paper_measures_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """States that quietly kept the text would fail the paper's check."""
     smoke = paper.PAPER.sizes["smoke"]
