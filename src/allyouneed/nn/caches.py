@@ -189,8 +189,12 @@ class Cache:
         """Go back to `length` tokens, or to the last mark before them where a layer keeps a state; how many it holds
         then. Rows must agree and be at least that long.
         """
-        assert self.rows.uniform is not None and length <= self.rows.uniform, "rows of unequal length"
+        assert self.rows.uniform is not None, "rows of unequal length"
+        assert 0 <= length <= self.rows.uniform, f"{length} tokens of {self.rows.uniform} that the rows hold"
+        if length == self.rows.uniform:
+            return length
         if self._states:
+            assert self._marks and self._marks[0][0] <= length, "no mark to go back to: a select forgets them all"
             while self._marks[-1][0] > length:
                 self._marks.pop()
             length, states = self._marks[-1]

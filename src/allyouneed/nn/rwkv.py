@@ -1,7 +1,7 @@
 """RWKV-4's block (Peng et al. 2023, sec. 3): time mixing in attention's place, channel mixing in the feed-forward's.
 
 Both look at the token before (the token shift), time mixing at all before it through two decaying sums (`nn.wkv`); so a
-layer remembers five vectors, however long the text. Shapes: B rows, T tokens.
+layer remembers six vectors, however long the text. Shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TimeMix(core.Configured, nn.Module):
     >>> part = TimeMix.Config().build(8)
     >>> y, last, state = part(torch.randn(2, 5, 8), Following())
     >>> y.shape, last.shape, state.shape
-    (torch.Size([2, 5, 8]), torch.Size([2, 8]), torch.Size([2, 3, 8]))
+    (torch.Size([2, 5, 8]), torch.Size([2, 8]), torch.Size([2, 4, 8]))
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class TimeMix(core.Configured, nn.Module):
             x: the inputs.
             following: which tokens follow which.
             before: (B, dim) the input before the first; None: zeros.
-            state: (B, 3, dim) of `nn.wkv`; None: nothing was read.
+            state: (B, 4, dim) of `nn.wkv`; None: nothing was read.
         """
         shifted, last = following.shift(x, before)
         r, k, v = (torch.lerp(shifted, x, mix) for mix in (self.mix_r, self.mix_k, self.mix_v))

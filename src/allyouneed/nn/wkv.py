@@ -2,14 +2,16 @@
 
 wkv_t = (Σ_{i<t} e^{−(t−1−i)w + k_i} v_i + e^{u+k_t} v_t) / (Σ_{i<t} e^{−(t−1−i)w + k_i} + e^{u+k_t}), by channel.
 
-What a token finds of those before it are two sums, kept divided by e^p with p the largest exponent in them, so that no
-exponential has an argument above 0: the state is (a, b, p) with Σ e^… v = e^p a and Σ e^… = e^p b.
+What a token finds of those before it are two sums, kept divided by the largest exponential in them, so that none has an
+argument above 0: the state is (a, b, p, n) with Σ e^… v = e^{p − nw} a and Σ e^… = e^{p − nw} b, where p is a key as it
+was and n how many tokens ago. One number p, from which each token takes w, would be rounded at every token, within a
+power of two always the same way: over 4,096 tokens with keys of 60 the largest error was 1e-3.
 
 `step` is the recurrent form. `wkv` is the parallel one, with a gradient of its own: on a CPU one sweep of
 `native/wkv.cpp`, channels side by side; elsewhere chunks of tokens walk side by side, then are joined. The gradient is
 a sum of the same kind, from the last token to the first.
 
-Shapes: B rows, T tokens, D channels, C chunks of L tokens; a state is (B, 3, D) fp32.
+Shapes: B rows, T tokens, D channels, C chunks of L tokens; a state is (B, 4, D) fp32.
 """
 
 from __future__ import annotations
@@ -24,17 +26,19 @@ from torch.autograd.function import once_differentiable
 from allyouneed import core
 from allyouneed.nn import native
 
+Sums = tuple[Tensor, ...]  # a, b, p, n, all of one shape
+
 NOTHING = -1e38  # the exponent of an empty sum; −∞ would make NaN of differences
 CHUNK = 32  # tokens: of T = 1,024 as many as chunks, so that neither of the two loops is long
 
 
 def empty(rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
-    """The state of `rows` rows of which nothing was read: (rows, 3, dim).
+    """The state of `rows` rows of which nothing was read: (rows, 4, dim).
 
     >>> empty(1, 2)[0, :2].tolist()
     [[0.0, 0.0], [0.0, 0.0]]
     """
-    state = torch.zeros(rows, 3, dim, device=device)
+    state = torch.zeros(rows, 4, dim, device=device)
     state[:, 2] = NOTHING
     return state
 
@@ -46,11 +50,11 @@ def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Ten
     >>> step(w, u, k, v, empty(1, 2))[0].tolist()
     [[1.0, 1.0]]
     """
-    a, b, p = state.unbind(1)
+    a, b, p, n = state.unbind(1)
     k, v = k.to(state.dtype), v.to(state.dtype)
-    most = torch.maximum(p, u + k)
-    past, now = (p - most).exp(), (u + k - most).exp()
-    return (past * a + now * v) / (past * b + now), torch.stack(_next(a, b, p - w, k, v, torch.ones_like(v)), 1)
+    past, now = _weights(((p - k) - n * w) - u)
+    after = _joined(w, (a, b, p, n + 1), (v, torch.ones_like(v), k, torch.zeros_like(k)))
+    return (past * a + now * v) / (past * b + now), torch.stack(after, 1)
 
 
 def wkv(
@@ -71,7 +75,7 @@ def wkv(
         u: (D) what is added to the exponent of a token's own key.
         k: (B, T, D) keys.
         v: (B, T, D) values.
-        state: (B, 3, D) to begin from; None: nothing was read.
+        state: (B, 4, D) to begin from; None: nothing was read.
         begins: (B, T), or (1, T) for all rows, true at tokens that follow on `state`, not on the token before them.
         counts: (B), how many tokens of each row the state after it is to hold; None: all.
 
@@ -99,7 +103,7 @@ def _checked(
 ) -> Tensor | None:
     """`begins` of every row. What stands here the kernels rely on: they are given addresses and sizes, no shapes."""
     rows, length, dim = k.shape
-    assert v.shape == k.shape and w.shape == u.shape == (dim,) and state.shape == (rows, 3, dim)
+    assert v.shape == k.shape and w.shape == u.shape == (dim,) and state.shape == (rows, 4, dim)
     given = (w, u, v, state, *(x for x in (begins, counts) if x is not None))
     assert all(x.device == k.device for x in given), "all on one device"
     if counts is not None:
@@ -116,7 +120,7 @@ def _checked(
 
 
 class Read(NamedTuple):
-    """What the gradient needs of a pass: `states` (3, B, T, D) are a, b, p as each token found them."""
+    """What the gradient needs of a pass: `states` (3, B, T, D) are a, b and p − nw as each token found them."""
 
     w: Tensor
     u: Tensor
@@ -205,14 +209,13 @@ def _differentiate_natively(kernels: ctypes.CDLL, read: Read, gradient: Tensor) 
 def _read_in_chunks(
     w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, begins: Tensor | None, counts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    states, last = _scan(w, k, v, torch.ones_like(v), state, begins)
-    a, b, p = states
-    most = torch.maximum(p, u + k)
-    past, now = (p - most).exp_(), (u + k - most).exp_()
-    seen = (past * a + now * v) / (past * b + now)
+    found, last = _scan(w, k, v, torch.ones_like(v), state, begins)
+    a, b, p, n = found
+    past, now = _weights(((p - k) - n * w) - u)
+    seen, states = (past * a + now * v) / (past * b + now), torch.stack((a, b, p - n * w))
     if counts is None:
         return seen, last, states
-    after = torch.cat((states.permute(1, 2, 0, 3), last[:, None]), 1)  # by how many tokens were read
+    after = torch.cat((found.permute(1, 2, 0, 3), last[:, None]), 1)  # by how many tokens were read
     return seen, after[torch.arange(len(k), device=k.device), counts], states
 
 
@@ -222,16 +225,17 @@ def _differentiate_in_chunks(read: Read, gradient: Tensor) -> tuple[Tensor, ...]
     """
     w, k, v, begins = read.w, read.k, read.v, read.begins
     a, b, p = read.states
-    most = torch.maximum(p, read.u + k)
-    past, now = (p - most).exp_(), (read.u + k - most).exp_()
+    beyond = (p - k) - read.u
+    past, now = _weights(beyond)
+    most = torch.where(beyond > 0, p, read.u + k)
     scaled = gradient / (past * b + now)  # times e^most
     direct = now * scaled
     through = direct * (v - read.seen)
     turned = None if begins is None else torch.cat((begins[:, 1:], begins[:, :1]), 1).flip(1)
     nothing = empty(len(k), k.shape[2], k.device).to(k.dtype)
     sums, _ = _scan(w, -most.flip(1), scaled.flip(1), -(scaled * read.seen).flip(1), nothing, turned)
-    by_a, by_b, exponent = sums.flip(2)
-    later, decayed = (k + exponent).exp_(), (p - w + exponent).exp_()
+    by_a, by_b, exponent, n = sums.flip(2)
+    later, decayed = ((k + exponent) - n * w).exp_(), ((p + exponent) - (n + 1) * w).exp_()
     of_w = -(decayed * (by_a * a + by_b * b)).sum((0, 1))
     return of_w, through.sum((0, 1)), through + later * (by_a * v + by_b), direct + later * by_a
 
@@ -240,7 +244,7 @@ def _scan(
     w: Tensor, exponents: Tensor, first: Tensor, second: Tensor, state: Tensor, begins: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The decaying sums of e^exponent·first and e^exponent·second, all (B, T, D): as each token finds them,
-    (3, B, T, D), and after the last, (B, 3, D).
+    (4, B, T, D), and after the last, (B, 4, D).
 
     All chunks walk once from nothing, which gives each one's own share; the shares are joined from chunk to chunk; then
     all walk again from what came before them.
@@ -256,14 +260,17 @@ def _scan(
     start = tuple(x[:, None] for x in state.unbind(1))  # (B, 1, D)
     nothing = tuple(x[:, None] for x in empty(rows, dim, exponents.device).to(exponents.dtype).unbind(1))
 
-    def walk(sums: tuple[Tensor, ...], found: Tensor | None = None) -> tuple[Tensor, ...]:
+    def step(sums: Sums, *token: Tensor) -> Sums:
+        a, b, p, n = sums
+        return _joined(w, (a, b, p, n + 1), (*token, torch.zeros_like(n)))
+
+    def walk(sums: Sums, found: Tensor | None = None) -> Sums:
         for j in range(CHUNK):
             if marks is not None:
                 sums = tuple(torch.where(marks[:, :, j], s, x) for s, x in zip(start, sums, strict=True))
             if found is not None:
                 found[:, :, :, j] = torch.stack(sums)
-            a, b, p = sums
-            sums = _next(a, b, p - w, exponents[:, :, j], first[:, :, j], second[:, :, j])
+            sums = step(sums, *(x[:, :, j] for x in (first, second, exponents)))
         return sums
 
     own = walk(tuple(x.expand(exponents.shape[0], exponents.shape[1], dim) for x in nothing))
@@ -271,22 +278,27 @@ def _scan(
     sums, before = tuple(x[:, 0] for x in start), []
     for c in range(exponents.shape[1]):
         before.append(sums)
-        a, b, p = sums
-        mine_a, mine_b, mine_p = (x[:, c] for x in own)
-        sums = _next(a, b, p - CHUNK * w, mine_p, mine_a, mine_b)
+        (a, b, p, n), mine = sums, tuple(x[:, c] for x in own)
+        sums = _joined(w, (a, b, p, n + CHUNK), mine)
         if fresh is not None:
-            mine = (mine_a, mine_b, mine_p)
             sums = tuple(torch.where(fresh[:, c], m, s) for m, s in zip(mine, sums, strict=True))
-    found = exponents.new_empty(3, *exponents.shape)
+    found = exponents.new_empty(4, *exponents.shape)
     walk(tuple(torch.stack(x, 1) for x in zip(*before, strict=True)), found)
     states = found.flatten(2, 3)
-    a, b, p = states[:, :, length - 1]
-    last = _next(a, b, p - w, *(x.flatten(1, 2)[:, length - 1] for x in (exponents, first, second)))
+    last = step(tuple(states[:, :, length - 1]), *(x.flatten(1, 2)[:, length - 1] for x in (first, second, exponents)))
     return states[:, :, :length], torch.stack(last, 1)
 
 
-def _next(a: Tensor, b: Tensor, p: Tensor, k: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """e^p·(a, b) + e^k·(first, second), over e^most, and most = max(p, k)."""
-    most = torch.maximum(p, k)
-    past, now = (p - most).exp_(), (k - most).exp_()
-    return past * a + now * first, past * b + now * second, most
+def _joined(w: Tensor, one: Sums, other: Sums) -> Sums:
+    """The sum of two pairs of sums, with the larger of their exponents."""
+    difference = (one[2] - other[2]) - (one[3] - other[3]) * w
+    by_one, by_other = _weights(difference)
+    a, b = (by_one * x + by_other * y for x, y in zip(one[:2], other[:2], strict=True))
+    larger = difference > 0
+    p, n = (torch.where(larger, x, y) for x, y in zip(one[2:], other[2:], strict=True))
+    return a, b, p, n
+
+
+def _weights(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """e^x and e^y over the larger of them, by x − y."""
+    return difference.clamp(max=0).exp_(), (-difference).clamp_(max=0).exp_()

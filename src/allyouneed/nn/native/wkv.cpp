@@ -1,10 +1,11 @@
 // RWKV's weighted sum of values and its gradients in fp32, each in one sweep over the tokens of a row.
 // Holds the arithmetic only; what is checked, allocated and saved is nn/wkv.py's, where the symbols are explained.
 //
-// Sums are kept divided by e^p, p the largest exponent in them, so that no exponential has an argument above 0.
+// Sums are kept divided by e^(p − nw), the largest exponential in them, so that none has an argument above 0. Where
+// exponents are compared p comes first, as the key it was: of numbers near each other the difference is exact.
 //
-// Shapes: k, v, y (B, T, D); w, u (D); states three planes (B, T, D) – a, b, p as each token finds them –; before and
-// after (B, 3, D); begins (B, T) and counts (B) may be null. All contiguous. A group of channels goes to one thread.
+// Shapes: k, v, y (B, T, D); w, u (D); states three planes (B, T, D) – a, b, p − nw as each token finds them –; before
+// and after (B, 4, D); begins (B, T) and counts (B) may be null. All contiguous. A group of channels goes to one thread.
 
 #include <cstddef>
 #include <cstdint>
@@ -41,34 +42,42 @@ inline float exponential(float x) {
     return nothing ? 0.0f : sum * power;
 }
 
-inline float larger(float x, float y) { return x > y ? x : y; }
-
 struct Pair {  // e^(x − max), e^(y − max): one of them is 1
     float x, y;
 };
 
-inline Pair weights(float x, float y) {
-    const float small = exponential(x > y ? y - x : x - y);
-    return {x > y ? 1.0f : small, x > y ? small : 1.0f};
+inline Pair weights(float difference) {  // x − y
+    const float small = exponential(difference > 0 ? -difference : difference);
+    return {difference > 0 ? 1.0f : small, difference > 0 ? small : 1.0f};
 }
+
+struct Totals {  // over all tokens of a row, with what their rounding lost (Kahan 1965)
+    float sum[GROUP] = {}, lost[GROUP] = {};
+
+    void add(size_t i, float term) {
+        const float mended = term - lost[i], total = sum[i] + mended;
+        lost[i] = (total - sum[i]) - mended;
+        sum[i] = total;
+    }
+};
 
 struct Sizes {
     size_t B, T, D;
 };
 
 struct Sums {  // of one group of channels, in registers or the nearest cache
-    float a[GROUP], b[GROUP], p[GROUP];
+    float a[GROUP], b[GROUP], p[GROUP], n[GROUP];
 
-    void take(const float* state, size_t D, size_t from, size_t n) {
-        std::memcpy(a, state + from, n * sizeof(float));
-        std::memcpy(b, state + D + from, n * sizeof(float));
-        std::memcpy(p, state + 2 * D + from, n * sizeof(float));
+    void clear() {
+        for (size_t i = 0; i < GROUP; i++) a[i] = b[i] = n[i] = 0, p[i] = NOTHING;
     }
-    void give(float* state, size_t D, size_t from, size_t n) const { give(state, state + D, state + 2 * D, from, n); }
-    void give(float* to_a, float* to_b, float* to_p, size_t from, size_t n) const {
-        std::memcpy(to_a + from, a, n * sizeof(float));
-        std::memcpy(to_b + from, b, n * sizeof(float));
-        std::memcpy(to_p + from, p, n * sizeof(float));
+    void take(const float* state, size_t D, size_t from, size_t size) {
+        float* planes[] = {a, b, p, n};
+        for (size_t j = 0; j < 4; j++) std::memcpy(planes[j], state + j * D + from, size * sizeof(float));
+    }
+    void give(float* state, size_t D, size_t from, size_t size) const {
+        const float* planes[] = {a, b, p, n};
+        for (size_t j = 0; j < 4; j++) std::memcpy(state + j * D + from, planes[j], size * sizeof(float));
     }
 };
 
@@ -76,38 +85,43 @@ void read(const Sizes s, size_t row, size_t from, size_t n, const float* w, cons
           const float* v, const uint8_t* begins, const int64_t* counts, const float* before, float* after, float* y,
           float* states) {
     const size_t plane = s.B * s.T * s.D, count = counts ? (size_t)counts[row] : s.T;
-    before += row * 3 * s.D;
+    before += row * 4 * s.D, after += row * 4 * s.D;
     Sums sums;
     sums.take(before, s.D, from, n);
-    if (count == 0) sums.give(after + row * 3 * s.D, s.D, from, n);
+    if (count == 0) sums.give(after, s.D, from, n);
     for (size_t t = 0; t < s.T; t++) {
         if (begins && begins[row * s.T + t]) sums.take(before, s.D, from, n);
-        const size_t at = (row * s.T + t) * s.D;
-        if (states) sums.give(states + at, states + plane + at, states + 2 * plane + at, from, n);
-        const float *kt = k + at + from, *vt = v + at + from, *wt = w + from, *ut = u + from;
-        float* __restrict yt = y + at + from;
+        const size_t at = (row * s.T + t) * s.D + from;
+        const float *kt = k + at, *vt = v + at, *wt = w + from, *ut = u + from;
+        float* __restrict yt = y + at;
+        if (states) {
+            float *__restrict a = states + at, *__restrict b = a + plane, *__restrict p = b + plane;
+            for (size_t i = 0; i < n; i++) a[i] = sums.a[i], b[i] = sums.b[i], p[i] = sums.p[i] - sums.n[i] * wt[i];
+        }
 #pragma omp simd
         for (size_t i = 0; i < n; i++) {
-            const Pair now = weights(sums.p[i], ut[i] + kt[i]);
+            const float beyond = sums.p[i] - kt[i], age = sums.n[i] + 1;
+            const Pair now = weights((beyond - sums.n[i] * wt[i]) - ut[i]);
             yt[i] = (now.x * sums.a[i] + now.y * vt[i]) / (now.x * sums.b[i] + now.y);
-            const float decayed = sums.p[i] - wt[i];
-            const Pair kept = weights(decayed, kt[i]);
+            const float difference = beyond - age * wt[i];
+            const Pair kept = weights(difference);
             sums.a[i] = kept.x * sums.a[i] + kept.y * vt[i];
             sums.b[i] = kept.x * sums.b[i] + kept.y;
-            sums.p[i] = larger(decayed, kt[i]);
+            sums.p[i] = difference > 0 ? sums.p[i] : kt[i];
+            sums.n[i] = difference > 0 ? age : 0;
         }
-        if (t + 1 == count) sums.give(after + row * 3 * s.D, s.D, from, n);
+        if (t + 1 == count) sums.give(after, s.D, from, n);
     }
 }
 
-// a, b, p here are the derivatives of the loss by the sums after token t, and their exponent.
+// The sums here are the derivatives of the loss by those after token t, with their own exponents.
 void differentiate(const Sizes s, size_t row, size_t from, size_t n, const float* w, const float* u, const float* k,
                    const float* v, const uint8_t* begins, const float* y, const float* states, const float* gy,
                    float* gw, float* gu, float* gk, float* gv) {
     const size_t plane = s.B * s.T * s.D;
     Sums sums;
-    float of_w[GROUP] = {}, of_u[GROUP] = {};
-    for (size_t i = 0; i < n; i++) sums.a[i] = sums.b[i] = 0, sums.p[i] = NOTHING;
+    Totals of_w, of_u;
+    sums.clear();
     for (size_t t = s.T; t-- > 0;) {
         const size_t at = (row * s.T + t) * s.D + from;
         const float *a = states + at, *b = states + plane + at, *p = states + 2 * plane + at;
@@ -115,26 +129,26 @@ void differentiate(const Sizes s, size_t row, size_t from, size_t n, const float
         float *__restrict gkt = gk + at, *__restrict gvt = gv + at;
 #pragma omp simd
         for (size_t i = 0; i < n; i++) {
-            const float own = ut[i] + kt[i];
-            const Pair now = weights(p[i], own);
+            const float beyond = (p[i] - kt[i]) - ut[i], age = sums.n[i] + 1;
+            const Pair now = weights(beyond);
             const float scaled = gyt[i] / (now.x * b[i] + now.y), direct = now.y * scaled;
-            const float later = exponential(kt[i] + sums.p[i]), decayed = sums.p[i] - wt[i];
+            const float later = exponential((kt[i] + sums.p[i]) - sums.n[i] * wt[i]);
             const float through = direct * (vt[i] - yt[i]);
-            of_u[i] += through;
-            of_w[i] -= exponential(p[i] + decayed) * (sums.a[i] * a[i] + sums.b[i] * b[i]);
+            of_u.add(i, through);
+            of_w.add(i, exponential((p[i] + sums.p[i]) - age * wt[i]) * -(sums.a[i] * a[i] + sums.b[i] * b[i]));
             gvt[i] = direct + later * sums.a[i];
             gkt[i] = through + later * (sums.a[i] * vt[i] + sums.b[i]);
-            const float exponent = -larger(p[i], own);
-            const Pair kept = weights(decayed, exponent);
+            const float most = beyond > 0 ? p[i] : ut[i] + kt[i], difference = (sums.p[i] + most) - age * wt[i];
+            const Pair kept = weights(difference);
             sums.a[i] = kept.x * sums.a[i] + kept.y * scaled;
             sums.b[i] = kept.x * sums.b[i] - kept.y * scaled * yt[i];
-            sums.p[i] = larger(decayed, exponent);
+            sums.p[i] = difference > 0 ? sums.p[i] : -most;
+            sums.n[i] = difference > 0 ? age : 0;
         }
-        if (begins && begins[row * s.T + t])
-            for (size_t i = 0; i < n; i++) sums.a[i] = sums.b[i] = 0, sums.p[i] = NOTHING;
+        if (begins && begins[row * s.T + t]) sums.clear();
     }
-    std::memcpy(gw + row * s.D + from, of_w, n * sizeof(float));
-    std::memcpy(gu + row * s.D + from, of_u, n * sizeof(float));
+    std::memcpy(gw + row * s.D + from, of_w.sum, n * sizeof(float));
+    std::memcpy(gu + row * s.D + from, of_u.sum, n * sizeof(float));
 }
 
 template <class Work>
