@@ -9,6 +9,8 @@ from scipy import optimize
 from allyouneed.core.errors import InputError
 from allyouneed.evaluate import fits, frontiers, laws
 from allyouneed.evaluate.laws import BESIROGLU, HOFFMANN, KAPLAN, KAPLAN_STEPS, LAWS, TABLE, HoffmannLoss, PowerLaw
+from allyouneed.papers import scaling_laws
+from allyouneed.papers.base import Report
 
 BY_NAME = {law.name: law for law in LAWS}
 
@@ -142,8 +144,9 @@ def test_intervals_hold_the_truth_and_narrow_with_more_runs():
     def of(count: int) -> tuple[float, float]:
         x = np.logspace(1, 3, count)
         y = 5 * x**-0.3 * np.exp(0.05 * np.random.default_rng(0).standard_normal(count))
-        found = fits.intervals(np.stack((x, y), 1), fit)["exponent"]
-        return found.low, found.high
+        found, refused = fits.intervals(np.stack((x, y), 1), fit)
+        assert refused == 0
+        return found["exponent"].low, found["exponent"].high
 
     (low, high), (lower, higher) = of(200), of(20)
     assert low < -0.3 < high and lower < -0.3 < higher
@@ -151,16 +154,48 @@ def test_intervals_hold_the_truth_and_narrow_with_more_runs():
 
 
 def test_resamples_keep_their_strata_and_refused_ones_are_drawn_again():
-    runs, drawn = np.array([[1.0, 1], [2, 1], [3, 1], [10, 2], [20, 2], [30, 2]]), []
+    runs, drawn, asked = np.array([[1.0, 1], [2, 1], [3, 1], [10, 2], [20, 2], [30, 2]]), [], []
 
     def fit(sample: np.ndarray) -> dict[str, float]:
+        asked.append(sample)
         fits.different("test", x=sample[:3, 0])  # refuses a third of the resamples and more
         drawn.append(sample[:, 1].tolist())
         return {"mean": sample[:, 0].mean()}
 
-    found = fits.intervals(runs, fit, strata=runs[:, 1], resamples=50)
+    found, refused = fits.intervals(runs, fit, strata=runs[:, 1], resamples=50)
+    assert refused == len(asked) - 51 > 0
     assert found["mean"].low <= found["mean"].estimate == 11.0 <= found["mean"].high
     assert all(labels == [1, 1, 1, 2, 2, 2] for labels in drawn) and len(drawn) == 51
+
+
+# the verdict of `scaling_laws`, on made ladders
+
+
+def made(loss, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A ladder as large as that of the laptop size, and the largest run: N, D, L each, a nat of which is entropy."""
+    config = scaling_laws.PAPER.sizes["laptop"]
+    *sizes, last = [one.model.num_parameters(embeddings=False) for one in (*config.sizes, config.largest)]
+    N, D = np.array([*((n, d) for n in sizes for d in config.budgets), (last, config.largest_tokens)]).T
+    runs = np.column_stack((N, D, 1 + noisy(loss, N, D, seed, noise=0.02)))
+    return runs[:-1], runs[-1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "failing"),
+    [
+        (laws.KaplanLoss(N_c=2e3, D_c=3e4, alpha_N=0.3, alpha_D=0.4), None),
+        (lambda N, D: 0.5 * (3e4 / N) ** 0.2 * (6e5 / D) ** 0.2, "over that of a plane"),
+        (lambda N, D: 0.5 * (3e4 / N) ** 0.3, "of a law without D"),
+        (lambda N, D: 0.5 * (6e5 / D) ** 0.3, "ladders that the law can be fitted to"),
+    ],
+    ids=["Kaplan's law", "a product of powers", "size alone", "data alone"],
+)
+def test_the_rule_knows_kaplan_s_law_from_what_lacks_an_end_or_a_term(loss, failing: str | None, tmp_path):
+    report = Report(slug="scaling_laws", seeds=range(3), folder=tmp_path, evidence="small world", quiet=True)
+    ladders, largest = zip(*(made(loss, seed) for seed in range(3)), strict=True)
+    scaling_laws.judge(scaling_laws.PAPER.sizes["laptop"], report, ladders, np.array(largest), 1.0)
+    failed = [check.name for check in report.checks if check.passed is False]
+    assert any(failing in name for name in failed) if failing else not failed
 
 
 # bad input

@@ -108,8 +108,9 @@ def intervals(
     confidence: float = 0.95,
     resamples: int = 200,
     seed: int = 0,
-) -> dict[str, Interval]:
-    """Whatever numbers a fit gives, each with its percentile bootstrap interval over the runs (Efron 1979).
+) -> tuple[dict[str, Interval], int]:
+    """Whatever numbers a fit gives, each with its percentile bootstrap interval over the runs (Efron 1979), and how
+    many resamples the fit refused: where these are many, the intervals are of the agreeable ones.
 
     Args:
         runs: (n, …), what the fit is handed, one entry a run; a resample draws n of them anew.
@@ -123,20 +124,20 @@ def intervals(
     labels = np.zeros(len(runs)) if strata is None else np.asarray(strata)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     found: list[Mapping[str, float]] = []
+    refused = 0
     for _ in range(20 * resamples):
         chosen = np.concatenate([source.choice(group, len(group)) for group in groups])
         try:
             found.append(fit(runs[chosen]))
         except InputError:
-            continue
+            refused += 1
         if len(found) == resamples:
             break
     if len(found) < resamples:
         raise InputError(f"bootstrap: only {len(found)} of {20 * resamples} resamples could be fitted; give more runs")
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    return {
-        name: Interval(x, *map(float, np.quantile([one[name] for one in found], tails))) for name, x in estimate.items()
-    }
+    between = {name: map(float, np.quantile([one[name] for one in found], tails)) for name in estimate}
+    return {name: Interval(x, *between[name]) for name, x in estimate.items()}, refused
 
 
 def columns(what: str, **given: Column) -> list[np.ndarray]:

@@ -160,18 +160,23 @@ class _Runs:
 def _estimates(config: Config, report: Report, runs: _Runs) -> dict[str, Interval]:
     """a by each approach that gives an answer, with its interval; beside the published ones as a table."""
     found: dict[str, Interval] = {}
+    refused: dict[str, int] = {}
     for name in (*APPROACHES, "3, N without embeddings"):
         try:
-            found[name] = fits.intervals(
+            intervals, refused[name] = fits.intervals(
                 np.arange(len(runs.loss)),
                 lambda chosen, name=name: {"a": runs.frontier(name, chosen).exponent},  # type: ignore[misc]
                 strata=runs.budget,
                 resamples=config.resamples,
-            )["a"]
+            )
+            found[name] = intervals["a"]
         except InputError as error:
             report.note(f"Approach {name}: {error}.")
-    rows = [_exponents(f"here, {name}", one.estimate, (one.low, one.high)) for name, one in found.items()]
-    rows += [_exponents(law.name, law.frontier.exponent) for law in LAWS]
+    rows = [
+        _exponents(f"here, {name}", one.estimate, (one.low, one.high)) | {"resamples refused": refused[name]}
+        for name, one in found.items()
+    ]
+    rows += [_exponents(law.name, law.frontier.exponent) | {"resamples refused": None} for law in LAWS]
     report.table("exponents of N_opt ∝ C^a and D_opt ∝ C^b", rows)
     return found
 
