@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_each_rank_writes_its_slices_and_nobody_a_pickle(two_ranks):
     assert 0.8 < sizes[0] / sizes[1] < 1.25
 
 
-@pytest.mark.parametrize("spoil", [lambda p: os.truncate(p, 100), lambda p: p.unlink()])
+@pytest.mark.parametrize("spoil", [lambda p: os.truncate(p, 100), lambda p: os.truncate(p, 0), lambda p: p.unlink()])
 @pytest.mark.parametrize("name", ["model-00001.safetensors", "optimizer-00000.safetensors", "state.json", "SHA256SUMS"])
 def test_a_broken_slice_is_named_and_passed_over(two_ranks, tmp_path, capsys, name, spoil):
     shutil.copytree(two_ranks / "shard", tmp_path, dirs_exist_ok=True)
@@ -201,6 +202,12 @@ def test_a_disk_that_is_full_for_one_rank_stops_both_with_one_line(two_ranks, al
     run(built(seed=5), folder, settings(steps=SHORT))
     assert losses(folder) == pytest.approx(losses(alone["folder"] / "dense")[:SHORT], abs=1e-4)
     assert not list((folder / "checkpoints").glob(".*"))  # what was half-written is gone
+
+
+def test_a_run_that_fails_ends_when_its_last_checkpoint_is_on_disk(measured):
+    """So that one that goes on in the same process does not remove as half-written what is still being written."""
+    for rank in (0, 1):
+        assert json.loads((measured / f"failed-{rank}.json").read_text()) == ["step-00000002"]
 
 
 def test_a_split_model_is_exported_and_shown_whole(two_ranks, alone):
@@ -488,6 +495,29 @@ def full(folder: Path, rank: int) -> None:
         (folder / f"full-{rank}.txt").write_text(str(error))
 
 
+def failed(folder: Path, rank: int) -> None:
+    """What is there when a run on a slow disk fails a step after it saved."""
+    seal = saving.seal
+
+    def slowly(*given: Any) -> None:
+        time.sleep(1.0)
+        seal(*given)
+
+    def objective(module: nn.Module, batch: Any) -> Any:
+        objective.calls += 1
+        if objective.calls == 3:
+            raise InputError("no more")
+        return next_token(module, batch)
+
+    objective.calls, saving.seal = 0, slowly
+    with pytest.raises(InputError, match="no more"):
+        training = settings(mesh=MESHES["shard"], save_every=2)
+        train(built(), objective, batches(), training, folder=folder / "failed", quiet=True)
+    saving.seal = seal
+    names = sorted(path.name for path in (folder / "failed/checkpoints").iterdir())
+    (folder / f"failed-{rank}.json").write_text(json.dumps(names))
+
+
 def looked_at(folder: Path, rank: int) -> None:
     module, seen, ids = built(), [], batch_of(next_token)["ids"]
 
@@ -565,7 +595,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     where, me = Path(sys.argv[2]), int(os.environ["RANK"])
     programs: dict[str, Any] = {
-        "measure": (refused, gradients, reductions, memory),
+        "measure": (refused, gradients, reductions, memory, failed),
         "cross": (cross,),
         "train": (curves, epochs, moved, full, looked_at),
     }
