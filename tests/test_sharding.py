@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sharded_run import FAMILIES, MESHES, batch_of, batches, built, run, settings, sparse
+from sharded_run import BALANCED, FAMILIES, MESHES, batch_of, batches, built, run, settings, sparse
 from test_distributed import finish, launch
 from tiny_run import counting
 from torch import nn
@@ -30,7 +30,7 @@ from allyouneed.objectives.next_token import next_token
 from allyouneed.train import checkpoints as saving
 from allyouneed.train import sharding
 from allyouneed.train.checkpoints import Checkpoints
-from allyouneed.train.gradients import differentiate
+from allyouneed.train.gradients import Objective, differentiate
 from allyouneed.train.loop import train
 from allyouneed.train.mesh import Mesh
 from allyouneed.train.optimizers import Adafactor, AdamW
@@ -132,6 +132,16 @@ def test_the_loss_curve_is_that_of_one_process(two_ranks, alone, mesh):
     here, there = losses(alone["folder"] / ("sparse" if mesh == "expert" else "dense")), losses(two_ranks / mesh)
     assert len(here) == len(there) == 50 and here[-1] < here[0] - 0.5
     assert there == pytest.approx(here, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["importance_loss", "switch_loss", "z_loss", "busiest"])
+def test_experts_are_balanced_as_one_process_balances_them(two_ranks, alone, name):
+    """Over all tokens of the batch: no rank's own are."""
+    here, there = (
+        [row[name] for row in read(folder / "metrics.jsonl")]
+        for folder in (alone["folder"] / "sparse", two_ranks / "expert")
+    )
+    assert len(here) == 50 and there == pytest.approx(here, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +363,7 @@ def test_what_cannot_be_split():
         Mesh(tensor=2).check(built(hidden_dim=33))
     with pytest.raises(InputError, match=r"mesh\.tensor=2: no part of Linear can be split among ranks"):
         Mesh(tensor=2).check(nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"mesh\.expert=3 does not divide num_experts=4 of blocks\.0\.1"):
+    with pytest.raises(InputError, match=r"mesh\.expert=3 does not divide num_experts=4 of blocks\.0\.channel"):
         Mesh(expert=3).check(sparse())
     with pytest.raises(InputError, match="Adafactor cannot step slices of a tensor; choose AdamW"):
         run(built(), training=settings(optimizer=Adafactor.Config(), mesh=Mesh(shard=2)))
@@ -373,11 +383,14 @@ def gradients(folder: Path, rank: int) -> None:
     compare(folder, rank, names, MESHES)
 
 
-def compare(folder: Path, rank: int, names: dict[str, list[str]], meshes: dict[str, Mesh]) -> None:
-    """Gradients of families on meshes with those of one process."""
+def compare(
+    folder: Path, rank: int, names: dict[str, list[str]], meshes: dict[str, Mesh], given: Objective | None = None
+) -> None:
+    """Gradients of families on meshes with those of one process; of their own objectives, or the `given` one."""
     found = {}
     for family in names:
         config, objective = FAMILIES[family]
+        objective = given or objective
         batch = batch_of(objective)
         for name in names[family]:
             torch.manual_seed(0)
@@ -406,7 +419,7 @@ def compare(folder: Path, rank: int, names: dict[str, list[str]], meshes: dict[s
 
 
 def cross(folder: Path, rank: int) -> None:
-    compare(folder, rank, {"mixtral": list(CROSSED)}, CROSSED)
+    compare(folder, rank, {"mixtral": list(CROSSED)}, CROSSED, BALANCED)
     others = [*list(CROSSED)[1:], next(iter(CROSSED))]
     for name, other in zip(CROSSED, others, strict=True):
         for mesh, to in ((CROSSED[name], "gathered"), (CROSSED[other], "moved")):
