@@ -157,6 +157,10 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, Tiny]:
     """The folder of a run to its end, and its module."""
@@ -165,7 +169,7 @@ def finished(tmp_path_factory) -> tuple[Path, Tiny]:
     return folder, module
 
 
-@pytest.mark.parametrize("spoil", [truncate, flip, zero, Path.unlink])
+@pytest.mark.parametrize("spoil", [truncate, flip, zero, empty, Path.unlink])
 @pytest.mark.parametrize("name", FILES)
 def test_a_broken_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, finished, name, spoil):
     folder, module = finished
@@ -177,6 +181,25 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, fini
     (line,) = capsys.readouterr().err.splitlines()
     assert "step-00000012" in line and line.endswith("; passing over this checkpoint")
     assert saving.read_plain(Checkpoints(tmp_path / "checkpoints").newest())["run"]["step"] == 12  # whole again
+
+
+def test_what_no_digest_stands_for_is_not_taken(tmp_path, capsys, finished):
+    """Digests are written last: a machine that lost its power may have kept their file's name and not its content."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    newest, before = checkpoints.path(12), checkpoints.path(9)
+    lines = (newest / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (newest / "SHA256SUMS").write_text("".join(line for line in lines if "model" not in line))
+    flip(newest / "model.safetensors")
+    assert checkpoints.newest() == before
+    assert "model.safetensors: in the folder or in SHA256SUMS, but not in both" in capsys.readouterr().err
+
+
+def test_files_are_on_disk_before_their_folder_has_its_name(tmp_path, monkeypatch):
+    synced: list[str] = []
+    monkeypatch.setattr(saving, "sync", lambda path: synced.append(path.name))
+    saving.seal(tmp_path, {"run": {}}, {})
+    assert synced == ["state.json", "SHA256SUMS"]
 
 
 def test_broken_ones_ahead_do_not_count_among_those_kept(tmp_path, finished):

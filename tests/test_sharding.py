@@ -9,13 +9,14 @@ import re
 import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sharded_run import FAMILIES, MESHES, batch_of, batches, built, run, settings, sparse
+from sharded_run import BALANCED, FAMILIES, MESHES, batch_of, batches, built, run, settings, sparse
 from test_distributed import finish, launch
 from tiny_run import counting
 from torch import nn
@@ -29,7 +30,7 @@ from allyouneed.objectives.next_token import next_token
 from allyouneed.train import checkpoints as saving
 from allyouneed.train import sharding
 from allyouneed.train.checkpoints import Checkpoints
-from allyouneed.train.gradients import differentiate
+from allyouneed.train.gradients import Objective, differentiate
 from allyouneed.train.loop import train
 from allyouneed.train.mesh import Mesh
 from allyouneed.train.optimizers import Adafactor, AdamW
@@ -133,6 +134,16 @@ def test_the_loss_curve_is_that_of_one_process(two_ranks, alone, mesh):
     assert there == pytest.approx(here, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["importance_loss", "switch_loss", "z_loss", "busiest"])
+def test_experts_are_balanced_as_one_process_balances_them(two_ranks, alone, name):
+    """Over all tokens of the batch: no rank's own are."""
+    here, there = (
+        [row[name] for row in read(folder / "metrics.jsonl")]
+        for folder in (alone["folder"] / "sparse", two_ranks / "expert")
+    )
+    assert len(here) == 50 and there == pytest.approx(here, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "name", ["recomputed", "sliced", "deferred", "alone to shard", "shard to tensor", "tensor to shard"]
 )
@@ -178,7 +189,7 @@ def test_each_rank_writes_its_slices_and_nobody_a_pickle(two_ranks):
     assert 0.8 < sizes[0] / sizes[1] < 1.25
 
 
-@pytest.mark.parametrize("spoil", [lambda p: os.truncate(p, 100), lambda p: p.unlink()])
+@pytest.mark.parametrize("spoil", [lambda p: os.truncate(p, 100), lambda p: os.truncate(p, 0), lambda p: p.unlink()])
 @pytest.mark.parametrize("name", ["model-00001.safetensors", "optimizer-00000.safetensors", "state.json", "SHA256SUMS"])
 def test_a_broken_slice_is_named_and_passed_over(two_ranks, tmp_path, capsys, name, spoil):
     shutil.copytree(two_ranks / "shard", tmp_path, dirs_exist_ok=True)
@@ -201,6 +212,12 @@ def test_a_disk_that_is_full_for_one_rank_stops_both_with_one_line(two_ranks, al
     run(built(seed=5), folder, settings(steps=SHORT))
     assert losses(folder) == pytest.approx(losses(alone["folder"] / "dense")[:SHORT], abs=1e-4)
     assert not list((folder / "checkpoints").glob(".*"))  # what was half-written is gone
+
+
+def test_a_run_that_fails_ends_when_its_last_checkpoint_is_on_disk(measured):
+    """So that one that goes on in the same process does not remove as half-written what is still being written."""
+    for rank in (0, 1):
+        assert json.loads((measured / f"failed-{rank}.json").read_text()) == ["step-00000002"]
 
 
 def test_a_split_model_is_exported_and_shown_whole(two_ranks, alone):
@@ -346,7 +363,7 @@ def test_what_cannot_be_split():
         Mesh(tensor=2).check(built(hidden_dim=33))
     with pytest.raises(InputError, match=r"mesh\.tensor=2: no part of Linear can be split among ranks"):
         Mesh(tensor=2).check(nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"mesh\.expert=3 does not divide num_experts=4 of blocks\.0\.1"):
+    with pytest.raises(InputError, match=r"mesh\.expert=3 does not divide num_experts=4 of blocks\.0\.channel"):
         Mesh(expert=3).check(sparse())
     with pytest.raises(InputError, match="Adafactor cannot step slices of a tensor; choose AdamW"):
         run(built(), training=settings(optimizer=Adafactor.Config(), mesh=Mesh(shard=2)))
@@ -366,11 +383,14 @@ def gradients(folder: Path, rank: int) -> None:
     compare(folder, rank, names, MESHES)
 
 
-def compare(folder: Path, rank: int, names: dict[str, list[str]], meshes: dict[str, Mesh]) -> None:
-    """Gradients of families on meshes with those of one process."""
+def compare(
+    folder: Path, rank: int, names: dict[str, list[str]], meshes: dict[str, Mesh], given: Objective | None = None
+) -> None:
+    """Gradients of families on meshes with those of one process; of their own objectives, or the `given` one."""
     found = {}
     for family in names:
         config, objective = FAMILIES[family]
+        objective = given or objective
         batch = batch_of(objective)
         for name in names[family]:
             torch.manual_seed(0)
@@ -399,7 +419,7 @@ def compare(folder: Path, rank: int, names: dict[str, list[str]], meshes: dict[s
 
 
 def cross(folder: Path, rank: int) -> None:
-    compare(folder, rank, {"mixtral": list(CROSSED)}, CROSSED)
+    compare(folder, rank, {"mixtral": list(CROSSED)}, CROSSED, BALANCED)
     others = [*list(CROSSED)[1:], next(iter(CROSSED))]
     for name, other in zip(CROSSED, others, strict=True):
         for mesh, to in ((CROSSED[name], "gathered"), (CROSSED[other], "moved")):
@@ -488,6 +508,29 @@ def full(folder: Path, rank: int) -> None:
         (folder / f"full-{rank}.txt").write_text(str(error))
 
 
+def failed(folder: Path, rank: int) -> None:
+    """What is there when a run on a slow disk fails a step after it saved."""
+    seal = saving.seal
+
+    def slowly(*given: Any) -> None:
+        time.sleep(1.0)
+        seal(*given)
+
+    def objective(module: nn.Module, batch: Any) -> Any:
+        objective.calls += 1
+        if objective.calls == 3:
+            raise InputError("no more")
+        return next_token(module, batch)
+
+    objective.calls, saving.seal = 0, slowly
+    with pytest.raises(InputError, match="no more"):
+        training = settings(mesh=MESHES["shard"], save_every=2)
+        train(built(), objective, batches(), training, folder=folder / "failed", quiet=True)
+    saving.seal = seal
+    names = sorted(path.name for path in (folder / "failed/checkpoints").iterdir())
+    (folder / f"failed-{rank}.json").write_text(json.dumps(names))
+
+
 def looked_at(folder: Path, rank: int) -> None:
     module, seen, ids = built(), [], batch_of(next_token)["ids"]
 
@@ -565,7 +608,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     where, me = Path(sys.argv[2]), int(os.environ["RANK"])
     programs: dict[str, Any] = {
-        "measure": (refused, gradients, reductions, memory),
+        "measure": (refused, gradients, reductions, memory, failed),
         "cross": (cross,),
         "train": (curves, epochs, moved, full, looked_at),
     }

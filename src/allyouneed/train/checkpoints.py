@@ -108,24 +108,26 @@ def write(folder: Path, state: State) -> None:
 
 
 def seal(folder: Path, plain: State, sums: Mapping[str, str]) -> None:
-    """Add what has no tensors, and the digests of all files: `sums` are those of the others."""
+    """Add what has no tensors, and the digests of all files: `sums` are those of the others. Both are on disk then."""
     (folder / PLAIN).write_text(json.dumps(plain, indent=1) + "\n")
     sums = {**sums, PLAIN: sha256(folder / PLAIN)}
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    for name in (PLAIN, SUMS):
+        sync(folder / name)
 
 
 def check(folder: Path, ranks: Ranks = ALONE) -> None:
     """Hold the files against their digests; every rank takes some of them, and all come to the same end.
 
     Raises:
-        InputError: a file is missing or not what was written.
+        InputError: a file is missing, not what was written, or has no digest.
     """
     try:
-        lines, fault = read_text(folder / SUMS).splitlines(), ""
+        lines = [line.partition("  ") for line in read_text(folder / SUMS).splitlines()]
+        fault = _unpaired(folder, {name for _, _, name in lines})
     except InputError as error:
         lines, fault = [], str(error)
-    for line in lines[ranks.rank :: ranks.world]:
-        digest, _, name = line.partition("  ")
+    for digest, _, name in lines[ranks.rank :: ranks.world]:
         fault = fault or _fault(folder / name, digest)
     if fault := ranks.first(fault):
         raise InputError(fault)
@@ -241,6 +243,13 @@ def _read_tensors(path: Path, tree: State) -> None:
             whole = put(tree, name, tensor.new_empty(sizes.get(name, tensor.shape)))
             starts = zip(offsets.get(name, [0] * tensor.dim()), tensor.shape, strict=True)
             whole[tuple(slice(start, start + length) for start, length in starts)] = tensor
+
+
+def _unpaired(folder: Path, named: set[str]) -> str:
+    """The first file without a digest or digest without a file, if any: what was cut short vouches for nothing."""
+    there = {PLAIN, *(path.name for path in folder.iterdir())} - {SUMS}
+    unpaired = sorted(there ^ named)
+    return f"{folder / unpaired[0]}: in the folder or in {SUMS}, but not in both" if unpaired else ""
 
 
 def _fault(path: Path, digest: str) -> str:

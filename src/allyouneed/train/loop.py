@@ -7,8 +7,8 @@ is learned and from which data, the caller knows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -148,6 +148,7 @@ def train(
             Journal(folder if writes else None, run.step, callbacks if writes else ()) as journal,
             Progress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,
             sharding.recomputed(module, training.recompute),
+            run.saving(),
         ):
             while run.step < training.steps:
                 row = run.advance()
@@ -161,10 +162,9 @@ def train(
                 if checkpoints is not None and (signum or run.due(training.save_every)):
                     run.save(checkpoints)
                 if signum:
-                    run.finish()
+                    run.finish()  # before it is said
                     rest = "nothing was saved" if folder is None else f"saved in {folder}; the same call goes on"
                     raise Stopped(signum, f"stopped after step {run.step} of {training.steps}, {rest}")
-            run.finish()
         return Trained(run.step, run.seen, run.seconds, journal.rows, run.ema.weights if run.ema else None)
 
 
@@ -272,6 +272,19 @@ class _Run:
             self.saver.save(self.step, state)
         elif self.ranks.rank == 0:
             checkpoints.save(self.step, state)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within, a checkpoint may be under way; afterwards none is, unless a second SIGINT interrupts at once. So who
+        tries again in this process finds nothing half-written that is written yet.
+        """
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):  # what ended the run is said, not what came of it
+                self.finish()
+            raise
+        self.finish()
 
     def finish(self) -> None:
         """Until the last checkpoint is on disk."""
