@@ -133,7 +133,7 @@ def _masked(module: Any, tokenizer: Tokenizer, text: Corpus, rows: int, length: 
     """BERT's: some tokens hidden in two parts of a text, the second of which may be another text's."""
 
     def pairs(documents: Sequence[Document], seed: int) -> MaskedPairs:
-        ids = [tokenizer.encode_batch(sentences(d.text)) for d in documents]
+        ids = [[one for one in tokenizer.encode_batch(sentences(d.text)) if one] for d in documents]
         return MaskedPairs(ids, tokenizer, batch_size=rows, length=length, seed=seed)
 
     learned = pairs(text.train, seed)
