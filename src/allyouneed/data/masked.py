@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, V = vocab_size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,15 @@ from allyouneed.data.packing import IGNORED, Batch
 from allyouneed.data.tokenizers import Tokenizer
 
 Sentences = Sequence[Sequence[int]]  # a document's sentences, each a list of token ids
+
+
+def sentences(text: str) -> list[str]:
+    """A text's sentences, as far as points and empty lines tell them.
+
+    >>> sentences("One. Is this two? Yes\\nit is.\\n\\nA title\\n\\n3.5 is no end.")
+    ['One.', 'Is this two?', 'Yes\\nit is.', 'A title', '3.5 is no end.']
+    """
+    return [one for one in re.split(r"(?<=[.!?])\s+|\n\s*\n", text.strip()) if one.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
