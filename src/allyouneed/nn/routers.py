@@ -130,6 +130,13 @@ class Router(core.Configured, nn.Module):
         """(N, dim) -> the k experts that each token would go to."""
         raise NotImplementedError
 
+    @property
+    def smooth(self) -> frozenset[str]:
+        """Which sums of a `Routing` have a gradient in training: of `importance` and `load`. A count has none, nor has
+        the one gate of a token, which is 1 whatever the logits are.
+        """
+        return frozenset({"importance"} if self.k > 1 else ())
+
     def flops(self, reading: Reading) -> int:
         """Of one logit an expert."""
         return 2 * reading.tokens * self.weight.numel()
@@ -177,6 +184,11 @@ class Top1(Router):
             return 1
 
     config: Config
+
+    @property
+    def smooth(self) -> frozenset[str]:
+        """The gate is a probability among all experts."""
+        return frozenset({"importance"})
 
     def choose(self, x: Tensor) -> Choice:
         """(N, dim) -> the likeliest."""
@@ -243,6 +255,11 @@ class NoisyTopK(Router):
         """Zeros (app. A)."""
         for matrix in self.parameters(recurse=False):
             nn.init.zeros_(matrix)
+
+    @property
+    def smooth(self) -> frozenset[str]:
+        """Noise makes of the count a sum of chances."""
+        return super().smooth | {"load"}
 
     def choose(self, x: Tensor) -> Choice:
         """(N, dim) -> the k likeliest after noise."""
