@@ -18,6 +18,7 @@ from allyouneed.nn.capacity import Factor, PerRow, Unlimited, places
 from allyouneed.nn.moe import Experts, GatedExperts, MoE, active_parameters
 from allyouneed.nn.routers import Hierarchical, NoisyTopK, Router, Routing, Top1, Top2, TopK, noisy_top_k
 from allyouneed.objectives.balanced import LOSSES, Tally, balanced, tallied
+from allyouneed.objectives.loss import Loss
 from allyouneed.objectives.next_token import next_token
 
 ROUTERS = {
@@ -400,6 +401,30 @@ def test_losses_of_balance_are_refused_where_they_mean_nothing():
     for name in ("switch", "gshard"):
         with pytest.raises(InputError, match="hierarchical"):
             LOSSES[name](tally)
+
+
+@pytest.mark.parametrize("loss", ["importance", "load"])
+@pytest.mark.parametrize("name", [*ROUTERS, "noisy, one"])
+def test_a_loss_that_moves_no_router_is_refused_in_training(name, loss):
+    """By what autograd finds."""
+    module = layer(NoisyTopK.Config(k=1) if name == "noisy, one" else ROUTERS[name])
+    x = torch.randn(2, 40, 16, dtype=torch.double)
+
+    def plain(module: MoE, batch: dict[str, Tensor]) -> Loss:
+        return Loss(0.0 * module(batch["x"]).sum(), torch.tensor(80.0))
+
+    value = LOSSES[loss](Tally.of(module.router(x)))
+    parameters = list(module.router.parameters())
+    slopes = torch.autograd.grad(value, parameters, allow_unused=True) if value.requires_grad else ()
+    if any(slope is not None and slope.abs().max() > 1e-9 for slope in slopes):
+        assert balanced(plain, **{loss: 1.0})(module, {"x": x}).total.requires_grad
+        return
+    with pytest.raises(InputError, match=rf"the {loss} loss gives {type(module.router).__name__} .* no gradient"):
+        balanced(plain, **{loss: 1.0})(module, {"x": x})
+    balanced(plain, **{loss: 0.0})(module, {"x": x})
+    balanced(plain, **{loss: 1.0})(module.eval(), {"x": x})
+    with torch.no_grad():
+        assert balanced(plain, **{loss: 1.0})(module.train(), {"x": x}).total.isfinite()
 
 
 @pytest.mark.parametrize("weights", [{"switch": 1.0}, {"importance": 1.0}, {"importance": 1.0, "load": 1.0}])

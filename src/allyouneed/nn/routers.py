@@ -23,8 +23,9 @@ from allyouneed.nn.flops import Reading
 class Choice:
     """What a router wants, before anybody asks whether there is room.
 
-    `experts` (N, k) and `gates` (N, k), the likelier first; `logits` (N, E) without noise; `asked` (N, k), false where
-    a choice is not made use of, None: all are; `load` (E,), a smooth count of tokens, None: the count itself.
+    `experts` (N, k) and `gates` (N, k), the likelier first; `logits` (N, E), of the input as `Top1` has jittered it, but
+    without the noise that `NoisyTopK` adds to them; `asked` (N, k), false where a choice is not made use of, None: all
+    are; `load` (E,), a smooth count of tokens, None: the count itself.
     """
 
     experts: Tensor
@@ -130,6 +131,13 @@ class Router(core.Configured, nn.Module):
         """(N, dim) -> the k experts that each token would go to."""
         raise NotImplementedError
 
+    @property
+    def smooth(self) -> frozenset[str]:
+        """Which sums of a `Routing` have a gradient in training: of `importance` and `load`. A count has none, nor has
+        the one gate of a token, which is 1 whatever the logits are.
+        """
+        return frozenset({"importance"} if self.k > 1 else ())
+
     def flops(self, reading: Reading) -> int:
         """Of one logit an expert."""
         return 2 * reading.tokens * self.weight.numel()
@@ -177,6 +185,11 @@ class Top1(Router):
             return 1
 
     config: Config
+
+    @property
+    def smooth(self) -> frozenset[str]:
+        """The gate is a probability among all experts."""
+        return frozenset({"importance"})
 
     def choose(self, x: Tensor) -> Choice:
         """(N, dim) -> the likeliest."""
@@ -243,6 +256,11 @@ class NoisyTopK(Router):
         """Zeros (app. A)."""
         for matrix in self.parameters(recurse=False):
             nn.init.zeros_(matrix)
+
+    @property
+    def smooth(self) -> frozenset[str]:
+        """Noise makes of the count a sum of chances."""
+        return super().smooth | {"load"}
 
     def choose(self, x: Tensor) -> Choice:
         """(N, dim) -> the k likeliest after noise."""

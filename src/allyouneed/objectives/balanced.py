@@ -9,7 +9,7 @@ Shapes: N tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,7 +150,8 @@ def balanced(objective: Objective, **weights: float) -> Objective:
     the choices that found no place.
 
     Raises:
-        InputError: a loss of no such name, or a module without routers.
+        InputError: a loss of no such name, a module without routers, or, in training, a loss with a weight that gives
+            one of them no gradient.
 
     >>> from allyouneed.models import mixtral
     >>> from allyouneed.objectives.next_token import next_token
@@ -163,7 +164,11 @@ def balanced(objective: Objective, **weights: float) -> Objective:
         if name not in LOSSES:
             raise unknown("loss of balance", name, LOSSES)
 
+    wanted = [name for name, weight in weights.items() if weight]
+
     def loss(module: Any, batch: Mapping[str, Tensor]) -> Loss:
+        if torch.is_grad_enabled():
+            _refuse_idle(wanted, module)
         with tallied(module) as tallies:
             plain = objective(module, batch)
         if not tallies:
@@ -177,6 +182,18 @@ def balanced(objective: Objective, **weights: float) -> Objective:
         return replace(plain, total=plain.total + plain.weight * extra, metrics={**plain.metrics, **metrics})
 
     return loss
+
+
+def _refuse_idle(names: Iterable[str], module: nn.Module) -> None:
+    mends = {"importance": "take a larger k", "load": "take NoisyTopK"}
+    for router in module.modules():
+        if isinstance(router, Router) and router.training:
+            for name in names:
+                if name in mends and name not in router.smooth:
+                    kind = f"{type(router).__name__} with k={router.k}"
+                    raise InputError(
+                        f"the {name} loss gives {kind} no gradient; weigh switch instead, or {mends[name]}"
+                    )
 
 
 @contextmanager
