@@ -28,6 +28,7 @@ from allyouneed.nn import native
 from allyouneed.nn.caches import RecurrentState
 from allyouneed.nn.ffn import MLP
 from allyouneed.nn.recurrent import GRU, LSTM, Recurrent
+from allyouneed.nn.rwkv import Following
 from allyouneed.nn.sandwich import Sandwich
 from allyouneed.nn.wkv import empty, step, wkv
 from allyouneed.objectives.next_token import next_token
@@ -382,6 +383,21 @@ def test_a_cache_goes_back_to_where_it_stands(config: Decoder.Config) -> None:
         cache.mark()
         module(x[1:, :3], cache=cache)
         assert cache.rewind(14) == 12
+
+
+@torch.no_grad()
+def test_a_model_in_float64_computes_in_float64() -> None:
+    module = oracles.randomised(rwkv.EXAMPLE).double()
+    x, cache = ids(2, 60), module.new_cache(2, 0)
+    whole, pieces = module(x).logits, [module(piece, cache=cache).logits for piece in x.split([1, 33, 1, 25], 1)]
+    assert whole.dtype == torch.float64 and worst(torch.cat(pieces, 1), whole) <= 1e-10
+    mixer = module.blocks[0].mixer
+    inputs = torch.randn(1, 40, mixer.log_decay.numel(), dtype=torch.float64)
+    found = mixer(inputs, Following())[0]
+    shifted, _ = Following().shift(inputs)
+    r, k, v = (torch.lerp(shifted, inputs, mix) for mix in (mixer.mix_r, mixer.mix_k, mixer.mix_v))
+    seen = twin(mixer.log_decay.exp(), mixer.bonus, mixer.k(k), mixer.v(v))
+    assert worst(found, mixer.out(mixer.r(r).sigmoid() * seen)) <= 1e-10
 
 
 def test_the_paper_measures_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,8 @@ class TimeMix(core.Configured, nn.Module):
         """
         shifted, last = following.shift(x, before)
         r, k, v = (torch.lerp(shifted, x, mix) for mix in (self.mix_r, self.mix_k, self.mix_v))
-        seen, state = wkv.wkv(
-            self.log_decay.float().exp(), self.bonus, self.k(k), self.v(v), state, following.begins, following.counts
-        )
+        w = self.log_decay.to(torch.promote_types(self.log_decay.dtype, torch.float32)).exp()
+        seen, state = wkv.wkv(w, self.bonus, self.k(k), self.v(v), state, following.begins, following.counts)
         return self.out(self.r(r).sigmoid() * seen), last, state
 
     def flops(self, reading: Reading) -> int:
@@ -195,7 +194,7 @@ class RWKVBlock(core.Configured, nn.Module):
         """What it remembers of `rows` of which nothing was read; the same size for any `capacity`."""
         batch, device = len(rows.lengths), rows.lengths.device
         last = torch.zeros(batch, self.dim, dtype=dtype, device=device)
-        return RecurrentState(rows, last, last, wkv.empty(batch, self.dim, device))
+        return RecurrentState(rows, last, last, wkv.empty(batch, self.dim, device, dtype))
 
     def flops(self, reading: Reading) -> int:
         """Of its mixers."""

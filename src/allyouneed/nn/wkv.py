@@ -11,7 +11,7 @@ power of two always the same way: over 4,096 tokens with keys of 60 the largest 
 `native/wkv.cpp`, channels side by side; elsewhere chunks of tokens walk side by side, then are joined. The gradient is
 a sum of the same kind, from the last token to the first.
 
-Shapes: B rows, T tokens, D channels, C chunks of L tokens; a state is (B, 4, D) fp32.
+Shapes: B rows, T tokens, D channels, C chunks of L tokens; a state is (B, 4, D), fp32 or wider.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ NOTHING = -1e38  # the exponent of an empty sum; −∞ would make NaN of differ
 CHUNK = 32  # tokens: of T = 1,024 as many as chunks, so that neither of the two loops is long
 
 
-def empty(rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
-    """The state of `rows` rows of which nothing was read: (rows, 4, dim).
+def empty(rows: int, dim: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The state of `rows` rows of which nothing was read, for values of `dtype`, never less than fp32: (rows, 4, dim).
 
     >>> empty(1, 2)[0, :2].tolist()
     [[0.0, 0.0], [0.0, 0.0]]
     """
-    state = torch.zeros(rows, 4, dim, device=device)
+    state = torch.zeros(rows, 4, dim, device=device, dtype=torch.promote_types(dtype, torch.float32))
     state[:, 2] = NOTHING
     return state
 
@@ -87,7 +87,7 @@ def wkv(
     [1.0, 1.0]
     """
     if state is None:
-        state = empty(len(k), k.shape[2], k.device).to(torch.promote_types(k.dtype, torch.float32))
+        state = empty(len(k), k.shape[2], k.device, k.dtype)
     begins = _checked(w, u, k, v, state, begins, counts)
     dtype = v.dtype
     w, u, k, v = (x.to(state.dtype) for x in (w, u, k, v))
@@ -232,7 +232,7 @@ def _differentiate_in_chunks(read: Read, gradient: Tensor) -> tuple[Tensor, ...]
     direct = now * scaled
     through = direct * (v - read.seen)
     turned = None if begins is None else torch.cat((begins[:, 1:], begins[:, :1]), 1).flip(1)
-    nothing = empty(len(k), k.shape[2], k.device).to(k.dtype)
+    nothing = empty(len(k), k.shape[2], k.device, k.dtype)
     sums, _ = _scan(w, -most.flip(1), scaled.flip(1), -(scaled * read.seen).flip(1), nothing, turned)
     by_a, by_b, exponent, n = sums.flip(2)
     later, decayed = ((k + exponent) - n * w).exp_(), ((p + exponent) - (n + 1) * w).exp_()
@@ -258,7 +258,7 @@ def _scan(
     exponents, first, second = (x.unflatten(1, (-1, CHUNK)) for x in (exponents, first, second))  # (B, C, L, D)
     marks = None if begins is None else begins.unflatten(1, (-1, CHUNK))[..., None]
     start = tuple(x[:, None] for x in state.unbind(1))  # (B, 1, D)
-    nothing = tuple(x[:, None] for x in empty(rows, dim, exponents.device).to(exponents.dtype).unbind(1))
+    nothing = tuple(x[:, None] for x in empty(rows, dim, exponents.device, exponents.dtype).unbind(1))
 
     def step(sums: Sums, *token: Tensor) -> Sums:
         a, b, p, n = sums
