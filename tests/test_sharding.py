@@ -22,7 +22,7 @@ from tiny_run import counting
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, RankLostError
 from allyouneed.core.metrics import read
 from allyouneed.data.batches import Epochs
 from allyouneed.models.checkpoints.loading import load_module, save
@@ -49,6 +49,11 @@ CROSSED = {
     "expert by shard": Mesh(expert=2, shard=2),
     "expert by tensor": Mesh(expert=2, tensor=2),
     "data by expert": Mesh(data=2, expert=2),
+}
+FULL = {  # mesh, and after how many steps there is something to log
+    "log of copies": (Mesh(data=2), 1),
+    "checkpoint of copies": (Mesh(data=2), 50),
+    "log of slices": (Mesh(shard=2), 1),
 }
 WIDER: dict[str, Any] = {"dim": 32, "vocab_size": 64, "hidden_dim": 64}
 
@@ -212,6 +217,17 @@ def test_a_disk_that_is_full_for_one_rank_stops_both_with_one_line(two_ranks, al
     run(built(seed=5), folder, settings(steps=SHORT))
     assert losses(folder) == pytest.approx(losses(alone["folder"] / "dense")[:SHORT], abs=1e-4)
     assert not list((folder / "checkpoints").glob(".*"))  # what was half-written is gone
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_disk_that_is_full_for_the_first_rank_stops_both_with_one_line(two_ranks, case):
+    """Who only hears of it says what the first says, log or checkpoint, slices or none."""
+    lines = [(two_ranks / f"full for the first, {case}-{rank}.txt").read_text() for rank in (0, 1)]
+    assert lines[0] == lines[1] and "\n" not in lines[0]
+    name = "metrics.jsonl" if "log" in case else "step-00000010"
+    assert re.search(rf"{name}: cannot be written: .*File too large.*; the last checkpoint stands", lines[0])
+    folder = two_ranks / f"full for the first, {case}"
+    assert Checkpoints(folder / "checkpoints").newest() == folder / "checkpoints/step-00000005"
 
 
 def test_a_run_that_fails_ends_when_its_last_checkpoint_is_on_disk(measured):
@@ -490,22 +506,28 @@ def moved(folder: Path, rank: int) -> None:
 
 
 def full(folder: Path, rank: int) -> None:
-    """From the eighth step on rank 1 cannot write."""
+    fill(folder / "full", rank, 1, MESHES["shard"], 1)
+    for case, (mesh, log_every) in FULL.items():
+        fill(folder / f"full for the first, {case}", rank, 0, mesh, log_every)
+
+
+def fill(folder: Path, rank: int, filled: int, mesh: Mesh, log_every: int) -> None:
+    """From the eighth step on the rank `filled` cannot write."""
     calls, limits = 0, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def objective(module: nn.Module, batch: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 8 and rank == 1:
+        if calls == 8 and rank == filled:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         return next_token(module, batch)
 
     try:
-        training = settings(mesh=MESHES["shard"], save_every=5)
-        train(built(), objective, batches(), training, folder=folder / "full", quiet=True)
-    except InputError as error:
+        training = settings(mesh=mesh, save_every=5, log_every=log_every)
+        train(built(), objective, batches(), training, folder=folder, quiet=True)
+    except (InputError, RankLostError) as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        (folder / f"full-{rank}.txt").write_text(str(error))
+        folder.with_name(f"{folder.name}-{rank}.txt").write_text(str(error))
 
 
 def failed(folder: Path, rank: int) -> None:

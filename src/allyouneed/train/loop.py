@@ -34,6 +34,8 @@ from allyouneed.train.schedules import Constant, Cosine, InverseSquareRoot, Line
 # when a run is taken up
 MAY_CHANGE = {"steps", "accumulate", "log_every", "evaluate_every", "save_every", "keep", "mesh", "recompute"}
 
+FAULT = 1 << 8  # among numbers of signals, that something went wrong
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training(core.Config):
@@ -141,24 +143,29 @@ def train(
         run = _Run(module, objective, batches, training, ranks, checkpoints)
         if checkpoints is not None and resume:
             run.take_up(checkpoints)
-        if checkpoints is not None and writes:
-            checkpoints.tidy(run.step) if resume else checkpoints.clear()
-        run.show(snapshot)
+        with ranks.alike():
+            if checkpoints is not None and writes:
+                checkpoints.tidy(run.step) if resume else checkpoints.clear()
+            journal = Journal(folder if writes else None, run.step, callbacks if writes else ())
         with (
-            Journal(folder if writes else None, run.step, callbacks if writes else ()) as journal,
+            journal,
             Progress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,
             sharding.recomputed(module, training.recompute),
             run.saving(),
         ):
+            run.show(snapshot)
+            run.heard(0)
             while run.step < training.steps:
                 row = run.advance()
                 run.show(snapshot)  # before the checkpoint, so that none is missing after a kill
                 progress.update(loss=row["loss"], **{f"{run.unit}/s": int(run.seen / row["seconds"])})
+                logged = run.due(training.log_every)
                 if evaluate is not None and run.due(training.evaluate_every):
-                    journal.record(row | run.evaluated(evaluate))
-                elif run.due(training.log_every):
-                    journal.record(row)
-                signum = ranks.any(interrupts.received)
+                    row, logged = row | run.evaluated(evaluate), True
+                if logged:
+                    with run.noting():
+                        journal.record(row)
+                signum = run.heard(interrupts.received)
                 if checkpoints is not None and (signum or run.due(training.save_every)):
                     run.save(checkpoints)
                 if signum:
@@ -203,6 +210,7 @@ class _Run:
         self.optimizer: torch.optim.Optimizer = training.optimizer.build(module)
         self.ema = None if training.ema is None else Ema(module, training.ema)
         self.step, self.seen, self.unit = 0, 0, "targets"
+        self.fault = ""  # what this rank noted
         self.began = time.perf_counter()
         randomness.begin(training.seed, ranks)
 
@@ -235,6 +243,25 @@ class _Run:
         facts = {"lr": lr, "grad_norm": measured.norm, self.unit: self.seen, "seconds": self.seconds}
         return {"step": self.step, **measured.means, **facts}
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Within, what goes wrong for this rank alone is noted; all raise it when they are `heard`."""
+        try:
+            yield
+        except InputError as error:
+            self.fault = self.fault or str(error)
+
+    def heard(self, signum: int) -> int:
+        """The signal that any rank received, 0 for none. What was noted is told in the same message, being rare.
+
+        Raises:
+            InputError: a rank noted one; on all of them.
+        """
+        raised = self.ranks.any(FAULT if self.fault else signum)
+        if raised == FAULT:
+            raise InputError(self.ranks.first(self.fault))
+        return raised
+
     def show(self, snapshot: Callable[[int, nn.Module], None] | None) -> None:
         """Hand the module to who wants to look at it, on the first rank."""
         wanted = getattr(snapshot, "wants", None)
@@ -242,7 +269,8 @@ class _Run:
             return
         module = sharding.whole(self.module)
         if self.ranks.rank == 0:
-            snapshot(self.step, module)
+            with self.noting():
+                snapshot(self.step, module)
 
     def evaluated(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> Row:
         """What `evaluate` measures on the module, or on the moving average of its weights if there is one."""
@@ -270,8 +298,10 @@ class _Run:
         }
         if self.saver is not None:
             self.saver.save(self.step, state)
-        elif self.ranks.rank == 0:
-            checkpoints.save(self.step, state)
+        else:
+            with self.ranks.alike():
+                if self.ranks.rank == 0:
+                    checkpoints.save(self.step, state)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

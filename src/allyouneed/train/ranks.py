@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from allyouneed.core.errors import RankLostError
+from allyouneed.core.errors import InputError, RankLostError
 
 PATIENCE = timedelta(minutes=10)  # for a rank that is alive but silent; one that died is noticed at once
 Value = TypeVar("Value")
@@ -109,6 +109,21 @@ class Ranks:
         lines = [""] * self.world
         dist.all_gather_object(lines, line)
         return next((found for found in lines if found), "")
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Within, what is wrong for one rank is raised on all of them at the end, for the price of a message.
+
+        Raises:
+            InputError: the first rank's that has one.
+        """
+        line = ""
+        try:
+            yield
+        except InputError as error:
+            line = str(error)
+        if line := self.first(line):
+            raise InputError(line)
 
     @contextmanager
     def together(self) -> Iterator[None]:
