@@ -23,9 +23,9 @@ from allyouneed.nn.flops import Reading
 class Choice:
     """What a router wants, before anybody asks whether there is room.
 
-    `experts` (N, k) and `gates` (N, k), the likelier first; `logits` (N, E), of the input as `Top1` has jittered it, but
-    without the noise that `NoisyTopK` adds to them; `asked` (N, k), false where a choice is not made use of, None: all
-    are; `load` (E,), a smooth count of tokens, None: the count itself.
+    `experts` (N, k) and `gates` (N, k), the likelier first; `logits` (N, E), of the input as `Top1` has jittered it,
+    but without the noise that `NoisyTopK` adds to them; `asked` (N, k), false where a choice is not made use of, None:
+    all are; `load` (E,), a smooth count of tokens, None: the count itself.
     """
 
     experts: Tensor
