@@ -9,7 +9,7 @@ from scipy import optimize
 from allyouneed.core.errors import InputError
 from allyouneed.evaluate import fits, frontiers, laws
 from allyouneed.evaluate.laws import BESIROGLU, HOFFMANN, KAPLAN, KAPLAN_STEPS, LAWS, TABLE, HoffmannLoss, PowerLaw
-from allyouneed.papers import scaling_laws
+from allyouneed.papers import chinchilla, ladders, scaling_laws
 from allyouneed.papers.base import Report
 
 BY_NAME = {law.name: law for law in LAWS}
@@ -196,6 +196,32 @@ def test_the_rule_knows_kaplan_s_law_from_what_lacks_an_end_or_a_term(loss, fail
     scaling_laws.judge(scaling_laws.PAPER.sizes["laptop"], report, ladders, np.array(largest), 1.0)
     failed = [check.name for check in report.checks if check.passed is False]
     assert any(failing in name for name in failed) if failing else not failed
+
+
+# the verdict of `chinchilla`, on made runs
+
+
+@pytest.mark.parametrize(
+    ("law", "failing"),
+    [
+        (HoffmannLoss(E=0.76, A=78.0, B=610.0, alpha=0.6, beta=0.6), set()),
+        (HoffmannLoss(E=0.76, A=0.92, B=6.0e6, alpha=0.15, beta=1.35), {"a, approach 3, parametric fit"}),
+    ],
+    ids=["a is a half", "a is 0.9"],
+)
+def test_chinchilla_s_rule_passes_where_a_is_a_half_and_fails_where_it_is_not(law, failing, tmp_path, monkeypatch):
+    def learn(config, world, member, seed, folder) -> dict[str, list[float]]:
+        tokens = [member.training.steps * config.batch_tokens * i // 16 for i in range(4, 17)]
+        chance = np.random.default_rng([seed, *tokens, member.model.dim]).standard_normal(len(tokens))
+        losses = [law(member.model.num_parameters(), D) + 0.005 * x for D, x in zip(tokens, chance, strict=True)]
+        return {"tokens": tokens, "losses": losses}
+
+    monkeypatch.setattr(ladders, "learn", learn)
+    report = Report(slug="chinchilla", seeds=range(3), folder=tmp_path, evidence="small world", quiet=True)
+    chinchilla.run(chinchilla.PAPER.sizes["laptop"].replace(resamples=12), report)
+    outcomes = {check.name: check.passed for check in report.checks}
+    assert "a, approach 2 minus approach 3" in outcomes
+    assert all(outcomes.values()) if not failing else failing <= {name for name in outcomes if outcomes[name] is False}
 
 
 # bad input

@@ -3,18 +3,20 @@
 arXiv:2203.15556.
 
 Claim   For a budget C of training, parameters and tokens should grow alike, N_opt ∝ C^a and D_opt ∝ C^b with a and b
-        about 0.5, and not as Kaplan et al. advise, a = 0.73. Three ways to estimate a agree: the envelope of training
-        curves, the minima of IsoFLOP profiles, a parametric fit of the loss.
+        about 0.5, and not as Kaplan et al. advise, a = 0.73. Two ways to estimate a agree: the minima of IsoFLOP
+        profiles and a parametric fit of the loss, the paper's second and third approach.
 Here    Decoders of GPT-2's block learn words that follow Zipf's law and are spelled by lot (`data.lexicon`), a new text
         at every step, so that nothing is seen twice. Each budget is spent on every size, with a cosine that ends with
-        the budget; FLOPs are counted part by part. All three approaches are fitted to the same runs, and their
-        intervals are of drawing these runs anew, within each budget. The second and the third are judged; the first can
-        only answer with a size that was tried, and with six of them says little more than that a is above 0.
+        the budget; FLOPs are counted part by part. All approaches are fitted to the same runs, and their intervals are
+        of drawing these runs anew, within each budget. The second and the third are judged, each by itself and by their
+        difference on the same draws. The first, the envelope of training curves, can only answer with a size that was
+        tried: with seven of them it is shown and not judged, and that it agrees too is not claimed.
 Apart   A source whose rules are independent words instead of language, a two-hundredth and less of the paper's smallest
-        model, a factor of sixteen of compute instead of three hundred. One size's learning rate is a constant over its
+        model, a factor of eight of compute instead of three hundred. One size's learning rate is a constant over its
         width and not tuned for each budget. That the exponents of one source are those of another is not to be had from
         this, nor the ratio of tokens to parameters. Chinchilla's and Gopher's relative positions (Dai et al. 2019) are
-        rotary ones here, without their matrix a layer, 5.4 and 21.5 billion parameters.
+        rotary ones here, without their matrix a layer, 5.4 and 21.5 billion parameters. Sizes and budgets were chosen
+        by single runs with the first of the seeds.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Config(ladders.Words):
     ratios: tuple[float, float] = (2.0, 400.0)  # tokens a parameter, of a run: least and most
     resamples: int = 200
     near: float = 0.15  # the whole interval of a, by approaches 2 and 3: so near to 0.5, and so below 0.73
+    apart: float = 0.15  # the whole interval of a by approach 2 minus a by approach 3: nearer to 0
 
 
 def run(config: Config, report: Report) -> None:
@@ -87,8 +90,10 @@ def run(config: Config, report: Report) -> None:
                 above=0.5 - config.near,
                 below=0.5 + config.near,
             )
-    answered = sum(name in estimates for name in APPROACHES)
-    report.check("approaches that give an answer", answered, above=len(APPROACHES) - 1)
+    if all(name in estimates for name in JUDGED):
+        _agreement(config, report, table)
+    answered = sum(name in estimates for name in JUDGED)
+    report.check("approaches that give an answer", answered, above=len(JUDGED) - 1)
     profiles = _profiles(config, report, table)
     inside = sum(one.inside for one in profiles)
     report.check("budgets whose best size lies among those tried", inside, above=len(config.budgets) - 1)
@@ -179,6 +184,25 @@ def _estimates(config: Config, report: Report, runs: _Runs) -> dict[str, Interva
     rows += [_exponents(law.name, law.frontier.exponent) | {"resamples refused": None} for law in LAWS]
     report.table("exponents of N_opt ∝ C^a and D_opt ∝ C^b", rows)
     return found
+
+
+def _agreement(config: Config, report: Report, runs: _Runs) -> None:
+    """a by approach 2 and by approach 3, of the same draws of runs: their errors are not independent."""
+
+    def difference(chosen: np.ndarray) -> dict[str, float]:
+        second, third = (runs.frontier(name, chosen).exponent for name in JUDGED)
+        return {"difference": second - third}
+
+    found, _ = fits.intervals(np.arange(len(runs.loss)), difference, strata=runs.budget, resamples=config.resamples)
+    one = found["difference"]
+    report.check(
+        "a, approach 2 minus approach 3",
+        one.estimate,
+        interval=(one.low, one.high),
+        method="95 % bootstrap interval over runs",
+        above=-config.apart,
+        below=config.apart,
+    )
 
 
 def _profiles(config: Config, report: Report, runs: _Runs) -> list[frontiers.Profile]:
@@ -273,7 +297,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 32},
+    minutes={"smoke": 0.2, "laptop": 28},
     sizes={
         "smoke": Config(
             sizes=tuple(ladders.small(dim, 1, vocab_size=8, length=12) for dim in (8, 12, 16, 24, 32, 48)),
@@ -286,8 +310,9 @@ PAPER = Paper(
             resamples=2,
         ),
         "laptop": Config(
-            sizes=tuple(ladders.small(dim) for dim in (16, 24, 32, 48, 64, 96)),
-            budgets=(6e10, 1.2e11, 2.4e11, 4.8e11, 9.6e11),
+            sizes=tuple(ladders.small(dim) for dim in (16, 20, 24, 32, 48, 64, 96)),
+            budgets=(6e10, 1.2e11, 2.4e11, 4.8e11),
+            ratios=(1.0, 400.0),
             world=Lexicon.Config(letters=32, length=6, words=2**17, exponent=1.3),
         ),
         "paper": Config(
