@@ -94,8 +94,8 @@ def _forward(
     FACTOR: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: its output (T, D) and the logsumexp of its scores."""
-    row, head = (tl.program_id(1) // num_heads).to(tl.int64), (tl.program_id(1) % num_heads).to(tl.int64)
-    rows, dims = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, D)
+    row, head = (tl.program_id(0) // num_heads).to(tl.int64), (tl.program_id(0) % num_heads).to(tl.int64)
+    rows, dims = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, D)
     query = _tile(q + row * q_row + head * q_head, rows, q_token, dims, length, head_dim).to(FACTOR)
     k += row * k_row + head // sharing * k_head
     v += row * v_row + head // sharing * v_head
@@ -127,7 +127,7 @@ def _forward(
         highest = raised
     sum_ = tl.where(sum_ == 0.0, 1.0, sum_)
     inside = rows < length
-    tl.store(level + tl.program_id(1).to(tl.int64) * length + rows, (highest + tl.log2(sum_)) / LOG2_E, mask=inside)
+    tl.store(level + tl.program_id(0).to(tl.int64) * length + rows, (highest + tl.log2(sum_)) / LOG2_E, mask=inside)
     at = ((row * length + rows[:, None]) * num_heads + head) * head_dim + dims[None, :]
     tl.store(out + at, gathered / sum_[:, None], mask=inside[:, None] & (dims[None, :] < head_dim))
 
@@ -141,9 +141,9 @@ def _gather_queries(
     FACTOR: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: dQ = scale · dS K."""
-    row, head = (tl.program_id(1) // num_heads).to(tl.int64), (tl.program_id(1) % num_heads).to(tl.int64)
-    rows, dims = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, D)
-    inside, line = rows < length, tl.program_id(1).to(tl.int64) * length + rows
+    row, head = (tl.program_id(0) // num_heads).to(tl.int64), (tl.program_id(0) % num_heads).to(tl.int64)
+    rows, dims = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, D)
+    inside, line = rows < length, tl.program_id(0).to(tl.int64) * length + rows
     at = ((row * length + rows[:, None]) * num_heads + head) * head_dim + dims[None, :]
     query = _tile(q + row * q_row + head * q_head, rows, q_token, dims, length, head_dim).to(FACTOR)
     do = tl.load(gradient + at, mask=inside[:, None] & (dims[None, :] < head_dim), other=0.0).to(FACTOR)
@@ -184,8 +184,8 @@ def _gather_keys(
 ):  # fmt: skip
     """One block of keys, over all heads of queries that share it: dV = Pᵀ dO, dK = scale · dSᵀ Q. Tiles lie N × M."""
     num_kv_heads = num_heads // sharing
-    row, kv_head = (tl.program_id(1) // num_kv_heads).to(tl.int64), (tl.program_id(1) % num_kv_heads).to(tl.int64)
-    columns, dims = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, D)
+    row, kv_head = (tl.program_id(0) // num_kv_heads).to(tl.int64), (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    columns, dims = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, D)
     key = _tile(k + row * k_row + kv_head * k_head, columns, k_token, dims, total, head_dim).to(FACTOR)
     value = _tile(v + row * v_row + kv_head * v_head, columns, v_token, dims, total, head_dim).to(FACTOR)
     bounds += row * length
@@ -193,7 +193,7 @@ def _gather_keys(
     for start in range(0, length, M):
         first, last, shared_first, shared_last = _bounds(bounds, start + tl.arange(0, M), length, step, SHARED)
         low, high = _reach(first, last, shared_first, shared_last, total)
-        if (low < tl.program_id(0) * N + N) & (high > tl.program_id(0) * N):
+        if (low < tl.program_id(1) * N + N) & (high > tl.program_id(1) * N):
             begin, end = tl.minimum(begin, start), start + M
     if SLOPES:
         key_place = tl.load(key_places + row * total + columns, mask=columns < total, other=0)
@@ -298,7 +298,7 @@ def _arguments(
     }
 
     def grid(count: int, block: str, columns: int) -> Any:
-        return lambda chosen: (triton.cdiv(count, chosen[block]), batch * columns)
+        return lambda chosen: (batch * columns, triton.cdiv(count, chosen[block]))  # CUDA's y axis ends at 65,535
 
     return grid, (*told, *strides, *sizes), constants
 
