@@ -179,7 +179,7 @@ def test_laws_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("laws", "--compute", "1e21", capsys=capsys)
     assert code == 0 and max(map(len, out.splitlines())) <= 120
     for row in (
-        ("Kaplan", "4.68 B", "5.37", "1.86"),  # 4.68 and 2.86: Hoffmann et al. 2022, sec. D.4
+        ("Kaplan", "4.68 B", "2.43", "5.37", "1.86"),  # 4.68 and 2.86: Hoffmann et al. 2022, sec. D.4; L: eq. 1.3
         ("Hoffmann 1", "2.86 B", "3.15", "3.18"),
         ("Hoffmann 2", "2.82 B", "3.09", "3.24"),
         ("Hoffmann 3", "2.22 B", "2.86", "3.50"),
@@ -197,6 +197,9 @@ def test_laws_as_json_say_what_follows_from_two_numbers(capsys: pytest.CaptureFi
     assert told["yours"][1]["loss"] == round(
         1.69337368 + 406.401018 / 70e9**0.33917084 + 410.722827 / 1.4e12**0.2849083, 4
     )
+    assert [row["at_convergence"] for row in told["yours"]] == [True, False, False]
+    shown = run("laws", "--parameters", "70e9", "--tokens", "1.4e12", capsys=capsys)[1]
+    assert shown.count("Kaplan, at convergence ") == 1
     assert len(told["laws"]) == 5 and all(row["source"] for row in told["laws"])
     alone = json.loads(run("laws", "--compute", "1e21", "--parameters", "1e9", "--json", capsys=capsys)[1])
     assert alone["yours"][0]["tokens"] == 1e21 / 6e9
@@ -209,6 +212,9 @@ def test_laws_as_json_say_what_follows_from_two_numbers(capsys: pytest.CaptureFi
     [
         ((), "give one or two of --compute, --parameters and --tokens"),
         (("--compute", "1e3"), "compute=1000: by the law 'Kaplan' that is for"),
+        (("--parameters", "1e200"), "parameters=1e+200: the compute for it is more than the largest number there is"),
+        (("--parameters", "1e200", "--tokens", "1e200"), "parameters=1e+200, tokens=1e+200: C = 6ND leaves no number"),
+        (("--compute", "1e21", "--parameters", "1e308"), "compute=1e+21, parameters=1e+308: C = 6ND leaves no number"),
         (("--tokens", "-5"), "tokens=-5; it must be a finite number above 0"),
         (("--compute", "nan", "--tokens", "1e9"), "compute=nan; it must be a finite number above 0"),
         (("--compute", "lots"), "Invalid value for '--compute'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,21 @@ def test_no_cluster_where_one_was_promised(address: str, message: str):
         list(workers.over_ray(address)(print, [("nothing",)]))
 
 
+@pytest.mark.parametrize("address", ["local", "auto"])
+def test_local_is_this_machine_whatever_the_environment_says(address: str, monkeypatch):
+    asked: list[str | None] = []
+
+    def init(address: str | None = None, **options) -> None:
+        asked.append(address)
+        raise ConnectionError("no cluster")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(InputError, match=rf"^ray: there is no cluster at '{address}'; start one, or write local$"):
+        list(workers.over_ray(address)(print, [("nothing",)]))
+    assert asked == [address]  # None would be RAY_ADDRESS, where there is one
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A local Ray whose workers see this file."""
@@ -131,3 +147,23 @@ def test_ray_does_nothing_twice_and_passes_errors_on(cluster, tmp_path):
         assert report(tmp_path, workers=spread).repeat({"a": "a", "b": "b"}, work) == {"a": ["", "a"], "b": ["", "b"]}
     with pytest.raises(InputError, match=r"^seed \d is at fault$"):
         report(tmp_path, workers=spread).repeat({"broken": "broken"}, work)
+
+
+def test_the_first_that_fails_ends_the_others_also_on_a_connection_that_stays(cluster, tmp_path):
+    def work(place: int) -> None:
+        if place == 0:
+            raise InputError("at fault")
+        time.sleep(0.5)
+        tmp_path.joinpath(str(place)).touch()
+
+    with pytest.raises(InputError, match=r"^at fault$"):
+        list(workers.over_ray("local")(work, [(place,) for place in range(5)]))
+    time.sleep(2)  # for one core to do three of the four
+    assert ray.is_initialized() and len(list(tmp_path.iterdir())) <= 1
+
+
+def test_a_worker_that_dies_is_told_in_one_line(cluster):
+    with pytest.raises(
+        InputError, match=r"^ray: a worker or its machine was lost \(WorkerCrashedError\); run it again"
+    ):
+        list(workers.over_ray("local")(os._exit, [(1,)]))

@@ -38,13 +38,14 @@ def show_laws(
     asked = _completed(known) if len(known) == 2 else None
     best = {law.name: _best(law, asked, known) for law in laws.LAWS}
     rows = [_row(law, best[law.name]) for law in laws.LAWS]
-    own = [] if asked is None else [_facts(law, asked) for law in laws.LAWS if law.loss is not None]
+    own = [] if asked is None else [_own(law, asked) for law in laws.LAWS if law.loss is not None]
     if as_json:
         print(json.dumps({"given": known, "laws": rows} | ({"yours": own} if own else {}), indent=1))
         return
     print(_table(rows))
     if own:
-        print(f"\nYours, C = 6ND:\n{_table(own)}")
+        named = [row | {"law": row["law"] + ", at convergence" * row["at_convergence"]} for row in own]
+        print(f"\nYours, C = 6ND:\n{_table(named)}")
     print("\nLosses are nats a token of each paper's own corpus. 10× is what ten times the compute multiplies by.")
 
 
@@ -56,10 +57,15 @@ def _completed(known: dict[str, float]) -> Allocation:
         if not 0 < value < float("inf"):
             raise InputError(f"{name}={value:g}; it must be a finite number above 0")
     if "compute" not in known:
-        return Allocation(training_flops(known["parameters"], known["tokens"]), known["parameters"], known["tokens"])
-    other = known.get("parameters", known.get("tokens", 0.0))
-    rest = known["compute"] / (6 * other)
-    return Allocation(known["compute"], *((other, rest) if "parameters" in known else (rest, other)))
+        whole = known | {"compute": training_flops(**known)}
+    else:
+        ((name, other),) = ((name, value) for name, value in known.items() if name != "compute")
+        rest = "tokens" if name == "parameters" else "parameters"
+        whole = known | {rest: known["compute"] / training_flops(other, 1)}
+    if not all(0 < value < float("inf") for value in whole.values()):
+        both = ", ".join(f"{name}={value:g}" for name, value in known.items())
+        raise InputError(f"{both}: C = 6ND leaves no number for the third; give numbers nearer to what is trained")
+    return Allocation(**whole)
 
 
 def _best(law: Law, asked: Allocation | None, known: dict[str, float]) -> Allocation:
@@ -71,17 +77,28 @@ def _best(law: Law, asked: Allocation | None, known: dict[str, float]) -> Alloca
 
 def _row(law: Law, best: Allocation) -> dict[str, Any]:
     grown, fed = law.growth()
-    return _facts(law, best) | {"parameters_10x": round(grown, 2), "tokens_10x": round(fed, 2), "source": law.source}
+    return _facts(law, best, law.best_loss(best)) | {
+        "parameters_10x": round(grown, 2),
+        "tokens_10x": round(fed, 2),
+        "source": law.source,
+    }
 
 
-def _facts(law: Law, spent: Allocation) -> dict[str, Any]:
+def _own(law: Law, asked: Allocation) -> dict[str, Any]:
+    """Any size and data, not the law's own: Kaplan's loss of these is of a run that goes on until nothing is gained."""
+    assert law.loss is not None
+    facts = _facts(law, asked, law.loss(asked.parameters, asked.tokens))
+    return facts | {"at_convergence": law.efficient is not None}
+
+
+def _facts(law: Law, spent: Allocation, loss: float | None) -> dict[str, Any]:
     return {
         "law": law.name,
         "compute": spent.compute,
         "parameters": spent.parameters,
         "tokens": spent.tokens,
         "tokens_per_parameter": round(spent.tokens_per_parameter, 2),
-        "loss": None if law.loss is None else round(law.loss(spent.parameters, spent.tokens), 4),
+        "loss": None if loss is None else round(loss, 4),
     }
 
 

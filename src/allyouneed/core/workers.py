@@ -37,10 +37,10 @@ def over_ray(address: str) -> Workers:
     `address` is HOST:PORT of a cluster's head, `auto` for the cluster this machine belongs to, `local` for a new one of
     this machine alone.
 
-    Calls end in any order. The first that fails ends the others, with its own error.
+    Calls end in any order. The first that fails ends the others, with its own error; so does a caller that stops.
 
     Raises:
-        InputError: Ray is not installed, or nobody answers at that address.
+        InputError: Ray is not installed, nobody answers at that address, or a worker was lost with its call.
     """
 
     _check_form(address)
@@ -52,15 +52,29 @@ def over_ray(address: str) -> Workers:
             work = ray.put(function)  # sent once, however often it is called
             called = ray.remote(num_cpus=1, max_retries=0)(lambda function, arguments: function(*arguments))
             places = {called.remote(work, arguments): place for place, arguments in enumerate(calls)}
-            while places:
-                (done,), _ = ray.wait(list(places), num_returns=1)
-                try:
-                    ray.get(done)
-                except ray.exceptions.RayTaskError as failed:
-                    raise (failed.cause if isinstance(failed.cause, InputError) else failed) from None
-                yield places.pop(done)
+            try:
+                while places:
+                    (done,), _ = ray.wait(list(places), num_returns=1)
+                    _check_done(ray, done)
+                    yield places.pop(done)
+            finally:  # a connection that is not ours would go on with them
+                for left in places:
+                    ray.cancel(left)
 
     return spread
+
+
+def _check_done(ray: Any, call: Any) -> None:
+    """Raise what a call raised; one line for whatever became of its worker."""
+    try:
+        ray.get(call)
+    except ray.exceptions.RayTaskError as failed:
+        raise (failed.cause if isinstance(failed.cause, InputError) else failed) from None
+    except ray.exceptions.RayError as lost:
+        name = type(lost).__name__
+        raise InputError(
+            f"ray: a worker or its machine was lost ({name}); run it again, what is done is kept"
+        ) from None
 
 
 @contextmanager
@@ -72,10 +86,13 @@ def _connected(address: str) -> Iterator[Any]:
         yield ray
         return
     _check_answers(address)
-    if address == "local":
-        ray.init(include_dashboard=False, log_to_driver=False)
-    else:
-        ray.init(address, log_to_driver=False)
+    try:
+        if address == "local":  # said to Ray too, which without an address takes that of the environment, RAY_ADDRESS
+            ray.init(address, include_dashboard=False, log_to_driver=False)
+        else:
+            ray.init(address, log_to_driver=False)
+    except ConnectionError:
+        raise InputError(f"ray: there is no cluster at {address!r}; start one, or write local") from None
     try:
         yield ray
     finally:

@@ -127,12 +127,17 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Law:
-    """Somebody's answer to how large a model should be: `frontier` is N_opt(C); D is what C = 6ND leaves."""
+    """Somebody's answer to how large a model should be: `frontier` is N_opt(C); D is what C = 6ND leaves.
+
+    `loss`, of N and D, is that of training to convergence where there is an `efficient` one: that of the best use of C,
+    which stops well before.
+    """
 
     name: str
     source: str
     frontier: PowerLaw
-    loss: Callable[[float, float], float] | None = None  # of N and D
+    loss: Callable[[float, float], float] | None = None
+    efficient: PowerLaw | None = None
 
     def of_compute(self, compute: float) -> Allocation:
         """The best use of a budget.
@@ -144,12 +149,19 @@ class Law:
 
     def of_parameters(self, parameters: float) -> Allocation:
         """The budget for which so large a model is the best."""
-        return self._spend(self.frontier.inverse(_positive("parameters", parameters)), f"parameters={parameters:g}")
+        compute = _finite(self.frontier.inverse, "parameters", parameters)
+        return self._spend(compute, f"parameters={parameters:g}")
 
     def of_tokens(self, tokens: float) -> Allocation:
         """The budget for which so much data is the best."""
         data = PowerLaw(1 / (6 * self.frontier.scale), 1 - self.frontier.exponent)
-        return self._spend(data.inverse(_positive("tokens", tokens)), f"tokens={tokens:g}")
+        return self._spend(_finite(data.inverse, "tokens", tokens), f"tokens={tokens:g}")
+
+    def best_loss(self, best: Allocation) -> float | None:
+        """Nats a token when a budget is spent as the law says; None where its authors give no loss."""
+        if self.efficient is not None:
+            return self.efficient(best.compute)
+        return None if self.loss is None else self.loss(best.parameters, best.tokens)
 
     def _spend(self, compute: float, asked: str) -> Allocation:
         parameters = self.frontier(compute)
@@ -167,17 +179,12 @@ class Law:
         return grown, factor / grown
 
 
-# Kaplan et al. 2020: eqs. 1.1 to 1.4, tables 2 and 3
-KAPLAN_SIZE = PowerLaw.falling(8.8e13, 0.076)
-KAPLAN_DATA = PowerLaw.falling(5.4e13, 0.095)
+# Kaplan et al. 2020: eq. 1.3, table 2
 KAPLAN_COMPUTE = PowerLaw.falling(3.1e8 * PF_DAY, 0.050)  # of C_min
-KAPLAN_BATCH = PowerLaw(2e8, -1 / 0.21)  # tokens, of L
 KAPLAN = KaplanLoss(N_c=6.4e13, D_c=1.8e13, alpha_N=0.076, alpha_D=0.103)
-KAPLAN_STEPS = KaplanSteps(N_c=6.5e13, S_c=2.1e3, alpha_N=0.077, alpha_S=0.76)
 
-# Hoffmann et al. 2022, eq. 10, and the same before it was rounded, which the paper's TeX source tells (Besiroglu et al.
-# 2024); their own fit to the points of the paper's fig. 4, which agrees with its first two approaches
-HOFFMANN_PRINTED = HoffmannLoss(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+# Hoffmann et al. 2022, eq. 10 before it was rounded, which the paper's TeX source tells (Besiroglu et al. 2024); their
+# own fit to the points of the paper's fig. 4, which agrees with its first two approaches
 HOFFMANN = HoffmannLoss(E=1.69337368, A=406.401018, B=410.722827, alpha=0.33917084, beta=0.2849083)
 BESIROGLU = HoffmannLoss(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 
@@ -203,8 +210,15 @@ def _line(approach: int) -> PowerLaw:
 
 
 LAWS = (
-    # 1.3e9 · C_min^0.73 (app. A, table 6), C_min in PF-days: half of what is spent at the critical batch size (eq. 5.5)
-    Law("Kaplan", "Kaplan et al. 2020, table 6", PowerLaw(1.3e9 * (2 * PF_DAY) ** -0.73, 0.73), KAPLAN),
+    # 1.3e9 · C_min^0.73 (app. A, table 6; C_min in PF-days) and eq. 1.3. C_min is half of what is spent at the critical
+    # batch size (eq. 5.5). Eq. 1.5 is of runs that were stopped only when their loss fell no more
+    Law(
+        "Kaplan",
+        "Kaplan et al. 2020, table 6",
+        PowerLaw(1.3e9 * (2 * PF_DAY) ** -0.73, 0.73),
+        loss=KAPLAN,
+        efficient=PowerLaw(KAPLAN_COMPUTE(0.5), KAPLAN_COMPUTE.exponent),
+    ),
     Law("Hoffmann 1", "Hoffmann et al. 2022, curves' envelope, through table 3", _line(1)),
     Law("Hoffmann 2", "Hoffmann et al. 2022, IsoFLOP profiles, through table A3", _line(2)),
     Law("Hoffmann 3", "Hoffmann et al. 2022, parametric, eq. 10 unrounded", HOFFMANN.frontier, HOFFMANN),
@@ -216,3 +230,11 @@ def _positive(name: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{name}={value:g}; it must be a finite number above 0")
     return value
+
+
+def _finite(law: Callable[[float], float], name: str, value: float) -> float:
+    """A law of something asked for, where what it says is still a number."""
+    try:
+        return law(_positive(name, value))
+    except OverflowError:
+        raise InputError(f"{name}={value:g}: the compute for it is more than the largest number there is") from None
