@@ -119,7 +119,16 @@ def test_a_plan_for_people(capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["gpt2", "--gpus", "0"], "--gpus 0 --memory 80: at least one rank"),
+        *(
+            (["gpt2", f"--{name}", value], f"--{name} {value}: it must be a number above 0")
+            for name in ("gpus", "rows", "length", "node")
+            for value in ("0", "-3")
+        ),
+        *(
+            (["gpt2", f"--{name}", value], f"--{name} {value}: it must be a number above 0")
+            for name in ("memory", "peak", "reached", "inside", "between")
+            for value in ("0", "-3", "inf", "nan")
+        ),
         (["gtp2"], "unknown paper 'gtp2'; did you mean 'gpt2'"),
         (["gpt2", "--size", "huge"], "unknown size 'huge'"),
     ],
