@@ -131,6 +131,24 @@ def test_alone_nothing_is_sent(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
+def test_gradients_are_added_up_without_a_second_copy_of_all(monkeypatch):
+    """Small ones travel together in messages of a limited size, large ones as they lie."""
+    sent: list[tuple[int, int]] = []
+
+    def all_reduce(x: torch.Tensor, group: Any = None) -> None:
+        sent.append((x.numel(), x.data_ptr()))
+        x.mul_(2)  # two ranks with the same
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr("allyouneed.train.ranks.BUCKET", 4 * 10)
+    tensors = [torch.randn(n) for n in (3, 4, 5, 11, 1)] + [torch.randn(6, 4).t()]
+    wanted = [2 * x for x in tensors]
+    Ranks(world=2).add(tensors)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, wanted, strict=True))
+    assert [numel for numel, _ in sent] == [7, 5, 11, 1, 24]
+    assert sent[2][1] == tensors[3].data_ptr()
+
+
 @pytest.mark.parametrize("mesh", ["whole", "split"])
 def test_kill_9_of_one_rank_ends_the_job_with_a_line(tmp_path, mesh):
     began = time.monotonic()

@@ -14,6 +14,7 @@ from allyouneed.models import gpt2, llama, mixtral
 from allyouneed.papers import alibi
 from allyouneed.train.mesh import Mesh, blocks, mesh_for
 from allyouneed.train.planner import Machine, cost, plan
+from allyouneed.train.ranks import BUCKET
 from allyouneed.train.tracing import Share, Traced, trace, weights
 
 SCALE = Path(__file__).parents[1] / "docs/scale.md"
@@ -68,6 +69,21 @@ def test_every_way_of_sharing_takes_memory_from_a_rank():
     assert tensor.weights == 4 * (config.num_parameters() - 2 * 4 * 32 * 32 / 2)
 
 
+def test_without_slices_nothing_is_gathered():
+    """Then autocast keeps a copy of all weights in bfloat16, and gradients are copied to be sent, some at a time."""
+    config = llama.architecture(vocab_size=32000, context=64, dim=512, num_layers=4, num_heads=4)
+    counted, alone = traced_weights(config), {"data": 1, "expert": 1, "shard": 1, "tensor": 1}
+    weights = config.num_parameters()
+
+    def gathered(narrow: bool, **sizes: int) -> float:
+        return cost(counted, alone | sizes, 8, 1, Machine(), narrow=narrow).gathered
+
+    assert gathered(False) == 0 and gathered(True) == 2 * weights
+    assert 4 * weights > BUCKET and gathered(False, data=8) == BUCKET
+    assert gathered(True, data=8) == 2 * weights + BUCKET
+    assert gathered(True, data=8, shard=2) == gathered(True, shard=2) < 2 * weights
+
+
 def traced_weights(config) -> Traced:
     """A Mixtral cannot be traced, for its routing depends on its data; its weights can be counted."""
     with torch.device("meta"):
@@ -119,7 +135,16 @@ def test_a_plan_for_people(capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["gpt2", "--gpus", "0"], "--gpus 0 --memory 80: at least one rank"),
+        *(
+            (["gpt2", f"--{name}", value], f"--{name} {value}: it must be a number above 0")
+            for name in ("gpus", "rows", "length", "node")
+            for value in ("0", "-3")
+        ),
+        *(
+            (["gpt2", f"--{name}", value], f"--{name} {value}: it must be a number above 0")
+            for name in ("memory", "peak", "reached", "inside", "between")
+            for value in ("0", "-3", "inf", "nan")
+        ),
         (["gtp2"], "unknown paper 'gtp2'; did you mean 'gpt2'"),
         (["gpt2", "--size", "huge"], "unknown size 'huge'"),
     ],

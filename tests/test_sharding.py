@@ -50,6 +50,7 @@ CROSSED = {
     "expert by tensor": Mesh(expert=2, tensor=2),
     "data by expert": Mesh(data=2, expert=2),
 }
+COPIES = {"data": Mesh(data=2)}
 FULL = {  # mesh, and after how many steps there is something to log
     "log of copies": (Mesh(data=2), 1),
     "checkpoint of copies": (Mesh(data=2), 50),
@@ -288,7 +289,7 @@ def test_gradients_travel_once_a_step_however_often_they_are_accumulated(measure
     assert once == four == 3 and sliced == 12  # two blocks and the rest
 
 
-@pytest.mark.parametrize("mesh", ["shard", "tensor"])
+@pytest.mark.parametrize("mesh", ["data", "shard", "tensor"])
 def test_the_planner_foresees_the_memory_of_a_rank(measured, mesh):
     """Weights, gradients and moments to 1 %, for rows that do not divide by two; what is kept to 3 %."""
     found = json.loads((measured / "memory.json").read_text())[mesh]
@@ -300,12 +301,14 @@ def test_the_planner_foresees_the_memory_of_a_rank(measured, mesh):
         next_token(module, {"ids": ids, "targets": ids})
 
     traced = trace(lambda: built(**WIDER), row, context, narrow=False)
-    each = rows // (2 if mesh == "shard" else 1)
-    planned = cost(traced, MESHES[mesh].sizes(2), rows, each, Machine(), narrow=False)
+    each = rows // (1 if mesh == "tensor" else 2)
+    planned = cost(traced, (MESHES | COPIES)[mesh].sizes(2), rows, each, Machine(), narrow=False)
     assert found["weights"] == pytest.approx(planned.weights, rel=0.01)
     assert found["gradients"] == pytest.approx(planned.gradients, rel=0.01)
     assert found["optimizer"] == pytest.approx(planned.optimizer, rel=0.01)
     assert found["activations"] == pytest.approx(planned.activations, rel=0.03)
+    if mesh == "data":
+        assert found["copied"] == pytest.approx(planned.gathered, rel=0.01)
 
 
 def test_sixteen_bits_are_sent_and_summed_in_thirty_two(two_ranks):
@@ -589,10 +592,17 @@ def reductions(folder: Path, rank: int) -> None:
 
 def memory(folder: Path, rank: int) -> None:
     """What a rank holds after a step, and what its forward pass kept."""
-    found = {}
-    for name in ("shard", "tensor"):
-        module, kept = built(**WIDER), {}
-        ranks = MESHES[name].lay(join(), module)
+    found, copied, all_reduce = {}, 0, torch.distributed.all_reduce
+
+    def counted(x: torch.Tensor, **how: Any) -> Any:
+        nonlocal copied
+        copied = max(copied, x.nbytes)
+        return all_reduce(x, **how)
+
+    torch.distributed.all_reduce = counted
+    for name in ("shard", "tensor", "data"):
+        module, kept, copied = built(**WIDER), {}, 0
+        ranks = (MESHES | COPIES)[name].lay(join(), module)
         sharding.begin(module, ranks)
 
         def keep(x: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
@@ -611,7 +621,9 @@ def memory(folder: Path, rank: int) -> None:
             "gradients": sum(sharding.local(p.grad).nbytes for p in module.parameters()),
             "optimizer": sum(sharding.local(x).nbytes for x in moments),
             "activations": sum(x.untyped_storage().nbytes() for x in kept.values()),
+            "copied": copied,  # in one message
         }
+    torch.distributed.all_reduce = all_reduce
     if rank == 0:
         (folder / "memory.json").write_text(json.dumps(found))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,8 +46,10 @@ def plan(
     """Memory, arithmetic and time of a step, and the mesh to ask for. Nothing is allocated, no rank is started."""
     from allyouneed.train.planner import Machine
 
-    if gpus < 1 or memory <= 0:
-        raise InputError(f"--gpus {gpus} --memory {memory:g}: at least one rank with some memory is needed")
+    numbers = {"gpus": gpus, "memory": memory, "rows": rows, "length": length, "peak": peak, "reached": reached}
+    for name, value in (numbers | {"node": node, "inside": inside, "between": between}).items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise InputError(f"--{name} {value:g}: it must be a number above 0")
     machine = Machine(
         memory=memory * 1e9, peak=peak * 1e12, reached=reached, node=node, inside=inside * 1e9, between=between * 1e9
     )

@@ -17,6 +17,7 @@ from torch import nn
 from allyouneed import core
 from allyouneed.core.errors import InputError
 from allyouneed.train.mesh import Mesh, spread
+from allyouneed.train.ranks import BUCKET
 from allyouneed.train.tracing import Traced
 
 WIDE = 4  # bytes of a weight, of its gradient and of each of AdamW's two moments, which stay float32
@@ -49,7 +50,7 @@ class Plan:
     gradients: float
     optimizer: float
     activations: float
-    gathered: float  # weights of the blocks at work, whole
+    gathered: float  # weights of the blocks at work, whole, or other copies
     arithmetic: float  # seconds
     messages: float  # seconds
 
@@ -118,7 +119,7 @@ def cost(
         gradients=WIDE * held / (shard if way.accumulate == 1 or slices else 1),
         optimizer=2 * WIDE * held / shard,
         activations=rows * _kept(traced, tensor, recompute),
-        gathered=_gathered(traced, tensor, expert) * way.size if data * expert * shard > 1 else 0.0,
+        gathered=_gathered(traced, sizes, held, way),
         arithmetic=way.passes * way.accumulate * rows * traced.flops.of_one(tensor, expert) / reached,
         messages=_messages(traced, sizes, held, way, machine),
     )
@@ -131,10 +132,15 @@ def _kept(traced: Traced, tensor: int, recompute: bool) -> float:
     return traced.entering + traced.outside.of_one(tensor) + traced.largest.of_one(tensor)
 
 
-def _gathered(traced: Traced, tensor: int, expert: int) -> float:
-    """Weights that are whole: one block at work, the next under way, and what is no block for the whole step."""
-    *units, rest = (share.of_one(tensor, expert) for share in traced.weights)
-    return float(rest + sum(sorted(units)[-2:]))
+def _gathered(traced: Traced, sizes: dict[str, int], held: float, way: _Way) -> float:
+    """Bytes that are there twice. With FSDP weights: of the block at work and the next under way, and of what is no
+    block for the whole step. Where no rank holds slices: autocast's copies of weights, and of gradients a message.
+    """
+    data, expert, shard, tensor = (sizes[name] for name in ("data", "expert", "shard", "tensor"))
+    if data * expert * shard > 1 and max(expert, shard, tensor) > 1:
+        *units, rest = (share.of_one(tensor, expert) for share in traced.weights)
+        return way.size * (rest + sum(sorted(units)[-2:]))
+    return (way.size * held if way.narrow else 0.0) + (min(BUCKET, WIDE * held) if data > 1 else 0.0)
 
 
 def _messages(traced: Traced, sizes: dict[str, int], held: float, way: _Way, machine: Machine) -> float:

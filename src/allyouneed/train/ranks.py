@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from allyouneed.core.errors import InputError, RankLostError
 
 PATIENCE = timedelta(minutes=10)  # for a rank that is alive but silent; one that died is noticed at once
+BUCKET = 25 << 20  # bytes that travel together, as in PyTorch's own data parallelism (Li et al. 2020, sec. 3.2.2)
 Value = TypeVar("Value")
 
 
@@ -57,13 +58,17 @@ class Ranks:
         return None if self.mesh is None else self._sharers.get_group()
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all parts, in one message."""
-        if self.parts == 1:
-            return
-        flat = torch.cat([x.flatten() for x in tensors])
-        dist.all_reduce(flat, group=self._group)
-        for x, summed in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-            x.copy_(summed.view_as(x))
+        """Replace each tensor by its sum over all parts. Small ones are copied into messages of `BUCKET` bytes at most,
+        larger ones travel as they lie.
+        """
+        for bucket in _buckets(tensors) if self.parts > 1 else ():
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                dist.all_reduce(bucket[0], group=self._group)
+                continue
+            flat = torch.cat([x.flatten() for x in bucket])
+            dist.all_reduce(flat, group=self._group)
+            for x, summed in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+                x.copy_(summed.view_as(x))
 
     def add_over_all(self, x: Tensor) -> Tensor:
         """The sum of `x` over all ranks."""
@@ -139,6 +144,19 @@ class Ranks:
                 raise
             line = f"rank {self.rank}: another rank is gone ({str(error).splitlines()[0][:120]})"
             raise RankLostError(f"{line}; the last checkpoint stands, the same call goes on from it") from None
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors that take `BUCKET` bytes together, or more by themselves."""
+    bucket, size = list[Tensor](), 0
+    for x in tensors:
+        if bucket and size + x.nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(x)
+        size += x.nbytes
+    if bucket:
+        yield bucket
 
 
 # of gloo, of NCCL, and of both
