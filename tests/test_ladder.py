@@ -75,6 +75,13 @@ def test_budgets_too_small_are_refused_in_one_line():
         ladder.grid(SIZES, [31], batch_tokens=BATCH)
 
 
+def test_two_budgets_of_one_name_are_refused_in_one_line():
+    with pytest.raises(InputError, match=r"^ladder: two runs are called 'small, 120k tokens'; names keep three digits"):
+        ladder.grid(SIZES, [1.2e5, 1.204e5], batch_tokens=BATCH)
+    with pytest.raises(InputError, match=r"^ladder: two runs are called '120GFLOP, small'; names keep three digits"):
+        ladder.isoflops(SIZES, [1.2e11, 1.204e11], lambda model: 1e4 * model.dim, batch_tokens=BATCH)
+
+
 def test_a_run_is_measured_along_its_training_and_goes_on_bit_for_bit(tmp_path):
     run = ladder.ending(SIZES["small"], 640, batch_tokens=BATCH)
     whole = climb(run, 0, None)

@@ -103,7 +103,9 @@ def run(config: Config, report: Report) -> None:
 def _runs(config: Config, cost: Callable[[Decoder.Config], float]) -> dict[str, Member]:
     """Every budget spent on every size for which that is not out of all proportion."""
     models: list[Any] = [one.model for one in config.sizes]
-    sizes = {f"N={ladder.short(_size(model))}": one for model, one in zip(models, config.sizes, strict=True)}
+    sizes = ladder.named(
+        (f"N={ladder.short(_size(model))}", one) for model, one in zip(models, config.sizes, strict=True)
+    )
     batch = config.batch_tokens
     runs = ladder.isoflops(sizes, config.budgets, cost, batch_tokens=batch)
     least, most = config.ratios

@@ -227,7 +227,7 @@ def _exponents(name: str, law: KaplanLoss, found: Mapping[str, Interval], refuse
 
 
 def _grid(config: Config, sizes: Sequence[Member], budgets: Sequence[float], prefix: str = "") -> dict[str, Member]:
-    named = {f"{prefix}N={ladder.short(_size(member))}": member for member in sizes}
+    named = ladder.named((f"{prefix}N={ladder.short(_size(member))}", member) for member in sizes)
     return ladder.grid(named, budgets, batch_tokens=config.batch_tokens)
 
 

@@ -8,7 +8,7 @@ one list of jobs, each saved when done, one after another or spread over many ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,13 @@ def grid(sizes: Mapping[str, Member], budgets: Sequence[float], *, batch_tokens:
     """Every size on every amount of data, in tokens.
 
     Raises:
-        InputError: an amount that makes no batch.
+        InputError: an amount that makes no batch, or two of one name.
     """
-    return {
-        f"{name}, {short(tokens)} tokens": ending(member, tokens, batch_tokens=batch_tokens)
+    return named(
+        (f"{name}, {short(tokens)} tokens", ending(member, tokens, batch_tokens=batch_tokens))
         for tokens in budgets
         for name, member in sizes.items()
-    }
+    )
 
 
 def isoflops(
@@ -61,9 +61,9 @@ def isoflops(
 
     Raises:
         InputError: a compute below one batch of the smallest model; where only larger ones cannot have theirs, they
-            are left out.
+            are left out. Or two of one name.
     """
-    found: dict[str, Member] = {}
+    found: list[tuple[str, Member]] = []
     for compute in budgets:
         paid = {name: compute / cost(member.model) for name, member in sizes.items()}
         if max(paid.values()) < batch_tokens:
@@ -73,7 +73,23 @@ def isoflops(
         for name, tokens in paid.items():
             if tokens >= batch_tokens:
                 member = ending(sizes[name], tokens, batch_tokens=batch_tokens)
-                found[f"{short(compute)}FLOP, {name}"] = member
+                found.append((f"{short(compute)}FLOP, {name}", member))
+    return named(found)
+
+
+def named(runs: Iterable[tuple[str, Member]]) -> dict[str, Member]:
+    """Runs, or sizes, under their names, which keep three digits (`short`).
+
+    Raises:
+        InputError: two have the same; one would take the other's place.
+    """
+    found: dict[str, Member] = {}
+    for name, member in runs:
+        if name in found:
+            raise InputError(
+                f"ladder: two runs are called {name!r}; names keep three digits, so set them further apart"
+            )
+        found[name] = member
     return found
 
 
