@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -324,6 +325,16 @@ def test_whoever_trains_alone_pays_for_none_of_it():
     sharding.begin(module, ALONE)
     assert not sharding.is_split(module) and sharding.whole(module) is module
     assert Mesh().lay(ALONE, module) is ALONE
+
+
+def test_whoever_trains_alone_imports_none_of_it():
+    program = "import sys; from tiny_run import run, tiny; run(tiny()); print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60, check=True)
+    loaded = done.stdout.split()
+    assert "allyouneed.train.mesh" in loaded
+    assert not {"allyouneed.train.splitting", "allyouneed.train.slices"} & {*loaded}
 
 
 def test_recomputing_blocks_changes_no_bit():
