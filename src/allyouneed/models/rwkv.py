@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from allyouneed.core.errors import unknown
 from allyouneed.models.checkpoints.family import Family, one_kind_of_block
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.checkpoints.names import Rule, both, head, same
@@ -56,6 +57,8 @@ def architecture(
 
 def sized(name: str = "169M") -> Decoder.Config:
     """One of the six published sizes."""
+    if name not in SIZES:
+        raise unknown("size of RWKV-4", name, SIZES)
     num_layers, dim = SIZES[name]
     return architecture(dim=dim, num_layers=num_layers)
 

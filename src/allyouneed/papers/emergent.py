@@ -289,7 +289,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 10},
+    minutes={"smoke": 0.2, "laptop": 11},
     sizes={
         "smoke": Config(
             ladders=(

@@ -284,7 +284,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="closed form",
-    minutes={"smoke": 0.2, "laptop": 3},
+    minutes={"smoke": 0.2, "laptop": 4},
     sizes={
         "smoke": Config(
             model=_small(16),

@@ -244,7 +244,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 9},
+    minutes={"smoke": 0.2, "laptop": 13},
     sizes={
         "smoke": Config(training=_training(8, 2e-2), dim=16, experts=(4, 8), rows=16, length=8, tested=32),
         "laptop": Config(training=_training(400, 2e-2)),

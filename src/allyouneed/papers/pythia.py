@@ -284,7 +284,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.1, "laptop": 8},
+    minutes={"smoke": 0.1, "laptop": 12},
     sizes={
         "smoke": Config(
             names=("small", "large"),
