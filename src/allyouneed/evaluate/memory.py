@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from itertools import accumulate
@@ -35,6 +36,7 @@ def kept_allocated(work: Callable[[], object]) -> int:
 
 def _changes(work: Callable[[], object]) -> list[int]:
     """Every allocation, above 0, and release, below, in their order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to the terminal each time
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         held = work()
     with tempfile.TemporaryDirectory() as folder:
