@@ -319,7 +319,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.3, "laptop": 9},
+    minutes={"smoke": 0.3, "laptop": 10},
     sizes={
         "smoke": Config(
             **_arms(dim=32, num_layers=1, prose=8, recall=8),
