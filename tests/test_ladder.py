@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -154,19 +153,6 @@ def test_ray_does_nothing_twice_and_passes_errors_on(cluster, tmp_path):
         assert report(tmp_path, workers=spread).repeat({"a": "a", "b": "b"}, work) == {"a": ["", "a"], "b": ["", "b"]}
     with pytest.raises(InputError, match=r"^seed \d is at fault$"):
         report(tmp_path, workers=spread).repeat({"broken": "broken"}, work)
-
-
-def test_the_first_that_fails_ends_the_others_also_on_a_connection_that_stays(cluster, tmp_path):
-    def work(place: int) -> None:
-        if place == 0:
-            raise InputError("at fault")
-        time.sleep(0.5)
-        tmp_path.joinpath(str(place)).touch()
-
-    with pytest.raises(InputError, match=r"^at fault$"):
-        list(workers.over_ray("local")(work, [(place,) for place in range(5)]))
-    time.sleep(2)  # for one core to do three of the four
-    assert ray.is_initialized() and len(list(tmp_path.iterdir())) <= 1
 
 
 def test_a_worker_that_dies_is_told_in_one_line(cluster):

@@ -37,7 +37,8 @@ def over_ray(address: str) -> Workers:
     `address` is HOST:PORT of a cluster's head, `auto` for the cluster this machine belongs to, `local` for a new one of
     this machine alone.
 
-    Calls end in any order. The first that fails ends the others, with its own error; so does a caller that stops.
+    Calls end in any order. The first that fails ends the others with its own error, and so does a caller that stops;
+    where the process was connected to Ray before, they go on. (To cancel them there has ended the process, in Ray 2.60.)
 
     Raises:
         InputError: Ray is not installed, nobody answers at that address, or a worker was lost with its call.
@@ -52,14 +53,10 @@ def over_ray(address: str) -> Workers:
             work = ray.put(function)  # sent once, however often it is called
             called = ray.remote(num_cpus=1, max_retries=0)(lambda function, arguments: function(*arguments))
             places = {called.remote(work, arguments): place for place, arguments in enumerate(calls)}
-            try:
-                while places:
-                    (done,), _ = ray.wait(list(places), num_returns=1)
-                    _check_done(ray, done)
-                    yield places.pop(done)
-            finally:  # a connection that is not ours would go on with them
-                for left in places:
-                    ray.cancel(left)
+            while places:
+                (done,), _ = ray.wait(list(places), num_returns=1)
+                _check_done(ray, done)
+                yield places.pop(done)
 
     return spread
 
