@@ -38,7 +38,7 @@ def over_ray(address: str) -> Workers:
     this machine alone.
 
     Calls end in any order. The first that fails ends the others with its own error, and so does a caller that stops;
-    where the process was connected to Ray before, they go on. (To cancel them there has ended the process, in Ray 2.60.)
+    where the process was connected to Ray before, they go on. (To cancel them there ended the process, with Ray 2.60.)
 
     Raises:
         InputError: Ray is not installed, nobody answers at that address, or a worker was lost with its call.
