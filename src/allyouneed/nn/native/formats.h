@@ -11,9 +11,9 @@ struct Block {  // 32 weights, unpacked
 };
 
 template <class Part>
-inline Block block_of(Part part) {
+INLINE Block block_of(Part part) {
     Block block;
-    for (int p = 0; p < PARTS; p++) block.part[p] = part(p);
+    unrolled<PARTS>([&](auto p) { block.part[p] = part(p); });
     return block;
 }
 
@@ -23,16 +23,36 @@ inline Floats from_half(Ints bits) {
     return (Floats)((Ints)size | ((bits & 0x8000) << 16));
 }
 
-inline Floats scale(const uint8_t* at) {  // one half, in every lane
+inline Floats half(const uint8_t* at) {  // one, in every lane
     const uint16_t bits = load<uint16_t>(at);
-#if defined(__AVX512F__)
-    return (Floats)_mm512_cvtph_ps(_mm256_set1_epi16((short)bits));
-#elif defined(__F16C__)
-    return _cvtsh_ss(bits) + Floats{};
+#if defined(__F16C__)
+    return every(_cvtsh_ss(bits));
 #else
     return from_half(bits + Ints{});
 #endif
 }
+
+// The scales of R rows' blocks: two halves each, of which formats with one leave the second.
+template <int R>
+struct Scales {
+    Floats d(int r) const { return every(from[2 * r]); }
+    Floats m(int r) const { return every(from[2 * r + 1]); }
+
+    Scales(const uint8_t* at, size_t stride) {
+#if defined(__F16C__)
+        int pairs[4] = {};
+        for (int r = 0; r < R; r++) pairs[r] = load<int>(at + r * stride);
+        _mm256_storeu_ps(numbers, _mm256_cvtph_ps(_mm_setr_epi32(pairs[0], pairs[1], pairs[2], pairs[3])));
+        asm("" : "+r"(from));  // else GCC takes them out of the register one by one instead of loading them
+#else
+        for (int i = 0; i < 2 * R; i++) numbers[i] = half(at + i / 2 * stride + i % 2 * 2)[0];
+#endif
+    }
+
+   private:
+    float numbers[8];
+    const float* from = numbers;
+};
 
 inline Block nibbles(const uint8_t* at, Floats d, Floats m) {  // d * q + m, q the low, then the high halves of 16 bytes
 #if defined(__AVX512F__)
@@ -49,50 +69,76 @@ inline Block nibbles(const uint8_t* at, Floats d, Floats m) {  // d * q + m, q t
 #endif
 }
 
-struct F32 {
+// Each format: `unpack` makes the numbers of a block, `unpack_rows` of R blocks `stride` bytes apart.
+template <class Kind>
+struct Plain {
+    static constexpr bool plain = true;  // no scales
+
+    template <int R>
+    INLINE static void unpack_rows(const uint8_t* from, size_t stride, Block* to) {
+        unrolled<R>([&](auto r) { to[r] = Kind::unpack(from + r * stride); });
+    }
+};
+
+template <class Kind>
+struct Scaled {
+    static constexpr bool plain = false;
+
+    static Block unpack(const uint8_t* from) {
+        Block block;
+        unpack_rows<1>(from, 0, &block);
+        return block;
+    }
+
+    template <int R>
+    INLINE static void unpack_rows(const uint8_t* from, size_t stride, Block* to) {
+        const Scales<R> scales(from, stride);
+        unrolled<R>([&](auto r) { to[r] = Kind::with(from + r * stride, scales, r); });
+    }
+};
+
+struct F32 : Plain<F32> {
     static constexpr size_t bytes = 128;
-    static constexpr bool plain = true;  // without scales
     static Block unpack(const uint8_t* b) {
         return block_of([&](int p) { return load<Floats>(b + 4 * LANES * p); });
     }
 };
 
-struct F16 {
+struct F16 : Plain<F16> {
     static constexpr size_t bytes = 64;
-    static constexpr bool plain = true;
     static Block unpack(const uint8_t* b) {
         return block_of([&](int p) { return from_half(integers<uint16_t>(b + 2 * LANES * p)); });
     }
 };
 
-struct BF16 {
+struct BF16 : Plain<BF16> {
     static constexpr size_t bytes = 64;
-    static constexpr bool plain = true;
     static Block unpack(const uint8_t* b) {
         return block_of([&](int p) { return (Floats)(integers<uint16_t>(b + 2 * LANES * p) << 16); });
     }
 };
 
-struct Q4_0 {
+struct Q4_0 : Scaled<Q4_0> {
     static constexpr size_t bytes = 18;
-    static constexpr bool plain = false;
-    static Block unpack(const uint8_t* b) {
-        const Floats d = scale(b);
-        return nibbles(b + 2, d, d * -8.0f);
+    template <int R>
+    static Block with(const uint8_t* b, const Scales<R>& scales, int r) {
+        return nibbles(b + 2, scales.d(r), scales.d(r) * -8.0f);
     }
 };
 
-struct Q4_1 {
+struct Q4_1 : Scaled<Q4_1> {
     static constexpr size_t bytes = 20;
-    static constexpr bool plain = false;
-    static Block unpack(const uint8_t* b) { return nibbles(b + 4, scale(b), scale(b + 2)); }
+    template <int R>
+    static Block with(const uint8_t* b, const Scales<R>& scales, int r) {
+        return nibbles(b + 4, scales.d(r), scales.m(r));
+    }
 };
 
-struct Q8_0 {
+struct Q8_0 : Scaled<Q8_0> {
     static constexpr size_t bytes = 34;
-    static constexpr bool plain = false;
-    static Block unpack(const uint8_t* b) {
-        const Floats d = scale(b);
+    template <int R>
+    static Block with(const uint8_t* b, const Scales<R>& scales, int r) {
+        const Floats d = scales.d(r);
         return block_of([&](int p) { return d * floats(integers<int8_t>(b + 2 + LANES * p)); });
     }
 };

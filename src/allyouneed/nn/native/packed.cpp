@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int DIRECT = 4;          // rows of x in a tile whose weights go from block to register
+constexpr int DIRECT = 4;          // rows of x in a tile of ROWS rows whose weights go from block to register
+constexpr int WIDE = LANES == 16 ? 8 : 4;  // the same of half as many rows, for more rows of x
 constexpr size_t FEW = 16;         // rows of x up to which that beats unpacking to memory first, to share among more
 constexpr size_t SMALL = 1 << 16;  // multiply-adds that are not worth waking a second thread for
 constexpr size_t AHEAD = 4096;     // bytes fetched before their turn: rows are too short for the processor to foresee
@@ -36,10 +37,10 @@ struct Rows {  // of a weight, `stride` bytes apart, and the columns of y that t
 };
 
 template <int COUNT>
-inline void sum_all(Floats* totals, float* to) {
+INLINE void sum_all(Floats* totals, float* to) {
     constexpr int some = COUNT >= LANES ? LANES : COUNT >= 8 ? 8 : COUNT >= 4 ? 4 : COUNT >= 2 ? 2 : 1;
     const Floats found = sums<some>(totals);
-    for (int i = 0; i < some; i++) to[i] = found[i * (LANES / some)];
+    unrolled<some>([&](auto i) { to[i] = found[i * (LANES / some)]; });
     if constexpr (COUNT > some) sum_all<COUNT - some>(totals + some, to + some);
 }
 
@@ -55,12 +56,13 @@ inline void finish(const float* sums, const float* bias, float* y, bool add) {
 }
 
 template <int R, int C>
-inline void step(Floats* total, const Block* w, const float* x, size_t stride) {
-    for (int p = 0; p < PARTS; p++)
-        for (int c = 0; c < C; c++) {
+INLINE void step(Floats* total, const Block* w, const float* x, size_t stride) {
+    unrolled<PARTS>([&](auto p) {
+        unrolled<C>([&](auto c) {
             const Floats some = held(at(x + c * stride + LANES * p));
-            for (int r = 0; r < R; r++) total[c * R + r] += w[r].part[p] * some;
-        }
+            unrolled<R>([&](auto r) { total[c * R + r] += w[r].part[p] * some; });
+        });
+    });
 }
 
 // What a row's length leaves over beyond blocks of 32.
@@ -74,14 +76,14 @@ void step_rest(Floats* total, const uint8_t* weight, size_t stride, const float*
 }
 
 template <class Kind, int R, int C>
-void tile(const Rows& rows, const float* x, float* y, const Product& product) {
+[[gnu::flatten]] void tile(const Rows& rows, const float* x, float* y, const Product& product) {
     Floats total[C * R] = {};
     const uint8_t *weight = rows.blocks, *next = weight;  // rows are taken together but lie one after the other:
     size_t k = 0;                                         // `next` walks them as they lie
     for (; k + 32 <= rows.K; k += 32, weight += Kind::bytes, next += R * Kind::bytes) {
         if constexpr (Kind::bytes < F32::bytes) fetch(next, R * Kind::bytes);
         Block w[R];
-        for (int r = 0; r < R; r++) w[r] = Kind::unpack(weight + r * rows.stride);
+        Kind::template unpack_rows<R>(weight, rows.stride, w);
         step<R, C>(total, w, x + k, product.x_stride);
     }
     if constexpr (Kind::plain)
@@ -115,7 +117,12 @@ inline size_t blocks_of(size_t K) { return (K + 31) / 32; }
 // R rows of the weight times all rows of x.
 template <class Kind, int R>
 void group(const Rows& rows, float* y, const Product& product, Unpacked& unpacked) {
-    if (product.M <= FEW) return sweep<Kind, R, DIRECT>(rows, product.x, y, product.M, product);
+    if (product.M <= DIRECT) return sweep<Kind, R, DIRECT>(rows, product.x, y, product.M, product);
+    if (product.M <= FEW) {
+        constexpr int H = R > 1 ? R / 2 : 1;
+        for (int r = 0; r < R; r += H) sweep<Kind, H, WIDE>(rows.beyond(r), product.x, y + r, product.M, product);
+        return;
+    }
     const size_t blocks = blocks_of(rows.K);
     for (int r = 0; r < R; r++) unpack<Kind>(rows.blocks + r * rows.stride, unpacked.data() + r * blocks, rows.K);
     const Rows plain = {(const uint8_t*)unpacked.data(), blocks * F32::bytes, rows.K, rows.bias};

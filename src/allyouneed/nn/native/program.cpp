@@ -1,8 +1,9 @@
-// Runs a program: a whole pass of a model over rows of many sequences, in one parallel region with a barrier after each
-// op. What a program and a pass consist of is in program.h; nothing is checked here.
+// Runs a program: a whole pass of a model over rows of many sequences, in one parallel region. What a program and a pass
+// consist of is in program.h; nothing is checked here.
 //
-// Threads take an op's work in portions as they come to it. Which thread computes a row, and beside which others, does
-// not change its bits.
+// Threads take an op's work in portions as they come to it, and go on to the next op once all of it is done: a thread
+// that the system lets wait holds nobody up unless it has a portion in hand. Which thread computes a row, and beside
+// which others, does not change its bits.
 
 #include <algorithm>
 #include <atomic>
@@ -18,36 +19,7 @@
 
 namespace {
 
-constexpr int PATIENCE = 1 << 13;  // turns of waiting, some tens of microseconds, before the processor is offered to others
-
-class Barrier {
-   public:
-    explicit Barrier(int threads) : threads(threads) {}
-
-    void wait() {
-        const unsigned mine = round.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-            arrived.store(0, std::memory_order_relaxed);
-            round.store(mine + 1, std::memory_order_release);
-            return;
-        }
-        for (int turns = 0; round.load(std::memory_order_acquire) == mine; turns++) pause(turns);
-    }
-
-   private:
-    const int threads;
-    std::atomic<int> arrived{0};
-    std::atomic<unsigned> round{0};
-
-    static void pause(int turns) {
-#if defined(__unix__) || defined(__APPLE__)
-        if (turns > PATIENCE) sched_yield();
-#endif
-#if defined(__x86_64__)
-        _mm_pause();
-#endif
-    }
-};
+constexpr int PATIENCE = 1 << 10;  // turns of waiting, some tens of microseconds, before the processor is offered to others
 
 struct Portion {
     size_t from, to;
@@ -64,12 +36,27 @@ class Work {  // the units of one op, handed out in portions that grow smaller t
         return {from, to};
     }
 
+    void finish(Portion portion) { done.fetch_add(portion.to - portion.from, std::memory_order_release); }
+
+    void wait(size_t units) const {
+        for (int turns = 0; done.load(std::memory_order_acquire) < units; turns++) pause(turns);
+    }
+
    private:
-    std::atomic<size_t> next{0};
+    std::atomic<size_t> next{0}, done{0};
+
+    static void pause(int turns) {
+#if defined(__unix__) || defined(__APPLE__)
+        if (turns > PATIENCE) sched_yield();
+#endif
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+    }
 };
 
 struct Thread {
-    size_t number, of;
+    size_t of;  // how many there are
     Unpacked unpacked;
     Scratch scratch;
 };
@@ -85,11 +72,8 @@ class Run {
         }
     }
 
-    void go(Barrier& barrier, Thread& thread) {
-        for (int64_t i = 0; i < program.num_ops; i++) {
-            run(program.ops[i], work[i], thread);
-            barrier.wait();
-        }
+    void go(Thread& thread) {
+        for (int64_t i = 0; i < program.num_ops; i++) run(program.ops[i], work[i], thread);
     }
 
    private:
@@ -112,12 +96,22 @@ class Run {
             case MULTIPLY:
             case GROW: return multiply(op, work, thread);
             case ATTEND: return attend(op, work, thread);
-            default: {
-                const size_t units = rows(op.to), least = 1;
-                for (Portion p; (p = work.take(units, thread.of, least)).from < units;)
-                    for (size_t m = p.from; m < p.to; m++) run_row(op, m);
-            }
+            default: return share(work, rows(op.to), 1, thread, [&](size_t m) { run_row(op, m); });
         }
+    }
+
+    template <class Call>
+    static void share(Work& work, size_t units, size_t least, const Thread& thread, Call call) {
+        share_portions(work, units, least, thread, [&](Portion portion) {
+            for (size_t unit = portion.from; unit < portion.to; unit++) call(unit);
+        });
+    }
+
+    template <class Call>
+    static void share_portions(Work& work, size_t units, size_t least, const Thread& thread, Call call) {
+        for (Portion portion; (portion = work.take(units, thread.of, least)).from < units; work.finish(portion))
+            call(portion);
+        work.wait(units);
     }
 
     void run_row(const Op& op, size_t m) const {
@@ -182,14 +176,14 @@ class Run {
         const size_t M = rows(op.to), chunks = (M + CHUNK - 1) / CHUNK;
         size_t groups = 0;
         for (int w = 0; w < op.count; w++) groups += groups_of(program.weights[op.first + w]);
-        const size_t units = chunks * groups;
-        for (Portion p; (p = work.take(units, thread.of, 4)).from < units;)
+        share_portions(work, chunks * groups, 4, thread, [&](Portion p) {
             for (size_t c = p.from / groups; c * groups < p.to; c++) {
                 const size_t m = c * CHUNK, from = std::max(p.from, c * groups) - c * groups;
                 const Product product = {row(op.from, m), row(op.to, m), std::min(M - m, CHUNK), stride(op.from),
                                          stride(op.to), op.code == GROW};
                 multiply(op, product, from, std::min(p.to - c * groups, groups), thread);
             }
+        });
     }
 
     void multiply(const Op& op, Product product, size_t from, size_t to, Thread& thread) const {
@@ -214,15 +208,14 @@ class Run {
         const int64_t heads = pass.rows < 4 * pass.threads ? 1 : sharing;
         int64_t tiles = 0;
         for (int64_t i = 0; i < pass.pieces; i++) tiles += tiles_of(i, tokens);
-        const size_t groups = op.heads / heads, units = tiles * groups;
-        for (Portion p; (p = work.take(units, thread.of, 1)).from < units;)
-            for (size_t unit = p.from; unit < p.to; unit++) {
-                int64_t tile = tiles - 1 - (int64_t)(unit / groups), piece = 0;  // the longest rows first
-                for (; tile >= tiles_of(piece, tokens); piece++) tile -= tiles_of(piece, tokens);
-                const int64_t first = pass.starts[piece] + tile * tokens;
-                const int64_t last = std::min<int64_t>(first + tokens, pass.starts[piece + 1]);
-                attention.attend(piece, first, last, (int)(unit % groups * heads), (int)heads, thread.scratch);
-            }
+        const size_t groups = op.heads / heads;
+        share(work, tiles * groups, 1, thread, [&](size_t unit) {
+            int64_t tile = tiles - 1 - (int64_t)(unit / groups), piece = 0;  // the longest rows first
+            for (; tile >= tiles_of(piece, tokens); piece++) tile -= tiles_of(piece, tokens);
+            const int64_t first = pass.starts[piece] + tile * tokens;
+            const int64_t last = std::min<int64_t>(first + tokens, pass.starts[piece + 1]);
+            attention.attend(piece, first, last, (int)(unit % groups * heads), (int)heads, thread.scratch);
+        });
     }
 
     int64_t tiles_of(int64_t piece, int64_t tokens) const {
@@ -234,15 +227,12 @@ class Run {
 
 extern "C" void program_run(const Program* program, const Pass* pass) {
     Run run(*program, *pass);
-    std::unique_ptr<Barrier> barrier;
 #pragma omp parallel num_threads((int)pass->threads) if (pass->threads > 1)
     {
-        Thread thread = {0, 1, {}, {}};
+        Thread thread = {1, {}, {}};
 #ifdef _OPENMP
-        thread.number = omp_get_thread_num(), thread.of = omp_get_num_threads();
+        thread.of = omp_get_num_threads();
 #endif
-#pragma omp single
-        barrier.reset(new Barrier((int)thread.of));
-        run.go(*barrier, thread);
+        run.go(thread);
     }
 }

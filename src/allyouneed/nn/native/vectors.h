@@ -21,6 +21,19 @@ constexpr int LANES = 8, COLUMNS = 2;
 constexpr int LANES = 4, COLUMNS = 4;
 #endif
 
+#define INLINE [[gnu::always_inline]] inline
+
+// call(0), …, call(N − 1) with numbers known to the compiler: arrays that are indexed by nothing else lie in registers.
+template <class Call, int... I>
+INLINE void unrolled(std::integer_sequence<int, I...>, Call call) {
+    (call(std::integral_constant<int, I>()), ...);
+}
+
+template <int N, class Call>
+INLINE void unrolled(Call call) {
+    unrolled(std::make_integer_sequence<int, N>(), call);
+}
+
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Naturals __attribute__((vector_size(4 * LANES)));
@@ -31,6 +44,8 @@ inline V load(const void* from) {
     std::memcpy(&value, from, sizeof value);
     return value;
 }
+
+inline Floats every(float x) { return x - Floats{}; }  // x in every lane; adding zeros would not be the same for −0
 
 inline Floats at(const float* from) { return load<Floats>(from); }
 
@@ -80,13 +95,13 @@ inline Floats fold(Floats a, Floats b, std::integer_sequence<int, I...>) {
 
 // The sum of v[i] ends in lane i · LANES / COUNT; COUNT is a power of two.
 template <int COUNT, int WIDTH = LANES>
-inline Floats sums(Floats* v) {
+INLINE Floats sums(Floats* v) {
     if constexpr (WIDTH == 1) {
         return v[0];
     } else {
         constexpr auto lanes = std::make_integer_sequence<int, LANES>();
         constexpr int half = COUNT > 1 ? COUNT / 2 : 1;
-        for (int i = 0; i < half; i++) v[i] = fold<WIDTH>(v[i], v[COUNT > 1 ? i + half : i], lanes);
+        unrolled<half>([&](auto i) { v[i] = fold<WIDTH>(v[i], v[COUNT > 1 ? i + half : +i], lanes); });
         return sums<half, WIDTH / 2>(v);
     }
 }
