@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from allyouneed.generate.reading import Continues, Piece
+from allyouneed.models.lowering import lowered
 from allyouneed.nn import native
+from allyouneed.nn.paged import Storage
 from allyouneed.nn.program import Program
 
 _ROWS = ("ids", "positions", "piece_of", "starts", "tables", "table_starts", "picked")
@@ -32,21 +35,36 @@ class _Pass(ctypes.Structure):
     ]
 
 
+def native_reader(module: Continues, storage: Storage) -> NativeReader | None:
+    """The reader of a module's program, where it has one and the storage is of numbers that programs read."""
+    kept = {torch.int8} if storage.scales else {torch.float32}
+    if storage.states or storage.device.type != "cpu" or {keys.dtype for keys in storage.keys} != kept:
+        return None
+    program = lowered(module)
+    return None if program is None else NativeReader(program, storage)
+
+
 class NativeReader:
     """Runs a program over a storage whose keys and values are float32 on the CPU, or in 8 bits with scales.
 
     A row's logits have the same bits whatever else is read in its pass, in how many passes its sequence was read, and
     on how many threads.
+
+    >>> from allyouneed.models import llama
+    >>> model = llama.EXAMPLE.build().eval()
+    >>> reader = NativeReader(lowered(model), Storage(model.new_cache(1, 0), blocks=4, size=8))
+    >>> reader.read([Piece([1, 2, 3], [0], 0, wanted=1), Piece([4], [2], 0, wanted=1)]).shape
+    torch.Size([2, 53])
     """
 
-    def __init__(self, program: Program, storage: Any) -> None:
+    def __init__(self, program: Program, storage: Storage) -> None:
         kernels = native.library()
         assert kernels is not None
         self._run, self.program, self.storage = kernels.program_run, program, storage
         self._records, self._layers = program.records(), _layers(storage)
         self._workspace = torch.empty(0)
 
-    def read(self, pieces: Sequence[Any]) -> Tensor:
+    def read(self, pieces: Sequence[Piece]) -> Tensor:
         """(sum of `wanted`, V)."""
         rows, wanted = sum(len(piece.ids) for piece in pieces), sum(piece.wanted for piece in pieces)
         logits = torch.empty(wanted, self.program.width(self.program.output))
@@ -61,7 +79,7 @@ class NativeReader:
         return logits
 
 
-def _layers(storage: Any) -> Any:
+def _layers(storage: Storage) -> Any:
     """The addresses of what each layer keeps."""
     pairs = zip(storage.keys, storage.values, strict=True)
     places = [(keys.data_ptr(), values.data_ptr()) for keys, values in pairs]
@@ -69,7 +87,7 @@ def _layers(storage: Any) -> Any:
     return (_Layer * len(places))(*(_Layer(*two, *four) for two, four in zip(places, scales, strict=True)))
 
 
-def _arrays(pieces: Sequence[Any]) -> list[np.ndarray]:
+def _arrays(pieces: Sequence[Piece]) -> list[np.ndarray]:
     """What a pass says of its rows and pieces, in the order of `_ROWS`, each int32."""
     counts = [len(piece.ids) for piece in pieces]
     starts = np.cumsum([0, *counts])

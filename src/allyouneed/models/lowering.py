@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn import native
 from allyouneed.nn.lowering import Frame, lower, weights
 from allyouneed.nn.program import NotLowered, Program
 
 
-def lowered(module: nn.Module) -> Program | None:
+def lowered(module: object) -> Program | None:
     """From token ids to the logits of the wanted rows; None where a part, the device or the machine has no native path.
 
     >>> from allyouneed.models import llama

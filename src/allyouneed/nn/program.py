@@ -160,7 +160,14 @@ class Program:
         self._add(_Code.TURN, source=angles, to=x, width=width, heads=heads, head_dim=head_dim)
 
     def attend(
-        self, qkv: int, heads: int, kv_heads: int, head_dim: int, window: int | None, scale: float, slopes: Tensor | None
+        self,
+        qkv: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        scale: float,
+        slopes: Tensor | None,
     ) -> int:
         """Keep a layer's keys and values, and read with its queries what it keeps."""
         shape = {"layer": len(self.layers), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}

@@ -65,7 +65,9 @@ def built(flags: tuple[str, ...] = FLAGS) -> Path:
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     options = repr((compiler, flags, ALWAYS, THREADED, _processor())).encode()
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES + HEADERS) + version + options).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(source.read_bytes() for source in SOURCES + HEADERS) + version + options
+    ).hexdigest()
     target = folder() / f"{digest[:32]}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.parent.chmod(0o700)  # only its owner may: code is loaded from here, never from a folder of somebody else's
