@@ -1,4 +1,4 @@
-"""Whole passes in the native library beside the modules on PyTorch: logits, bits, blocks, 8 bits, what is not lowered."""
+"""Whole passes in the native library beside the modules on PyTorch: logits, bits, blocks, 8 bits, what stays there."""
 
 from __future__ import annotations
 

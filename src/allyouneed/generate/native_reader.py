@@ -83,8 +83,9 @@ def _layers(storage: Storage) -> Any:
     """The addresses of what each layer keeps."""
     pairs = zip(storage.keys, storage.values, strict=True)
     places = [(keys.data_ptr(), values.data_ptr()) for keys, values in pairs]
-    scales = [(keys.data_ptr(), values.data_ptr()) for keys, values in storage.scales] or [(None, None)] * len(places)
-    return (_Layer * len(places))(*(_Layer(*two, *four) for two, four in zip(places, scales, strict=True)))
+    scales = [(keys.data_ptr(), values.data_ptr()) for keys, values in storage.scales]
+    narrow = scales or [(0, 0)] * len(places)  # none
+    return (_Layer * len(places))(*(_Layer(*pair, *more) for pair, more in zip(places, narrow, strict=True)))
 
 
 def _arrays(pieces: Sequence[Piece]) -> list[np.ndarray]:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from allyouneed.nn.attention import Attention
@@ -30,7 +29,7 @@ class Frame:
     """What all layers of one program share; `angles` is the slot of rotary positions, once they were asked for."""
 
     program: Program
-    positions: nn.Module
+    positions: Positions
     angles: int | None = None
 
     def turn(self, x: int, heads: int, head_dim: int) -> None:

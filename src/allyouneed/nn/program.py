@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
+from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -88,7 +89,8 @@ class Weight:
         """
         if matrix.dtype not in PLAIN or not matrix.is_contiguous():
             raise NotLowered
-        return Weight(matrix, PLAIN[matrix.dtype], *matrix.shape, bias)
+        rows, features = matrix.shape
+        return Weight(matrix, PLAIN[matrix.dtype], rows, features, bias)
 
 
 class Program:
@@ -144,8 +146,8 @@ class Program:
     def multiply(self, x: int, weights: Sequence[Weight]) -> int:
         """x Wᵀ + b of several weights side by side: one product, no matrix copied."""
         to = self._slot(sum(weight.rows for weight in weights), picked=self._picked(x))
-        first = [self._weight(weight) for weight in weights][0]
-        self._add(_Code.MULTIPLY, source=x, to=to, first=first, count=len(weights))
+        places = [self._weight(weight) for weight in weights]
+        self._add(_Code.MULTIPLY, source=x, to=to, first=places[0], count=len(weights))
         return to
 
     def angles(self, frequencies: Tensor) -> int:
@@ -201,10 +203,8 @@ class Program:
 
     def records(self) -> _Program:
         """What the library is given; keeps alive what it points to."""
-        arrays = [
-            (kind * len(found))(*found)
-            for kind, found in ((_Op, self._ops), (_Weight, self._weights), (_Slot, self._slots))
-        ]
+        lists: tuple[tuple[Any, list[Any]], ...] = (_Op, self._ops), (_Weight, self._weights), (_Slot, self._slots)
+        arrays = [(kind * len(found))(*found) for kind, found in lists]
         places = (ctypes.addressof(array) for array in arrays)
         record = _Program(*places, len(self._ops), len(self._slots), self.output)
         record.arrays, record.held = arrays, self._held
