@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class AccessError(InputError):
+    """Not what is asked is wrong but who asks, or whom: a key is refused, a model unknown. All else will fail alike."""
+
+
 class Message(TypedDict):
     """One turn of a conversation: `role` is system, user or assistant."""
 
