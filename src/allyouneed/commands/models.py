@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -75,7 +76,9 @@ def chat(
 
 def generate(
     model: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, standard input is one.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts, or IN.jsonl OUT.jsonl; without any, standard input is one.")
+    ] = None,
     max_new_tokens: Tokens = 128,
     temperature: Temperature = 0.7,
     top_p: TopP = 1.0,
@@ -86,7 +89,11 @@ def generate(
     stop: Stop = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue prompts: one is written as it comes, several one after the other."""
+    """Continue prompts: one is written as it comes, several one after the other.
+
+    IN.jsonl OUT.jsonl answers each row of a file, {"prompt": "…"} or {"messages": […]} with sampling fields of its own,
+    in another; a row that is wrong gets a line that says so. Run again, it goes on where it was.
+    """
     from dataclasses import asdict
 
     from allyouneed.generate.language_model import Sampling
@@ -103,8 +110,11 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
+    files = _files(prompts)
     lm = load(model)
-    if as_json:
+    if files:
+        _answer_rows(lm, *files, sampling, as_json)
+    elif as_json:
         for prompt, completion in zip(prompts, lm.complete(prompts, sampling), strict=True):
             print(json.dumps({"prompt": prompt} | asdict(completion), ensure_ascii=False))
     elif len(prompts) == 1:
@@ -164,6 +174,33 @@ def evaluate(
         else:
             shown = "   ".join(f"{way} {interval}" for way, interval in found.items())
             print(f"{name:<12} chance {task.chance:.2f}   {shown}")
+
+
+def _files(prompts: list[str]) -> tuple[Path, Path] | None:
+    """The two files of a batch job, told by their names from prompts."""
+    named = [prompt for prompt in prompts if prompt.endswith(".jsonl")]
+    if len(named) == len(prompts) == 2:
+        return Path(named[0]), Path(named[1])
+    if any(Path(name).is_file() for name in named):
+        raise InputError(f"{named[0]} is a file: write IN.jsonl OUT.jsonl, the rows and where their answers go")
+    return None
+
+
+def _answer_rows(lm: LanguageModel, source: Path, target: Path, sampling: Sampling, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from allyouneed.core.progress import clock
+    from allyouneed.generate.job import run
+
+    done = run(lm, source, target, sampling)
+    if as_json:
+        print(json.dumps({"out": str(target)} | asdict(done)))
+    else:
+        before = f", {done.resumed} of them before" if done.resumed else ""
+        print(
+            f"{target}: {done.rows} rows{before}, {done.errors} with an error; "
+            f"{done.completion_tokens} tokens in {clock(done.seconds)}"
+        )
 
 
 def _messages() -> Iterator[str]:

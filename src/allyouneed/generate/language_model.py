@@ -24,6 +24,9 @@ class Message(TypedDict):
     content: str
 
 
+Turns = str | Sequence[Message]  # a text to continue, or a conversation to answer
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Config):
     """How the next token is chosen and when to stop. The filters apply in the order in which they stand here."""
@@ -54,7 +57,7 @@ class Sampling(Config):
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back for one prompt."""
+    """What came back for one prompt; of a conversation, the assistant's answer."""
 
     text: str
     finish_reason: str  # "stop" (end token or stop string) or "length"
@@ -70,8 +73,13 @@ class LanguageModel(Protocol):
 
     name: str
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order."""
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order: a text is continued, a conversation answered.
+
+        Args:
+            prompts: any number.
+            sampling: one for each prompt; or one for all, prompt i then drawing from `seed + i`.
+        """
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of the completion's text as they come; joined they equal `complete`'s text."""
@@ -90,6 +98,23 @@ class LanguageModel(Protocol):
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32 vectors of unit length."""
+
+
+def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
+    """One for each of `count` prompts, as `complete` has them.
+
+    >>> [one.seed for one in samplings_of(Sampling(seed=5), 3)]
+    [5, 6, 7]
+
+    Raises:
+        InputError: their number is not that of the prompts.
+    """
+    if isinstance(sampling, Sampling):
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(count)]
+        return [sampling.replace(seed=seed) for seed in seeds]
+    if len(sampling) != count:
+        raise InputError(f"complete: {count} prompts but {len(sampling)} samplings; give one for each, or one for all")
+    return list(sampling)
 
 
 def sampling_from(keywords: dict[str, object]) -> Sampling:

@@ -12,7 +12,7 @@ from allyouneed.core.errors import InputError
 from allyouneed.data import chat
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
-from allyouneed.generate.language_model import Completion, Message, Sampling, sampling_from
+from allyouneed.generate.language_model import Completion, Message, Sampling, Turns, sampling_from, samplings_of
 from allyouneed.generate.stopping import StopStrings
 from allyouneed.models.decoder import Decoder
 
@@ -34,13 +34,12 @@ class LocalModel:
         self.module, self.tokenizer, self.name, self.batch = module, tokenizer, name, batch
         self.engine = Engine(module, tokenizer.eos_ids)
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order. With a seed, prompt i draws from `seed + i`."""
-        completions: list[Completion] = []
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
+        samplings, completions = samplings_of(sampling, len(prompts)), list[Completion]()
         for start in range(0, len(prompts), self.batch):
-            part = prompts[start : start + self.batch]
-            samplings = [_seeded(sampling, start + i) for i in range(len(part))]
-            completions += self._complete_batch([self._encode(prompt) for prompt in part], samplings)
+            part = slice(start, start + self.batch)
+            completions += self._complete_batch([self._encode(prompt) for prompt in prompts[part]], samplings[part])
         return completions
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
@@ -57,7 +56,7 @@ class LocalModel:
 
     def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         """Pieces of the assistant's answer as they come."""
-        return self._stream(self.tokenizer.encode(self.chat_prompt(messages)), sampling)
+        return self._stream(self._encode(messages), sampling)
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """The conversation as the text that the model was trained to continue."""
@@ -109,8 +108,10 @@ class LocalModel:
         """How many tokens each text has, without any that a prompt is given in front."""
         return [len(self.tokenizer.encode(text)) for text in texts]
 
-    def _encode(self, prompt: str) -> list[int]:
-        """A prompt's ids; an empty one is the token that begins or separates documents."""
+    def _encode(self, prompt: Turns) -> list[int]:
+        """A prompt's ids; an empty text is the token that begins or separates documents."""
+        if not isinstance(prompt, str):
+            return self.tokenizer.encode(self.chat_prompt(prompt))
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
         return ids or [self._first_token()]
 
@@ -223,7 +224,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _seeded(sampling: Sampling, i: int) -> Sampling:
-    return sampling if sampling.seed is None else sampling.replace(seed=sampling.seed + i)

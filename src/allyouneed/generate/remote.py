@@ -16,7 +16,15 @@ from allyouneed.core.errors import InputError, RemoteError, unknown
 from allyouneed.generate.caller import Caller
 from allyouneed.generate.endpoint import Endpoint
 from allyouneed.generate.fleet import Fleet
-from allyouneed.generate.language_model import AccessError, Completion, Message, Sampling, sampling_from
+from allyouneed.generate.language_model import (
+    AccessError,
+    Completion,
+    Message,
+    Sampling,
+    Turns,
+    sampling_from,
+    samplings_of,
+)
 
 Answered = TypeVar("Answered")
 
@@ -65,11 +73,11 @@ class RemoteModel:
         """The names that the endpoint lists, or all endpoints of the fleet."""
         return self.caller.models()
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order. With a seed, prompt i is drawn with `seed + i`."""
-        bodies = {i: {"prompt": prompt, **_fields(sampling, i)} for i, prompt in enumerate(prompts)}
-        answers = self.caller.map(lambda body: self._ask("completions", body, _completion), bodies)
-        return [answers[i] for i in bodies]
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order; conversations by the server's chat template."""
+        requests = dict(enumerate(zip(prompts, samplings_of(sampling, len(prompts)), strict=True)))
+        answers = self.caller.map(lambda request: self._complete(*request), requests)
+        return [answers[i] for i in requests]
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
         """The completions' texts; keywords are fields of `Sampling`."""
@@ -81,8 +89,7 @@ class RemoteModel:
 
     def chat(self, messages: Sequence[Message], **sampling: object) -> str:
         """The assistant's answer, through the server's chat template."""
-        body = {"messages": list(messages), **_fields(sampling_from(sampling))}
-        return self._ask("chat/completions", body, lambda answer: answer["choices"][0]["message"]["content"] or "")
+        return self._complete(messages, sampling_from(sampling)).text
 
     def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         """Pieces of the assistant's answer as they come."""
@@ -120,6 +127,11 @@ class RemoteModel:
     def close(self) -> None:
         """Close the connections."""
         self.caller.close()
+
+    def _complete(self, prompt: Turns, sampling: Sampling) -> Completion:
+        if isinstance(prompt, str):
+            return self._ask("completions", {"prompt": prompt, **_fields(sampling)}, _completion)
+        return self._ask("chat/completions", {"messages": list(prompt), **_fields(sampling)}, _chat_completion)
 
     def _first_model(self) -> str:
         try:
@@ -187,7 +199,7 @@ class RemoteModel:
         return self._ask("embeddings", {"input": texts, "encoding_format": "float"}, vectors)
 
 
-def _fields(sampling: Sampling, i: int = 0) -> dict[str, Any]:
+def _fields(sampling: Sampling) -> dict[str, Any]:
     """The request's fields; those that only some servers know are left out where they change nothing."""
     body: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
@@ -195,7 +207,7 @@ def _fields(sampling: Sampling, i: int = 0) -> dict[str, Any]:
         "top_p": sampling.top_p,
     }
     if sampling.seed is not None:
-        body["seed"] = sampling.seed + i
+        body["seed"] = sampling.seed
     if sampling.stop:
         body["stop"] = list(sampling.stop)
     extras = {name: getattr(sampling, name) for name in EXTRAS}
@@ -203,9 +215,17 @@ def _fields(sampling: Sampling, i: int = 0) -> dict[str, Any]:
 
 
 def _completion(answer: Any) -> Completion:
+    return _completed(answer, answer["choices"][0]["text"])
+
+
+def _chat_completion(answer: Any) -> Completion:
+    return _completed(answer, answer["choices"][0]["message"]["content"] or "")
+
+
+def _completed(answer: Any, text: str) -> Completion:
     choice, usage = answer["choices"][0], answer.get("usage") or {}
     return Completion(
-        text=choice["text"],
+        text=text,
         finish_reason=choice.get("finish_reason") or "stop",
         prompt_tokens=usage.get("prompt_tokens", 0),
         completion_tokens=usage.get("completion_tokens", 0),
