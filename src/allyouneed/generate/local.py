@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class LocalModel:
         for start in range(0, len(prompts), self.batch):
             part = prompts[start : start + self.batch]
             samplings = [_seeded(sampling, start + i) for i in range(len(part))]
-            completions += self._complete_batch([self._encode(prompt) for prompt in part], samplings)
+            completions += self._complete_batch([self.prompt_ids(prompt) for prompt in part], samplings)
         return completions
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
@@ -49,7 +50,7 @@ class LocalModel:
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of the completion's text as they come."""
-        return self._stream(self._encode(prompt), sampling)
+        return self._stream(self.prompt_ids(prompt), sampling)
 
     def chat(self, messages: Sequence[Message], **sampling: object) -> str:
         """The assistant's answer, through the checkpoint's own chat template."""
@@ -59,8 +60,8 @@ class LocalModel:
         """Pieces of the assistant's answer as they come."""
         return self._stream(self.tokenizer.encode(self.chat_prompt(messages)), sampling)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation as the text that the model was trained to continue."""
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **extras: Any) -> str:
+        """The conversation as the text that the model was trained to continue; `extras` (`tools` …) go to the template."""
         if self.tokenizer.chat_template is None:
             raise InputError(f"{self.name} has no chat template; use generate, or a model tuned for conversation")
         return chat.render(
@@ -68,6 +69,7 @@ class LocalModel:
             messages,
             bos_token=self.tokenizer.bos_token or "",
             eos_token=self.tokenizer.eos_token or "",
+            **extras,
         )
 
     @torch.inference_mode()
@@ -97,7 +99,7 @@ class LocalModel:
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32: the mean of the last hidden states over a text's tokens, scaled to unit length."""
-        rows = [self._encode(text) for text in texts]
+        rows = [self.prompt_ids(text) for text in texts]
         for row in rows:
             self.engine.check(row, 0)
         device = self.module.device
@@ -109,7 +111,7 @@ class LocalModel:
         """How many tokens each text has, without any that a prompt is given in front."""
         return [len(self.tokenizer.encode(text)) for text in texts]
 
-    def _encode(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str) -> list[int]:
         """A prompt's ids; an empty one is the token that begins or separates documents."""
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
         return ids or [self._first_token()]
@@ -126,8 +128,8 @@ class LocalModel:
         spaces = len(prompt) - len(prompt.rstrip())
         if spaces:
             prompt, continuation = prompt[:-spaces], prompt[-spaces:] + continuation
-        context = self._encode(prompt)
-        whole = self._encode(prompt + continuation) if prompt else context + self.tokenizer.encode(continuation)
+        context = self.prompt_ids(prompt)
+        whole = self.prompt_ids(prompt + continuation) if prompt else context + self.tokenizer.encode(continuation)
         shared = min(_common(context, whole), len(whole) - bool(continuation))
         if shared == 0:  # the first token bridges the two: it must be predicted from something
             return (self._first_token(),), tuple(whole)

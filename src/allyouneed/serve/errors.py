@@ -115,8 +115,8 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
 
 
 def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """The error of a body that is not what the route takes: of several the one that lies deepest in it, and is more than
-    another type, which for a field of several types is the type that fits best.
+    """The error of a body that is not what the route takes: of several the one that lies deepest in it, and is more
+    than another type, which for a field of several types is the type that fits best.
     """
     found = [(_path(one, body), one) for one in errors[:100]]
     param, one = max(

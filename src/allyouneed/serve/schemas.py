@@ -1,7 +1,8 @@
 """What the routes take: OpenAI's fields, and vLLM's beside them where they say more.
 
-`null` counts as absent. A field that nobody knows is kept as an extra: `extras` finds it, so that it is told of. Fields
-with a meaning that is not honoured here stand in `UNSUPPORTED` and are refused, unless they ask for what happens anyway.
+`null` counts as absent. A field that nobody knows is kept as an extra: `extras` finds it, so that it is told of.
+Fields with a meaning that is not honoured here stand in `UNSUPPORTED` and are refused, unless they ask for what happens
+anyway.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ class StreamOptions(Fields):
     """How a stream is told."""
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(Fields):
@@ -68,9 +68,9 @@ class TextFields(SamplingFields):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None
-    ) = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None = (
+        None
+    )
     min_tokens: Annotated[int, Field(ge=0, le=TOKENS)] | None = None
     ignore_eos: bool | None = None
     stream_options: StreamOptions | None = None

@@ -165,7 +165,7 @@ class Reader:
             return self._named(found)
         if self.rest.lstrip().startswith("{"):
             return self._unordered()
-        if _begins_plain(self.rest) and self.form is MISTRAL or not self.rest.strip():
+        if (_begins_plain(self.rest) and self.form is MISTRAL) or not self.rest.strip():
             return None
         return self._no_call()
 
@@ -186,13 +186,14 @@ class Reader:
         call = _loaded(self.rest[:end])
         call = call.get("function", call) if isinstance(call, dict) else {}
         name = call.get("name") if isinstance(call, dict) else None
-        arguments = next((call[key] for key in ("arguments", "parameters") if key in call), {}) if name else None
+        arguments: object = (
+            next((call[key] for key in ("arguments", "parameters") if key in call), {}) if name else None
+        )
         if not isinstance(name, str) or not isinstance(arguments, dict | str):
             return self._no_call()
         self.rest, self.raw, self._at = self.rest[end:], "", self._between
         self.begun, self.whole = self.begun + 1, self.whole + 1
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return [Called(name), Argued(text)]
+        return [Called(name), Argued(arguments if isinstance(arguments, str) else json.dumps(arguments))]
 
     def _no_call(self) -> list[Event]:
         said, self.raw, self.rest, self._at = self.raw + self.rest[:1], "", self.rest[1:], self._text
@@ -237,7 +238,10 @@ def _begins_plain(text: str) -> bool:
 
 
 def _loaded(text: str) -> object:
+    """A JSON value, None where `text` is none or spells half a surrogate pair, which no answer can carry."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
+    return value
