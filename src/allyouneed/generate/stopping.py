@@ -19,6 +19,9 @@ class Pieces(Protocol):
 class StopStrings:
     """Text up to the first stop string. What may be the beginning of one is held back until it is clear.
 
+    Args:
+        least: so many tokens come first; a stop string that is complete before them ends nothing.
+
     >>> class Letters:
     ...     def push(self, token): return chr(token)
     ...     def finish(self): return ""
@@ -27,12 +30,13 @@ class StopStrings:
     ([False, False, False, False, True], 'a ')
     """
 
-    def __init__(self, pieces: Pieces, stop: Sequence[str]) -> None:
-        self.pieces, self.stop = pieces, [string for string in stop if string]
+    def __init__(self, pieces: Pieces, stop: Sequence[str], least: int = 0) -> None:
+        self.pieces, self.stop, self.waited = pieces, [string for string in stop if string], least
         self.text, self.taken, self.stopped, self.done = "", 0, False, False
 
     def push(self, token: int) -> bool:
         """Add a token; whether a stop string is now complete."""
+        self.waited -= 1
         self._add(self.pieces.push(token))
         return self.stopped
 
@@ -51,9 +55,12 @@ class StopStrings:
         return self.text
 
     def _add(self, piece: str) -> None:
-        searched = max(0, len(self.text) - max(map(len, self.stop), default=0))
+        before = len(self.text)
         self.text += piece
-        places = [place for string in self.stop if (place := self.text.find(string, searched)) >= 0]
+        if self.waited > 0:
+            return
+        starts = [(string, max(0, before - len(string) + 1)) for string in self.stop]
+        places = [place for string, start in starts if (place := self.text.find(string, start)) >= 0]
         if places:
             self.text, self.stopped = self.text[: min(places)], True
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from allyouneed.core.errors import InputError
-from allyouneed.generate.engine import Engine
 from allyouneed.generate.local import LocalModel
 from allyouneed.generate.local_encoder import LocalEncoder
 from allyouneed.serve.app import create_app
@@ -15,13 +14,8 @@ from allyouneed.serve.served import Served
 from allyouneed.serve.settings import Settings
 
 
-def assemble(
-    lm: LocalModel | LocalEncoder,
-    settings: Settings,
-    engine: Engine | None = None,
-    embedder: LocalEncoder | None = None,
-) -> FastAPI:
-    """The application that serves `lm`, through `engine` where it generates, and beside it an encoder.
+def assemble(lm: LocalModel | LocalEncoder, settings: Settings, embedder: LocalEncoder | None = None) -> FastAPI:
+    """The application that serves `lm`, whose engine it takes over, and beside it an encoder.
 
     Raises:
         InputError: `settings.context` is more than the model holds.
@@ -32,8 +26,7 @@ def assemble(
         if isinstance(one, LocalEncoder):
             models[one.name] = Served(one, one.name, None, one.reading.most, settings.most_seconds)
         else:
-            assert engine is not None, "a model that generates needs an engine"
-            driver = Driver(engine, metrics.take)
+            driver = Driver(one.engine, metrics.take)
             models[one.name] = Served(one, one.name, driver, _context(one, settings), settings.most_seconds)
     return create_app(models, settings, metrics)
 
