@@ -54,10 +54,13 @@ def serve(
 ) -> None:
     """Answer OpenAI clients over HTTP: chat, completions, responses, embeddings. SIGTERM or Ctrl-C ends it gently."""
     from allyouneed.generate.engine import Engine
-    from allyouneed.serve.assembly import assemble
-    from allyouneed.serve.server import listen, run
-    from allyouneed.serve.settings import Settings
 
+    try:
+        from allyouneed.serve.assembly import assemble
+        from allyouneed.serve.server import listen, run
+        from allyouneed.serve.settings import Settings
+    except ImportError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'allyouneed[serve]'") from None
     settings = Settings(
         host=host,
         port=port,

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.requests import Request, Step
 from allyouneed.generate.stopping import Pieces, StopStrings
 from allyouneed.serve.errors import ApiError
@@ -201,10 +200,6 @@ class Driver:
             self._loop.call_soon_threadsafe(function)
 
 
-def _text(pieces: Pieces, sampling: Sampling) -> StopStrings:
-    return StopStrings(pieces, sampling.stop, sampling.min_tokens)
-
-
 def _put(heard: Sequence[tuple[Job, Heard]]) -> None:
     for job, one in heard:
         job.events.put_nowait(one)
@@ -237,7 +232,10 @@ class Generation:
         """`watch` hears the news too, the seconds since the last of the same request, and whether it is the first."""
         events: asyncio.Queue[Heard] = asyncio.Queue()
         self.driver, self.events, self.most_seconds, self.watch = driver, events, most_seconds, watch
-        self.jobs = [Job(i, one, _text(pieces(), one.sampling), events) for i, one in enumerate(requests)]
+        self.jobs = [
+            Job(i, one, StopStrings(pieces(), one.sampling.stop, one.sampling.min_tokens), events)
+            for i, one in enumerate(requests)
+        ]
 
     async def start(self) -> None:
         """Hand all requests over.
