@@ -24,24 +24,22 @@ class LocalModel:
     """Satisfies `LanguageModel` with one of our modules and its tokenizer.
 
     Args:
-        batch: how many prompts are generated for at once; more wait their turn.
+        config: of the engine: how many prompts are generated for at once, and what is kept of them.
     """
 
-    def __init__(self, module: Decoder, tokenizer: Tokenizer, name: str, *, batch: int = 16) -> None:
+    def __init__(
+        self, module: Decoder, tokenizer: Tokenizer, name: str, *, config: Engine.Config | None = None
+    ) -> None:
         if tokenizer.vocab_size > module.config.vocab_size:
             sizes = f"{tokenizer.vocab_size} tokens, the model {module.config.vocab_size}"
             raise InputError(f"{name}: the tokenizer has {sizes}; they do not belong together")
-        self.module, self.tokenizer, self.name, self.batch = module, tokenizer, name, batch
-        self.engine = Engine(module, tokenizer.eos_ids)
+        self.module, self.tokenizer, self.name = module, tokenizer, name
+        self.engine = Engine(module, tokenizer.eos_ids, config)
 
     def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in order. With a seed, prompt i draws from `seed + i`."""
-        completions: list[Completion] = []
-        for start in range(0, len(prompts), self.batch):
-            part = prompts[start : start + self.batch]
-            samplings = [_seeded(sampling, start + i) for i in range(len(part))]
-            completions += self._complete_batch([self._encode(prompt) for prompt in part], samplings)
-        return completions
+        samplings = [_seeded(sampling, i) for i in range(len(prompts))]
+        return self._complete([self._encode(prompt) for prompt in prompts], samplings)
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
         """The completions' texts; keywords are fields of `Sampling`."""
@@ -133,7 +131,7 @@ class LocalModel:
             return (self._first_token(),), tuple(whole)
         return tuple(whole[:shared]), tuple(whole[shared:])
 
-    def _complete_batch(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
+    def _complete(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
         texts = [StopStrings(self.tokenizer.stream(), sampling.stop) for sampling in samplings]
         tokens: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
