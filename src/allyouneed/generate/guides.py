@@ -197,7 +197,9 @@ def _library() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise InputError("guides need the package llguidance; install it with pip install 'allyouneed[guide]'") from None
+        raise InputError(
+            "guides need the package llguidance; install it with pip install 'allyouneed[guide]'"
+        ) from None
     return llguidance
 
 
@@ -216,7 +218,9 @@ def _writes(spelling: Spelling, text: str) -> bool:
     data = b" " + data if spelling.drops_space else data
     tokens = {token for token in spelling.writes if token is not None}
     longest = max(map(len, tokens), default=0)
-    steps = [[j for j in range(i + 1, min(len(data), i + longest) + 1) if data[i:j] in tokens] for i in range(len(data))]
+    steps = [
+        [j for j in range(i + 1, min(len(data), i + longest) + 1) if data[i:j] in tokens] for i in range(len(data))
+    ]
     whole = [False] * len(data) + [True]
     for i in reversed(range(len(data))):
         whole[i] = any(whole[j] for j in steps[i])

@@ -36,11 +36,11 @@ class CallAnswer(TypedDict):
 
 
 class TopLogprob(TypedDict):
-    """A token that might have come; `bytes` are null where the text does not say them."""
+    """A token that might have come; in `token`, U+FFFD stands for bytes that are no whole character."""
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class TokenLogprob(TopLogprob):

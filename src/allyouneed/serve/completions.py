@@ -107,7 +107,7 @@ class Continuation:
             self.offset += len(self.pieces.push(token))
 
     def _logprobs(self, told: Sequence[tuple[int, float | None, Top, int]]) -> TextLogprobs:
-        spell = self.served.token_text
+        spell = self.served.token_name
         return {
             "tokens": [spell(token) for token, *_ in told],
             "token_logprobs": [None if value is None else max(value, LEAST_LOGPROB) for _, value, *_ in told],

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from allyouneed.generate.requests import Request, Step
 from allyouneed.generate.stopping import Pieces, StopStrings
 from allyouneed.serve.errors import ApiError
+from allyouneed.serve.watched import WatchedGuide
 
 LOG = logging.getLogger("allyouneed.serve")
 
@@ -73,7 +74,7 @@ class Driver:
     """Owns an engine. `start` and `close` frame its life; between them any number of generations run at once."""
 
     def __init__(self, engine: Steps, read: Callable[[Any], None] = lambda engine: None) -> None:
-        """`read` is called in the driver's thread after each pass, to take figures from the engine."""
+        """`read` is called in the driver's thread after each pass, and first of all, to take figures from the engine."""
         self.engine, self.read = engine, read
         self.jobs: dict[int, Job] = {}
         self._messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -120,10 +121,10 @@ class Driver:
 
     def _run(self) -> None:
         while not self._closing:
+            self.read(self.engine)
             self._hear()
             if not self._closing and not self.engine.idle:
                 self._step()
-            self.read(self.engine)
         self._fail_all(ApiError("the server is shutting down", status=503))
 
     def _hear(self) -> None:
@@ -150,8 +151,11 @@ class Driver:
                 job.steps.append(step)
         self._deliver([(job, self._news(job)) for job in told])
 
-    def _news(self, job: Job) -> News:
+    def _news(self, job: Job) -> Heard:
         steps, job.steps = job.steps, []
+        if isinstance(job.request.guide, WatchedGuide) and job.request.guide.error is not None:
+            self._cancel([job])
+            return job.request.guide.error
         if steps[-1].finish_reason is not None:
             job.text.finish()
             self._forget(job)

@@ -20,6 +20,7 @@ from allyouneed.generate.requests import Guide
 from allyouneed.serve.driver import Driver, Generation
 from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.tools import form_of
+from allyouneed.serve.watched import WatchedGuide
 
 T = TypeVar("T")
 WORKERS = 2  # threads for text; one more reads texts for their vectors
@@ -40,7 +41,6 @@ class Served:
         self.tokenizer = lm.tokenizer
         self.form = form_of(self.tokenizer.chat_template)
         self._texts, self._vectors = anyio.CapacityLimiter(WORKERS), anyio.CapacityLimiter(1)
-        self._text = functools.lru_cache(maxsize=1 << 16)(self._token_text)
 
     @property
     def generates(self) -> bool:
@@ -90,11 +90,10 @@ class Served:
             ApiError: the guide cannot be made; `param` is at fault.
         """
         try:
-            return await self.aside(lambda: make(self._guides))
+            made = await self.aside(lambda: make(self._guides))
         except InputError as error:
             raise refused(param, error) from None
-        except ImportError:
-            raise ApiError(f"{param}: this server lacks the package llguidance", param=param) from None
+        return WatchedGuide(made, self.tokenizer.vocab_size)
 
     async def aside(self, work: Callable[[], T]) -> T:
         """`work` in a thread."""
@@ -125,9 +124,20 @@ class Served:
                 f"{param}: token {worst} is not in the vocabulary of {self.tokenizer.vocab_size}", param=param
             )
 
-    def token_text(self, token: int) -> str:
-        """What a token adds to a text; U+FFFD stands for bytes that are no whole character."""
-        return self._text(token)
+    def token_bytes(self, token: int) -> bytes:
+        """What a token writes; a special one, how it is spelled. Of an id beyond the vocabulary nothing is known."""
+        if token >= self.tokenizer.vocab_size:
+            return b""
+        written = self._writes[token]
+        return self.tokenizer.token(token).encode() if written is None else written
+
+    def token_name(self, token: int) -> str:
+        """What a token writes; where that is no text, its bytes as OpenAI spells them: `bytes:\\xe2\\x80`."""
+        written = self.token_bytes(token)
+        try:
+            return written.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
 
     @functools.cached_property
     def _guides(self) -> Any:
@@ -136,14 +146,12 @@ class Served:
         return Guides(self.tokenizer)
 
     @functools.cached_property
-    def _anchor(self) -> tuple[int, str]:
-        """A token before which another is spelled as within a text, and its own text."""
-        token = (self.tokenizer.encode("a") or [0])[-1]
-        return token, self.tokenizer.decode([token], skip_special_tokens=False)
-
-    def _token_text(self, token: int) -> str:
-        anchor, text = self._anchor
-        return self.tokenizer.decode([anchor, token], skip_special_tokens=False)[len(text) :]
+    def _writes(self) -> Sequence[bytes | None]:
+        try:
+            return self.tokenizer.spelling().writes
+        except InputError:  # it depends on what follows: each as if alone
+            size = self.tokenizer.vocab_size
+            return [self.tokenizer.decode([i], skip_special_tokens=False).encode() for i in range(size)]
 
 
 def spread_seeds(sampling: Sampling, copies: int) -> list[Sampling]:

@@ -113,9 +113,9 @@ def _tops(served: Served, top: Top) -> list[TopLogprob]:
 
 
 def _top(served: Served, token: int, logprob: float) -> TopLogprob:
-    text = served.token_text(token)
-    known = None if "\ufffd" in text else list(text.encode())
-    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": known}
+    written = served.token_bytes(token)
+    text = written.decode("utf-8", errors="replace")
+    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(written)}
 
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own number for what is impossible
