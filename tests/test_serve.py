@@ -192,22 +192,23 @@ class TestChat:
         assert answer.choices[0].message.content.startswith(text[:-2])
 
 
-class TestFormats:
-    SCHEMA = {
-        "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
-        "required": ["name", "age"],
-        "additionalProperties": False,
-    }
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
 
+
+class TestFormats:
     @pytest.mark.parametrize("temperature", [0, 1.0])
     def test_schema(self, client, temperature):
-        form = {"type": "json_schema", "json_schema": {"name": "person", "schema": self.SCHEMA, "strict": True}}
+        form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
         answer = client.chat.completions.create(
             model=NAME, messages=ASK, response_format=form, temperature=temperature, seed=2, max_tokens=200
         )
         assert reason_of(answer) == "stop"
-        jsonschema.validate(json.loads(answer.choices[0].message.content), self.SCHEMA)
+        jsonschema.validate(json.loads(answer.choices[0].message.content), PERSON)
 
     def test_object(self, client):
         answer = client.chat.completions.create(

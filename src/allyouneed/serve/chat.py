@@ -21,10 +21,11 @@ from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.schemas import ChatFields, NamedTool, ResponseFormat, StreamOptions, Tool, ignored
 from allyouneed.serve.served import Served, spread_seeds
 from allyouneed.serve.service import Here
+from allyouneed.serve.strict import StrictRoute
 from allyouneed.serve.tools import Reader
 from allyouneed.serve.turns import Turn, chat_logprobs
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 NO_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "template")
 
 

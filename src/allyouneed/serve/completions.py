@@ -22,9 +22,10 @@ from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.schemas import CompletionFields, ignored
 from allyouneed.serve.served import Served, spread_seeds
 from allyouneed.serve.service import Here
+from allyouneed.serve.strict import StrictRoute
 from allyouneed.serve.turns import LEAST_LOGPROB
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 DEFAULT_MOST = 16  # OpenAI's
 MOST_AT_ONCE = 1024  # answers of one request
 

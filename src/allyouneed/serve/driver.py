@@ -74,7 +74,7 @@ class Driver:
     """Owns an engine. `start` and `close` frame its life; between them any number of generations run at once."""
 
     def __init__(self, engine: Steps, read: Callable[[Any], None] = lambda engine: None) -> None:
-        """`read` is called in the driver's thread after each pass, and first of all, to take figures from the engine."""
+        """`read` is called in the driver's thread, first of all and after each pass, to take figures of the engine."""
         self.engine, self.read = engine, read
         self.jobs: dict[int, Job] = {}
         self._messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

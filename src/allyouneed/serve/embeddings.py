@@ -18,8 +18,9 @@ from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.schemas import EmbeddingFields, ignored
 from allyouneed.serve.served import Served
 from allyouneed.serve.service import Here
+from allyouneed.serve.strict import StrictRoute
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 AT_ONCE = 32  # texts between two looks at whether the client is still there
 
 

@@ -6,6 +6,7 @@ Holds the one exception that routes raise, and how everybody else's become it: t
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,19 +116,21 @@ async def _validation(request: Request, error: Exception) -> JSONResponse:
 
 
 def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """The error of a body that is not what the route takes: of several the one that lies deepest in it, and is more
-    than another type, which for a field of several types is the type that fits best.
+    """The error of a body that is not what the route takes. Of several it is one that is more than a wrong type, and
+    then the one that lies deepest and farthest: for a field of several types, the type that fits best.
     """
-    found = [(_path(one, body), one) for one in errors[:100]]
-    param, one = max(
-        found, key=lambda pair: (pair[0].count(".") + pair[0].count("["), not pair[1]["type"].endswith("_type"))
-    )
+    param, one = max(((_path(one, body), one) for one in errors[:100]), key=lambda pair: _telling(*pair))
     if one["type"] == "json_invalid":
         return ApiError(f"the body is no JSON: {one.get('ctx', {}).get('error', one['msg'])}")
     said = str(one["msg"]).removeprefix("Value error, ")
     if not param:
         return ApiError(f"the body: {said}; a JSON object with Content-Type: application/json is needed")
     return ApiError(f"{param}: {said}", param=param)
+
+
+def _telling(path: str, error: Mapping[str, Any]) -> tuple[bool, int, list[int]]:
+    places = [int(place) for place in re.findall(r"\[(\d+)\]", path)]
+    return not error["type"].endswith("_type"), path.count(".") + len(places), places
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:

@@ -18,9 +18,10 @@ from allyouneed.serve.documents import described
 from allyouneed.serve.response_schemas import ResponseFields, as_chat, by_response_names
 from allyouneed.serve.schemas import ignored
 from allyouneed.serve.service import Here
+from allyouneed.serve.strict import StrictRoute
 from allyouneed.serve.turns import chat_logprobs
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 Object = dict[str, Any]
 
 

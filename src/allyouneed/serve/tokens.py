@@ -16,8 +16,9 @@ from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.schemas import DetokenizeFields, TokenizeFields, ignored
 from allyouneed.serve.served import Served
 from allyouneed.serve.service import Here
+from allyouneed.serve.strict import StrictRoute
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute)
 STARTED = int(time.time())
 
 
