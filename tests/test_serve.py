@@ -185,6 +185,9 @@ class TestChat:
     def test_unknown_fields_are_told_of(self, client):
         raw = client.chat.completions.with_raw_response.create(messages=ASK, extra_body={"colour": "red"}, **GREEDY)
         assert raw.headers["X-Ignored-Fields"] == "colour"
+        odd = {"": 1, " ": 2, "a\r\nb": 3, "é": {}}
+        raw = client.chat.completions.with_raw_response.create(messages=ASK, extra_body=odd, **GREEDY)
+        assert raw.headers["X-Ignored-Fields"] == r"'', ' ', 'a\r\nb', '\xe9'"
 
     def test_min_tokens_holds_stop_strings_off(self, client):
         text = client.chat.completions.create(messages=ASK, **GREEDY).choices[0].message.content

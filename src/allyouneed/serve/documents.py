@@ -27,6 +27,6 @@ def described(answer: Any, event: Any = None) -> dict[str, Any]:
     success: dict[str, Any] = {"model": answer, "description": "The answer."}
     if event is not None:
         said = f"Server-sent events; the data of each is one {event.__name__}, of the last [DONE]."
-        success["content"] = {"text/event-stream": {"schema": {"type": "string", "description": said}}}
+        success["content"] = {"text/event-stream": {"schema": {"description": said}}}
     failures = {status: {"model": ErrorAnswer, "description": said} for status, said in FAILURES.items()}
     return {"response_model": None, "responses": {200: success, **failures}}
