@@ -36,7 +36,7 @@ class Spelling:
     @property
     def complete(self) -> bool:
         """Whether the alphabet has all but control characters and the planes of Unicode that are not in use."""
-        return _NEEDED <= set(self.alphabet)
+        return set(self.alphabet) >= _NEEDED
 
 
 def spelling(backend: Any, silent: set[int]) -> Spelling:
