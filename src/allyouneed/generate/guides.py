@@ -44,47 +44,42 @@ class GrammarGuide:
 
     def __init__(self, matcher: LLMatcher, size: int, end_ids: Collection[int]) -> None:
         self._matcher, self._size, self._ends = matcher, size, end_ids
+        self._allowed = self._look()
 
     @property
     def finished(self) -> bool:
         """Whether the text is whole: nothing but an end token may follow."""
-        return self._matcher.is_stopped() and not self._matcher.is_error()
+        return bool(self._matcher.is_stopped())
 
     def allowed(self) -> Tensor:
-        """Which tokens may come next: (V,) bool.
-
-        Raises:
-            InputError: the grammar became too complex to go on, or the vocabulary cannot write what must follow.
-        """
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(mask, count=self._size, bitorder="little").view(bool)
-        self._check()
-        if not allowed.any() and not self.finished:
-            raise InputError("the grammar demands what this vocabulary cannot write")
-        return torch.from_numpy(allowed)
+        """Which tokens may come next: (V,) bool, at least one of them true unless `finished`."""
+        return self._allowed
 
     def take(self, token: int) -> None:
-        """Go on past an allowed token.
+        """Go on past an allowed token, and find out which may follow.
 
         Raises:
-            InputError: the token is not allowed, or the grammar became too complex to go on.
+            InputError: the token is not allowed, the grammar became too complex to go on, or the vocabulary cannot
+                write what must follow. Nothing follows then.
         """
-        if not (self.finished and token in self._ends):
-            self._matcher.consume_token(token)
-            self._check()
-
-    def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens, none of which was an end token after `finished`."""
-        self._matcher.rollback(count)
-        self._check()
+        if self.finished and token in self._ends:
+            return
+        self._matcher.consume_token(token)
+        self._allowed = self._look()
 
     def copy(self) -> GrammarGuide:
-        """Another guide at the same place, for another text."""
+        """Another guide at the same place, for another text or for guesses."""
         return GrammarGuide(self._matcher.deep_copy(), self._size, self._ends)
 
-    def _check(self) -> None:
+    def _look(self) -> Tensor:
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(mask, count=self._size, bitorder="little").view(bool)
         if self._matcher.is_error():
-            raise InputError(f"the grammar cannot be followed: {self._matcher.get_error().split(chr(10))[0][:200]}")
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise InputError(f"the text cannot go on as the grammar demands: {reason[:200]}")
+        if not self.finished and not allowed.any():
+            raise InputError("the grammar demands what this vocabulary cannot write")
+        return torch.from_numpy(allowed)
 
 
 class Guides:
@@ -97,7 +92,8 @@ class Guides:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._spelling, self._name = tokenizer.spelling(), tokenizer.name
         self._library = _library()
-        self._vocabulary = self._library.LLTokenizer(_Wrapper(tokenizer, self._spelling))
+        wrapper = _Wrapper(tokenizer, self._spelling)
+        self._vocabulary = self._library.LLTokenizer(wrapper, eos_token=wrapper.ends)
         self._size, self._ends = tokenizer.vocab_size, frozenset(tokenizer.eos_ids)
         self._compiled = lru_cache(KEPT)(self._compile)
 
@@ -161,16 +157,15 @@ class Guides:
             raise InputError(f"{what}: {self._name} has no token for every byte, so that not every text can be written")
         if len(grammar) > MOST_CHARACTERS:
             raise InputError(f"{what}: {len(grammar)} characters; at most {MOST_CHARACTERS} are accepted")
-        return GrammarGuide(self._compiled(what, grammar).deep_copy(), self._size, self._ends)
+        return self._compiled(what, grammar).copy()
 
-    def _compile(self, what: str, grammar: str) -> LLMatcher:
+    def _compile(self, what: str, grammar: str) -> GrammarGuide:
         if reason := refusal(grammar, self._spelling.alphabet if self._spelling.complete else bytes(range(256))):
             raise InputError(f"{what}: {reason}")
         limits = self._library.LLParserLimits(verbose_errors=False)
         whole = _framed(grammar, " " if self._spelling.drops_space else "")
         matcher = self._library.LLMatcher(self._vocabulary, whole, log_level=0, limits=limits)
-        GrammarGuide(matcher, self._size, self._ends).allowed()
-        return matcher
+        return GrammarGuide(matcher, self._size, self._ends)
 
 
 class _Wrapper:
@@ -179,13 +174,14 @@ class _Wrapper:
     is_tokenizer_wrapper = True
 
     def __init__(self, tokenizer: Tokenizer, spelling: Spelling) -> None:
-        silent = [i for i, token in enumerate(spelling.writes) if token is None]
         self.tokens = [token or f"<{i}>".encode() for i, token in enumerate(spelling.writes)]
-        if not tokenizer.eos_ids:  # an id beyond the vocabulary, which is never given away
-            silent, self.tokens = [*silent, len(self.tokens)], [*self.tokens, b"<end>"]
-        self.special_token_ids = silent
-        self.bos_token_id = tokenizer.bos_id
-        self.eos_token_id: Any = list(tokenizer.eos_ids)[0] if tokenizer.eos_ids else len(self.tokens) - 1
+        self.special_token_ids = [i for i, token in enumerate(spelling.writes) if token is None]
+        self.ends = list(tokenizer.eos_ids)
+        if not self.ends:  # an id beyond the vocabulary, which is never given away
+            self.ends = [len(self.tokens)]
+            self.special_token_ids += self.ends
+            self.tokens.append(b"<end>")
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_id, self.ends[0]
         self._tokenizer = tokenizer
 
     def __call__(self, text: str | bytes) -> list[int]:

@@ -56,7 +56,7 @@ def _faults(grammar: str, alphabet: bytes) -> Iterator[str]:
     """What goes wrong in compiling the grammar and in walks through it."""
     import llguidance
 
-    vocabulary = llguidance.LLTokenizer(Bytes(alphabet))
+    vocabulary = llguidance.LLTokenizer(Bytes(alphabet))  # type: ignore[arg-type]
     limits = llguidance.LLParserLimits(verbose_errors=False)
     matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
     if matcher.is_error():
