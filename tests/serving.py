@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import httpx
@@ -138,7 +138,7 @@ class Scripted:
         return not self.under_way
 
     def statistics(self) -> Statistics:
-        return Statistics(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        return Statistics(*[0] * len(fields(Statistics)))
 
     def add(self, request: Request) -> int:
         self.added += 1

@@ -12,14 +12,12 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+import torch
 from serving import NAME, Scripted, scripted, serving, tiny, tokenizer
 
 from allyouneed.core.errors import InputError
-from allyouneed.generate.language_model import Sampling
-from allyouneed.generate.requests import Request
 from allyouneed.serve.errors import ApiError
 from allyouneed.serve.settings import Settings
-from allyouneed.serve.watched import WatchedGuide
 
 ASK = [{"role": "user", "content": "Hi"}]
 CHAT = {"messages": ASK, "max_tokens": 4}
@@ -407,25 +405,27 @@ class TestFailures:
             finished = False
 
             def allowed(self):
-                raise InputError("the grammar became too complex")
+                return torch.ones(tokenizer().vocab_size, dtype=torch.bool)
 
             def take(self, token):
-                raise AssertionError
+                raise InputError("the grammar became too complex")
 
-            def rewind(self, count):
-                raise AssertionError
+            def copy(self):
+                return self
 
-        lm = tiny()
-        guide = WatchedGuide(Broken(), tokenizer().vocab_size)
-        sampling = Sampling(max_new_tokens=5, temperature=0)
-        broken = lm.engine.add(Request(ids=[1], sampling=sampling, guide=guide))
-        whole = lm.engine.add(Request(ids=[1], sampling=sampling))
-        steps = []
-        while not lm.engine.idle:
-            steps += lm.engine.step()
-        assert [step.finish_reason for step in steps if step.request == broken] == ["stop"]
-        assert len([step for step in steps if step.request == whole]) == 5
-        assert guide.error is not None
+        with serving() as server:
+            (served,) = server.server.service.models.values()
+            served._guides = type("Guides", (), {"json_object": lambda self: Broken()})()
+            fields = {"model": NAME, "messages": ASK, "max_tokens": 300, "temperature": 0}
+            expected = server.client.chat.completions.create(**fields).choices[0].message.content
+            stream = server.client.chat.completions.create(stream=True, **fields)
+            text = next(stream).choices[0].delta.content
+            for sent in ({"stream": True}, {}):
+                answer = server.post(
+                    "/v1/chat/completions", json=CHAT | sent | {"response_format": {"type": "json_object"}}
+                )
+                assert '"code":"format"' in answer.text and answer.status_code == (200 if sent else 400)
+            assert text + "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
 
 
 class TestEnds:

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from allyouneed.generate.requests import Request, Step
 from allyouneed.generate.stopping import Pieces, StopStrings
 from allyouneed.serve.errors import ApiError
-from allyouneed.serve.watched import WatchedGuide
 
 LOG = logging.getLogger("allyouneed.serve")
 
@@ -120,11 +119,16 @@ class Driver:
         self._messages.put(message)
 
     def _run(self) -> None:
+        self.read(self.engine)
         while not self._closing:
-            self.read(self.engine)
-            self._hear()
-            if not self._closing and not self.engine.idle:
-                self._step()
+            try:
+                self._hear()
+                if not self._closing and not self.engine.idle:
+                    self._step()
+                self.read(self.engine)
+            except Exception as error:
+                LOG.error("a pass of the engine failed; what was running is given up", exc_info=error)
+                self._fail_all(ApiError("the engine failed; the log says how", status=500, code="engine_failed"))
         self._fail_all(ApiError("the server is shutting down", status=503))
 
     def _hear(self) -> None:
@@ -136,14 +140,8 @@ class Driver:
                 block = False
 
     def _step(self) -> None:
-        try:
-            steps = self.engine.step()
-        except Exception as error:
-            LOG.error("a pass of the engine failed; what was running is given up", exc_info=error)
-            self._fail_all(ApiError("the engine failed; the server's log says how", status=500, code="engine_failed"))
-            return
         told: list[Job] = []
-        for step in steps:
+        for step in self.engine.step():
             job = self.jobs.get(step.request)
             if job is not None:
                 if not job.steps:
@@ -153,9 +151,11 @@ class Driver:
 
     def _news(self, job: Job) -> Heard:
         steps, job.steps = job.steps, []
-        if isinstance(job.request.guide, WatchedGuide) and job.request.guide.error is not None:
-            self._cancel([job])
-            return job.request.guide.error
+        if steps[-1].finish_reason == "error":
+            self._forget(job)
+            return ApiError(
+                "the text could not go on as its format demands; allow more, or ask for less", code="format"
+            )
         if steps[-1].finish_reason is not None:
             job.text.finish()
             self._forget(job)

@@ -20,7 +20,6 @@ from allyouneed.generate.requests import Guide
 from allyouneed.serve.driver import Driver, Generation
 from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.tools import form_of
-from allyouneed.serve.watched import WatchedGuide
 
 T = TypeVar("T")
 WORKERS = 2  # threads for text; one more reads texts for their vectors
@@ -90,10 +89,9 @@ class Served:
             ApiError: the guide cannot be made; `param` is at fault.
         """
         try:
-            made = await self.aside(lambda: make(self._guides))
+            return await self.aside(lambda: make(self._guides))
         except InputError as error:
             raise refused(param, error) from None
-        return WatchedGuide(made, self.tokenizer.vocab_size)
 
     async def aside(self, work: Callable[[], T]) -> T:
         """`work` in a thread."""
