@@ -79,22 +79,25 @@ MIXED: list[Any] = [
     {"prompt": HELLO, "stop": "q", "seed": 5},
     {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {"model": "?", "prompt": "a", "n": 1}},
     {"custom_id": "d", "body": {"messages": HELLO, "max_completion_tokens": 3, "seed": None, "stop": ["1", "2"]}},
+    {"prompt": "a", "logit_bias": {"65": 1e4}, "max_tokens": 3},
 ]
 
 
 def test_each_row_is_answered_as_it_would_be_alone(lm: LocalModel, tmp_path: Path) -> None:
     found = answers(lm, tmp_path, MIXED)
-    said = [Sampling(max_new_tokens=4, seed=10 + i) for i in range(6)]
+    said = [Sampling(max_new_tokens=4, seed=10 + i) for i in range(7)]
     said[2] = said[2].replace(max_new_tokens=2, temperature=0.0)
     said[3] = said[3].replace(stop=("q",), seed=5)
+    said[6] = said[6].replace(max_new_tokens=3, logit_bias=((65, 1e4),))
     said[5] = said[5].replace(max_new_tokens=3, stop=("1", "2"))
-    asked: list[Turns] = ["a", HELLO, "b", HELLO, "a", HELLO]
+    asked: list[Turns] = ["a", HELLO, "b", HELLO, "a", HELLO, "a"]
     alone = [lm.complete([turns], sampling)[0] for turns, sampling in zip(asked, said, strict=True)]
     counted = [
         {"finish_reason": one.finish_reason, "prompt_tokens": one.prompt_tokens}
         | {"completion_tokens": one.completion_tokens}
         for one in alone
     ]
+    assert found[6]["completion"] == "AAA"
     assert found[0] == {"prompt": "a", "completion": alone[0].text} | counted[0]
     spoken = {"role": "assistant", "content": alone[1].text}
     assert found[1] == {"id": "x", "messages": [*HELLO, spoken]} | counted[1]
@@ -123,8 +126,8 @@ def test_order_and_texts_do_not_depend_on_how_many_are_asked_at_once(
     rows = [*MIXED, "nonsense", *MIXED, {"prompt": "x" * 95}, *MIXED]
     found = answers(lm, tmp_path, rows, at_once=at_once)
     assert found == answers(lm, tmp_path, rows, at_once=5)
-    assert [i for i, line in enumerate(found) if line.get("error")] == [6, 13]
-    assert "exceed the context of 96 by 3" in found[13]["error"] and found[13]["row"] == 14
+    assert [i for i, line in enumerate(found) if line.get("error")] == [7, 15]
+    assert "exceed the context of 96 by 3" in found[15]["error"] and found[15]["row"] == 16
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -147,6 +150,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "range": ({"prompt": "a", "top_p": 2}, "row 3: sampling: top_p=2; it must be above 0"),
     "large": ({"prompt": "a", "temperature": LARGEST + 1}, "row 3: temperature is 9223372036854775808; a number of at"),
     "object": ({"prompt": "a", "stop": {"type": "core.config:Config"}}, "row 3: stop is {"),
+    "biases": ({"prompt": "a", "logit_bias": {"x": 1}}, "row 3: sampling: logit_bias is (('x', 1),); expected"),
     "stops": ({"prompt": "a", "stop": ["b", 1]}, "row 3: sampling: stop is ('b', 1); expected"),
     "two limits": ({"prompt": "a", "max_tokens": 1, "max_new_tokens": 1}, "row 3: the same is said twice: max_new"),
     "not a number": ('{"prompt": "a", "top_p": NaN}', "row 3: holds NaN or Infinity"),

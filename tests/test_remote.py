@@ -212,6 +212,7 @@ class TestCompletions:
         with asking(lambda path, body: completion("")) as (lm, server):
             lm.complete(["a", "b"], Sampling(max_new_tokens=7, temperature=0.5, top_p=0.9, seed=40, stop=("\n",)))
             lm.complete(["c"], Sampling(top_k=4, min_p=0.1, repetition_penalty=1.2, ignore_eos=True))
+            lm.complete(["d"], Sampling(logit_bias=((7, -1.5),), min_tokens=2, presence_penalty=0.5))
             bodies = {body["prompt"]: body for body in server.bodies()}
         usual = {"model": "m", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": ["\n"]}
         assert bodies["a"] == usual | {"prompt": "a", "seed": 40}
@@ -219,6 +220,12 @@ class TestCompletions:
         extras = {"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True}
         plain = {"model": "m", "prompt": "c", "max_tokens": 128, "temperature": 1.0, "top_p": 1.0}
         assert bodies["c"] == plain | extras
+        assert bodies["d"] == plain | {
+            "prompt": "d",
+            "logit_bias": {"7": -1.5},
+            "min_tokens": 2,
+            "presence_penalty": 0.5,
+        }
 
     def test_chat(self):
         messages = [{"role": "user", "content": "Grüß dich 🙂"}]

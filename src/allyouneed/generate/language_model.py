@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from allyouneed.core.config import Config
@@ -32,7 +33,11 @@ class Sampling(Config):
     """How the next token is chosen and when to stop. The filters apply in the order in which they stand here."""
 
     max_new_tokens: int = 128
+    min_tokens: int = 0  # so many come first: no end token is chosen before, no stop string ends the text
     repetition_penalty: float = 1.0  # > 1 makes tokens already seen less likely (Keskar et al. 2019, sec. 4.1)
+    frequency_penalty: float = 0.0  # taken from a token's logit for each time it was generated (OpenAI's definition)
+    presence_penalty: float = 0.0  # taken once from the logit of a token that was generated at all
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # keep the k likeliest; 0: all
     top_p: float = 1.0  # keep the likeliest that together reach p (Holtzman et al. 2020)
@@ -45,8 +50,12 @@ class Sampling(Config):
         """Refuse values without a meaning."""
         for name, valid, right in (
             ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_new_tokens, f"0 to max_new_tokens={self.max_new_tokens}"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("frequency_penalty", isfinite(self.frequency_penalty), "a finite number"),
+            ("presence_penalty", isfinite(self.presence_penalty), "a finite number"),
+            ("logit_bias", all(isfinite(bias) for _, bias in self.logit_bias), "of finite numbers"),
+            ("temperature", 0 <= self.temperature < inf, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),

@@ -28,7 +28,8 @@ from allyouneed.generate.language_model import (
 
 Answered = TypeVar("Answered")
 
-EXTRAS = ("top_k", "min_p", "repetition_penalty", "ignore_eos")  # vLLM's names; OpenAI itself refuses them
+PENALTIES = ("frequency_penalty", "presence_penalty")
+EXTRAS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens")  # vLLM's names; OpenAI refuses them
 EMBEDDED_AT_ONCE = 64  # texts per request
 NO_ECHO = {400, 404, 422, 500, 501}  # how servers refuse `echo`; llama.cpp does it with a 500
 
@@ -210,7 +211,9 @@ def _fields(sampling: Sampling) -> dict[str, Any]:
         body["seed"] = sampling.seed
     if sampling.stop:
         body["stop"] = list(sampling.stop)
-    extras = {name: getattr(sampling, name) for name in EXTRAS}
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    extras = {name: getattr(sampling, name) for name in (*PENALTIES, *EXTRAS)}
     return body | {name: value for name, value in extras.items() if value != getattr(Sampling, name)}
 
 

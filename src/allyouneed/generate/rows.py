@@ -102,8 +102,8 @@ def read(number: int, line: bytes, sampling: Sampling) -> Row | dict[str, Any]:
 
     >>> read(3, b'{"prompt": "Once", "max_tokens": 5}', Sampling()).sampling.max_new_tokens
     5
-    >>> read(3, b'{"promt": "Once"}', Sampling())["error"][:54]
-    "row 3: keys 'promt'; accepted: prompt or messages, and "
+    >>> read(3, b'{"promt": "Once"}', Sampling())["error"][:53]
+    "row 3: keys 'promt'; accepted: prompt or messages, and"
     """
     found: dict[str, Any] = {}
     try:
@@ -165,6 +165,8 @@ def _sampling(found: Mapping[str, Any], sampling: Sampling) -> Sampling:
         raise InputError(f"the same is said twice: {', '.join(name for name in said if name.startswith('max_'))}")
     if isinstance(named.get("stop"), str):
         named["stop"] = [named["stop"]]
+    if isinstance(bias := named.get("logit_bias"), dict):  # as OpenAI writes it, tokens being the keys
+        named["logit_bias"] = [[int(token) if token.isdecimal() else token, value] for token, value in bias.items()]
     for name, value in named.items():
         if isinstance(value, dict) or (isinstance(value, int) and abs(value) > LARGEST):
             raise InputError(f"{name} is {brief(value)}; a number of at most {LARGEST}, or text, is accepted")
