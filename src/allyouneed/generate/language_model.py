@@ -109,6 +109,14 @@ class LanguageModel(Protocol):
         """(n, dim) float32 vectors of unit length."""
 
 
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A language model that can say how many tokens a text has."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text alone has, none added in front."""
+
+
 def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
     """One for each of `count` prompts, as `complete` has them.
 

@@ -102,8 +102,8 @@ def read(number: int, line: bytes, sampling: Sampling) -> Row | dict[str, Any]:
 
     >>> read(3, b'{"prompt": "Once", "max_tokens": 5}', Sampling()).sampling.max_new_tokens
     5
-    >>> read(3, b'{"promt": "Once"}', Sampling())["error"][:53]
-    "row 3: keys 'promt'; accepted: prompt or messages, and"
+    >>> read(3, b'{"promt": "Once"}', Sampling())["error"].partition(", and")[0]
+    "row 3: keys 'promt'; accepted: prompt or messages"
     """
     found: dict[str, Any] = {}
     try:
