@@ -132,7 +132,7 @@ class LocalModel:
         return tuple(whole[:shared]), tuple(whole[shared:])
 
     def _complete(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
-        texts = [StopStrings(self.tokenizer.stream(), sampling.stop) for sampling in samplings]
+        texts = [StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens) for sampling in samplings]
         tokens: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         reasons = ["length"] * len(prompts)
@@ -153,7 +153,7 @@ class LocalModel:
         ]
 
     def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
-        text = StopStrings(self.tokenizer.stream(), sampling.stop)
+        text = StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens)
         for _ in self.engine.steps([prompt], [sampling], stop=lambda request, token: text.push(token)):
             if piece := text.take():
                 yield piece
