@@ -208,7 +208,7 @@ def test_seeds_give_the_same_tokens_alone_and_in_any_batch(target, name):
     together, engine = run(target, requests, SPECULATORS[name](target))
     pressed, interrupted = run(target, requests, SPECULATORS[name](target), **FEW)
     assert alone == together == pressed
-    assert interrupted.statistics().preemptions > 0 and 0 < engine.statistics().kept
+    assert interrupted.statistics().preemptions > 0 and engine.statistics().kept > 0
     if name == "lookup":  # what was found is compared with what is drawn anyway
         assert alone == run(target, requests)[0]
 
