@@ -179,7 +179,8 @@ def test_random_models_write_valid_json_through_the_engine(name, tmp_path):
             parameter.mul_(6)
     guides, engine = Guides(tokenizer), Engine(module, tokenizer.eos_ids)
     writes = tokenizer.spelling().writes
-    pushed = (*tuple((i, 4.0) for i, token in enumerate(writes) if token in (b'"', b"}", b"]")), (tokenizer.eos_ids[0], 4.0))
+    ending = [i for i, token in enumerate(writes) if token in (b'"', b"}", b"]")] + list(tokenizer.eos_ids)
+    pushed = tuple((i, 4.0) for i in ending)
     schemas = {}
     for i in range(4 * len(SCHEMAS)):
         schema = SCHEMAS[i % len(SCHEMAS)]
