@@ -122,12 +122,14 @@ async def too_long(http: httpx.AsyncClient, seen: Seen) -> None:
 
 async def ask(http: httpx.AsyncClient, asked: Question, alone: str, source: random.Random, seen: Seen) -> None:
     """Stream an answer, or take it whole; perhaps hang up before its end."""
-    leaves = source.random() < HANGING_UP
-    patience = source.expovariate(1 / 2.0) if leaves else None
-    began = time.monotonic()
+    leaves, began = source.random() < HANGING_UP, time.monotonic()
     try:
-        async with asyncio.timeout(patience):
-            text = await (streamed if source.random() < 0.7 else whole)(http, asked, seen)
+        if source.random() < 0.7:
+            most = source.randrange(asked.sampling.max_new_tokens // 2 + 1) if leaves else None
+            text = await streamed(http, asked, seen, most)
+        else:
+            async with asyncio.timeout(source.uniform(0, 0.3) if leaves else None):
+                text = await whole(http, asked, seen)
     except TimeoutError:
         seen.kinds["hung up"] += 1
         return
@@ -140,13 +142,16 @@ async def ask(http: httpx.AsyncClient, asked: Question, alone: str, source: rand
         seen.wrong.append(f"{asked.fields}: {text!r} instead of {alone!r}")
 
 
-async def streamed(http: httpx.AsyncClient, asked: Question, seen: Seen) -> str | None:
+async def streamed(http: httpx.AsyncClient, asked: Question, seen: Seen, most: int | None) -> str | None:
+    """The text; with `most`, the connection is closed after so many pieces of it."""
     pieces: list[str] = []
     began = time.monotonic()
     async with http.stream("POST", "/v1/completions", json=asked.fields | {"stream": True}) as answer:
         if answer.status_code == 429:
             return None
         async for line in answer.aiter_lines():
+            if most is not None and len(pieces) >= most:
+                raise TimeoutError
             if line.startswith("data: {"):
                 if not pieces:
                     seen.first.append(time.monotonic() - began)
