@@ -7,8 +7,10 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import tokenizer
 
-from allyouneed.serve.asked import call_schema
+from allyouneed.generate.guides import Guides
+from allyouneed.serve.calling import call_schema, calling_grammar
 from allyouneed.serve.schemas import Tool
 from allyouneed.serve.tools import BARE, HERMES, LLAMA, MISTRAL, Argued, Called, Form, Reader, Said, form_of
 
@@ -142,3 +144,36 @@ def test_definitions_move_with_their_references():
     assert validator.is_valid({"name": "f", "arguments": {"x": "a"}})
     assert validator.is_valid({"name": "g", "arguments": {"x": 1}})
     assert not validator.is_valid({"name": "g", "arguments": {"x": "a"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("Hello <b>there. ", True),
+        ("", True),
+        ('Hi <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', True),
+        ('<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\nand so', True),
+        ('<tool_call>{"name": "g", "arguments": {"y": "z"}}</tool_call>\n<tool_call>', False),
+        ('<tool_call>{"name": "f", "arguments": {"x": "1"}}</tool_call>', False),
+        ('<tool_call>{"name": "h", "arguments": {}}</tool_call>', False),
+        ("<tool_call>oops</tool_call>", False),
+        ('<tool_call>{"name": "f"', False),
+    ],
+)
+def test_strict_tools_are_held_to_their_schema(text, allowed):
+    schema = {
+        "type": "object",
+        "properties": {"x": {"type": "integer"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    strict = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    loose = {"type": "function", "function": {"name": "g", "parameters": schema}}
+    grammar = calling_grammar([Tool.model_validate(strict), Tool.model_validate(loose)], HERMES)
+    guide = Guides(tokenizer()).grammar(grammar)
+    for token in tokenizer().encode(text):
+        if not guide.allowed()[token]:
+            assert not allowed
+            return
+        guide.take(token)
+    assert bool(guide.allowed()[tokenizer().eos_ids[0]]) == allowed
