@@ -280,7 +280,7 @@ class TestTools:
             answer = self.ask(server.client, parallel_tool_calls=False)
             assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["get_weather"]
             assert reason_of(answer) == "tool_calls"
-            assert server.lm.engine.idle
+            assert server.settles(2)
 
     def test_none_is_text(self):
         with serving(scripted(self.CALLS)) as server:
@@ -307,6 +307,11 @@ class TestTools:
         else:  # a random model may fill the room with digits
             assert reason == "length"
         assert isinstance(choice, str) or name == "get_weather"
+
+    def test_strict_without_being_forced(self, client):
+        strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+        answer = client.chat.completions.create(model=NAME, messages=ASK, tools=[strict], max_tokens=20, seed=1)
+        assert answer.usage.completion_tokens
 
     def test_results_come_back(self, client):
         call = {

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from allyouneed.generate.engine import Engine
     from allyouneed.generate.local import LocalModel
     from allyouneed.generate.local_encoder import LocalEncoder
+    from allyouneed.generate.speculation import Speculator
 
 KEY = "ALLYOUNEED_API_KEY"
 
@@ -45,6 +46,11 @@ def serve(
         int | None, typer.Option(help="Blocks of the cache; without, a quarter of the memory at most.")
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a block.")] = 16,
+    draft: Annotated[str | None, typer.Option(help="A smaller model with the same vocabulary guesses tokens.")] = None,
+    lookup: Annotated[bool, typer.Option("--lookup", help="Guess tokens from the text's own repetitions.")] = False,
+    early_exit: Annotated[
+        int | None, typer.Option(metavar="LAYERS", help="The model's own first layers guess tokens.")
+    ] = None,
     kv8: Annotated[bool, typer.Option("--kv8", help="Keep keys and values in 8 bits.")] = False,
     share_prefixes: Annotated[bool, typer.Option(help="Read prompts that begin alike once.")] = True,
     max_requests: Annotated[int, typer.Option(help="Requests under way, waiting ones included; more get 429.")] = 256,
@@ -79,9 +85,10 @@ def serve(
         share_prefixes=share_prefixes,
         kv8=kv8,
     )
+    guessing = _speculator(draft, lookup, early_exit)
     with listen(settings) as listening:
         began = time.perf_counter()
-        app = assemble(_load(model, name or model, config), settings, _encoder(embedder))
+        app = assemble(_load(model, name or model, config, guessing), settings, _encoder(embedder))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
         print(f"{name or model} answers at {address} (loaded in {time.perf_counter() - began:.1f} s)", flush=True)
         try:
@@ -97,14 +104,30 @@ def _blocks(blocks: int | None, context: int | None, max_batch: int, block_size:
     return max_batch * -(-context // block_size)
 
 
-def _load(model: str, name: str, config: Engine.Config) -> LocalModel | LocalEncoder:
+def _speculator(draft: str | None, lookup: bool, early_exit: int | None) -> Speculator | None:
+    from allyouneed.generate.drafting import Draft, EarlyExit
+    from allyouneed.generate.load import load
+    from allyouneed.generate.local import LocalModel
+    from allyouneed.generate.speculation import PromptLookup
+
+    if (draft is not None) + lookup + (early_exit is not None) > 1:
+        raise InputError("--draft, --lookup and --early-exit all guess tokens; choose one of them")
+    if draft is None:
+        return PromptLookup() if lookup else None if early_exit is None else EarlyExit(early_exit)
+    lm = load(draft)
+    if not isinstance(lm, LocalModel):
+        raise InputError(f"--draft {draft} does not generate; name a decoder of this machine")
+    return Draft(lm.module)
+
+
+def _load(model: str, name: str, config: Engine.Config, guessing: Speculator | None) -> LocalModel | LocalEncoder:
     from allyouneed.generate.load import load
     from allyouneed.generate.local import LocalModel
     from allyouneed.generate.local_encoder import LocalEncoder
 
     lm = load(model)
     if isinstance(lm, LocalModel):
-        return LocalModel(lm.module, lm.tokenizer, name, config=config)
+        return LocalModel(lm.module, lm.tokenizer, name, config=config, speculator=guessing)
     if isinstance(lm, LocalEncoder):
         return LocalEncoder(lm.module, lm.tokenizer, name, lm.reading)
     raise InputError(f"{model} is an endpoint already; serve a model of this machine")

@@ -106,15 +106,19 @@ class Guides:
             InputError: no schema, one that nothing satisfies, or too large; names what is wrong.
         """
         try:
-            schema = json.loads(schema) if isinstance(schema, str) else schema
-            text = json.dumps(schema)
-            endless = not ends(schema)
+            value = json.loads(schema) if isinstance(schema, str) else schema
+            if value is True:
+                value = {}
+            if not isinstance(value, dict):
+                raise ValueError("an object or true is accepted")
+            endless = not ends(value)
+            grammar = self._library.LLMatcher.grammar_from_json_schema(
+                json.dumps(value), overrides={"whitespace_pattern": SPACE}
+            )
         except (ValueError, TypeError, RecursionError, AttributeError) as error:
-            raise InputError(f"schema: is no JSON schema: {brief(str(error))}") from None
+            raise InputError(f"schema: is no JSON schema that values satisfy: {brief(str(error))}") from None
         if endless:
             raise InputError("schema: only values without end satisfy it; let one of the references be optional")
-        options = json.dumps({"whitespace_pattern": SPACE})
-        grammar = self._library.LLMatcher.grammar_from_json_schema(text, overrides=json.loads(options))
         return self._guide("schema", grammar)
 
     def json_object(self) -> GrammarGuide:

@@ -14,6 +14,7 @@ from allyouneed.data import chat
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Completion, Message, Sampling, Turns, sampling_from, samplings_of
+from allyouneed.generate.speculation import Speculator
 from allyouneed.generate.stopping import StopStrings
 from allyouneed.models.decoder import Decoder
 
@@ -26,16 +27,23 @@ class LocalModel:
 
     Args:
         config: of the engine: how many prompts are generated for at once, and what is kept of them.
+        speculator: guesses the engine's next tokens.
     """
 
     def __init__(
-        self, module: Decoder, tokenizer: Tokenizer, name: str, *, config: Engine.Config | None = None
+        self,
+        module: Decoder,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        config: Engine.Config | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         if tokenizer.vocab_size > module.config.vocab_size:
             sizes = f"{tokenizer.vocab_size} tokens, the model {module.config.vocab_size}"
             raise InputError(f"{name}: the tokenizer has {sizes}; they do not belong together")
         self.module, self.tokenizer, self.name = module, tokenizer, name
-        self.engine = Engine(module, tokenizer.eos_ids, config)
+        self.engine = Engine(module, tokenizer.eos_ids, config, speculator)
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """One completion per prompt, in order; conversations by the checkpoint's own chat template."""

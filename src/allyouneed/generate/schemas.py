@@ -12,8 +12,7 @@ SCALARS = {"string", "number", "integer", "boolean", "null"}
 
 
 def ends(schema: Schema) -> bool:
-    """Whether some finite value can satisfy the schema, as far as references lead: an object that must hold another of
-    its own kind has none.
+    """Whether references leave room for a finite value: an object that must hold another of its own kind has none.
 
     >>> ends({"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]})
     False
@@ -24,7 +23,7 @@ def ends(schema: Schema) -> bool:
     known = {ref for ref, target in pending.items() if target is None}  # not ours to follow
     while found := {ref for ref in pending.keys() - known if _ends(pending[ref], known)}:
         known |= found
-    return _ends(schema, known)
+    return _ends(schema, known) or not _ends(schema, pending.keys())
 
 
 def _references(value: Any) -> Iterator[str]:

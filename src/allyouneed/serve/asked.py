@@ -11,7 +11,6 @@ from allyouneed.generate.language_model import Sampling
 from allyouneed.serve.errors import ApiError
 from allyouneed.serve.schemas import ChatMessage, Part, SamplingFields, TextFields, Tool, ToolCall
 
-DEFINITIONS = ("$defs", "definitions")
 LEAST_TOP_P = 1e-9  # OpenAI lets top_p be 0, which keeps the likeliest token alone, as this does
 
 
@@ -81,40 +80,6 @@ def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
         }
         for tool in tools
     ]
-
-
-def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The JSON schema of one call of one of `tools`, as a guide takes it. Definitions move to its root."""
-    calls: list[dict[str, Any]] = []
-    definitions: dict[str, Any] = {}
-    for i, tool in enumerate(tools):
-        parameters = dict(tool.function.parameters or {"type": "object"})
-        for place in DEFINITIONS:
-            own = parameters.pop(place, {})
-            definitions |= {f"{i}.{name}": _moved(schema, i) for name, schema in dict(own).items()}
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": _moved(parameters, i)},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    return (calls[0] if len(calls) == 1 else {"anyOf": calls}) | ({"$defs": definitions} if definitions else {})
-
-
-def _moved(schema: Any, i: int) -> Any:
-    """A schema of tool `i` whose references lead to where its definitions are now."""
-    if isinstance(schema, list):
-        return [_moved(one, i) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(value, i) for key, value in schema.items()}
-    place = str(schema.get("$ref", ""))
-    for start in (f"#/{name}/" for name in DEFINITIONS):
-        if place.startswith(start):
-            moved["$ref"] = f"#/$defs/{i}.{place.removeprefix(start)}"
-    return moved
 
 
 def _message(message: ChatMessage, path: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from allyouneed.generate.requests import Guide, Step
 from allyouneed.generate.requests import Request as Asked
 from allyouneed.serve.answering import EventStream, warned, whole
 from allyouneed.serve.answers import ChatAnswer, ChatChunk, ChunkChoice, Delta, Usage, envelope, usage
-from allyouneed.serve.asked import call_schema, client_of, template_messages, template_tools, text_sampling
+from allyouneed.serve.asked import client_of, template_messages, template_tools, text_sampling
+from allyouneed.serve.calling import call_schema, calling_grammar
 from allyouneed.serve.documents import described
 from allyouneed.serve.driver import Generation, News
 from allyouneed.serve.errors import ApiError, refused
@@ -183,6 +184,9 @@ async def format_guide(served: Served, form: ResponseFormat | None, param: str) 
 
 
 async def _guide(served: Served, fields: ChatFields, tools: Sequence[Tool], forced: bool) -> Guide | None:
+    form = served.form
+    if not forced and form and any(tool.function.strict for tool in tools):
+        return await served.guide(lambda guides: guides.grammar(calling_grammar(tools, form)), "tools")
     if not forced:
         return await format_guide(served, fields.response_format, "response_format")
     choice = fields.tool_choice
@@ -204,9 +208,10 @@ def _tools(served: Served, fields: ChatFields) -> tuple[Sequence[Tool], bool]:
         said = f"tools: the chat template of {served.name} takes none; serve a model tuned for tools"
         raise ApiError(said, param="tools")
     for i, tool in enumerate(tools):
-        if tool.function.strict and not forced:
+        if tool.function.strict and not forced and served.form.closing is None:
             param = f"tools[{i}].function.strict"
-            raise ApiError(f"{param}: is kept only with tool_choice required or a named function", param=param)
+            said = "this model's calls have no end mark; it is kept with tool_choice required or a named function only"
+            raise ApiError(f"{param}: {said}", param=param)
     return tools, forced
 
 

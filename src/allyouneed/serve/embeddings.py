@@ -67,7 +67,8 @@ def _texts(served: Served, fields: EmbeddingFields) -> list[str]:
 async def _counts(served: Served, texts: Sequence[str]) -> list[int]:
     """How many tokens each text has; one with more than the model reads is refused, not cut short."""
     try:
-        rows = await served.aside(lambda: served.tokenizer.encode_batch(texts, add_special_tokens=True))
+        encode = served.tokenizer.encode_batch
+        rows = await served.aside(lambda: encode(texts, add_special_tokens=True), sum(map(len, texts)))
     except InputError as error:
         raise refused("input", error) from None
     counts = [len(row) for row in rows]

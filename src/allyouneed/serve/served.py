@@ -1,6 +1,7 @@
 """A model that is served: its text side. Prompts to ids, ids to the text of their tokens, names to what they mean.
 
-What takes long – rendering, tokenising, compiling a grammar, vectors – runs in threads, a few at a time.
+What takes long – rendering and tokenising long texts, compiling grammars, vectors – runs in threads, a few at a time,
+and never before what is short.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.tools import form_of
 
 T = TypeVar("T")
-WORKERS = 2  # threads for text; one more reads texts for their vectors
+SHORT = 4096  # characters that are rendered and tokenised at once, in about a millisecond
+WORKERS = 2  # threads for longer texts, and as many for grammars; one more reads texts for their vectors
 
 
 class Served:
@@ -39,7 +41,8 @@ class Served:
         self.lm, self.name, self._driver, self.context, self.most_seconds = lm, name, driver, context, most_seconds
         self.tokenizer = lm.tokenizer
         self.form = form_of(self.tokenizer.chat_template)
-        self._texts, self._vectors = anyio.CapacityLimiter(WORKERS), anyio.CapacityLimiter(1)
+        self._texts, self._grammars = anyio.CapacityLimiter(WORKERS), anyio.CapacityLimiter(WORKERS)
+        self._vectors = anyio.CapacityLimiter(1)
 
     @property
     def generates(self) -> bool:
@@ -68,19 +71,21 @@ class Served:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text that may be long."""
-        return await self.aside(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        work = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self.aside(work, len(text))
 
     async def prompt_ids(self, prompt: str) -> list[int]:
         """The ids of a prompt; an empty one is the token that begins a text."""
         assert isinstance(self.lm, LocalModel)
-        return await self.aside(functools.partial(self.lm.prompt_ids, prompt))
+        return await self.aside(functools.partial(self.lm.prompt_ids, prompt), len(prompt))
 
     async def chat_ids(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         """The ids of a conversation, through the model's own template."""
         if not isinstance(self.lm, LocalModel):
             raise ApiError(f"{self.name} is an encoder: it makes vectors only; ask /v1/embeddings", param="model")
         lm = self.lm
-        return await self.aside(lambda: self.tokenizer.encode(lm.chat_prompt(messages, **variables)))
+        length = sum(len(str(one)) for one in (*messages, variables))
+        return await self.aside(lambda: self.tokenizer.encode(lm.chat_prompt(messages, **variables)), length)
 
     async def guide(self, make: Callable[[Any], Guide], param: str) -> Guide:
         """What `make` makes of the model's guides.
@@ -89,12 +94,14 @@ class Served:
             ApiError: the guide cannot be made; `param` is at fault.
         """
         try:
-            return await self.aside(lambda: make(self._guides))
+            return await anyio.to_thread.run_sync(lambda: make(self._guides), limiter=self._grammars)
         except InputError as error:
             raise refused(param, error) from None
 
-    async def aside(self, work: Callable[[], T]) -> T:
-        """`work` in a thread."""
+    async def aside(self, work: Callable[[], T], length: int = SHORT) -> T:
+        """`work` on a text of `length`, in a thread where that is long."""
+        if length < SHORT:
+            return work()
         return await anyio.to_thread.run_sync(work, limiter=self._texts)
 
     def fit(self, length: int, asked: int | None, param: str, prompt: str) -> int:
