@@ -37,6 +37,7 @@ def cases() -> dict[str, tuple[Case, Case, int]]:
     """Name -> (theirs, ours, tokens each)."""
     peer, module = theirs(), ayn.load_module(NAME, packed=True)
     engine, greedy = Engine(module), Sampling(max_new_tokens=NEW, temperature=0)
+    unshared = Engine(module, config=Engine.Config(share_prefixes=False))
     prompt = torch.randint(10, 40000, (8,), generator=torch.Generator().manual_seed(0)).tolist()
     long = torch.randint(10, 40000, (512,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -54,9 +55,8 @@ def cases() -> dict[str, tuple[Case, Case, int]]:
     def prefill_theirs() -> object:
         return peer(torch.tensor([long]), logits_to_keep=1, use_cache=True).logits
 
-    @torch.inference_mode()
     def prefill_ours() -> object:
-        return engine.prefill([long], module.new_cache(1, len(long)))
+        return list(unshared.steps([long], [greedy.replace(max_new_tokens=1)]))
 
     return {
         "decode, batch 1, 128 tokens": (lambda: generate_theirs(1), lambda: generate_ours(1), NEW),

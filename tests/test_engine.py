@@ -25,7 +25,7 @@ def lm() -> LocalModel:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(4)
-    return LocalModel(module, byte_tokenizer(), "tiny", batch=3)
+    return LocalModel(module, byte_tokenizer(), "tiny", config=Engine.Config(max_batch=3))
 
 
 def shares(logits: torch.Tensor, sampling: Sampling, draws: int = 20_000) -> torch.Tensor:
@@ -55,15 +55,18 @@ def test_draws_follow_the_distribution(sampling, expected):
 
 
 def test_repetition_penalty_takes_the_sign_into_account():
-    logits = torch.tensor([[2.0, -2.0, 1.0]])
-    seen = torch.tensor([[True, True, False]])
-    assert penalise(logits, seen, torch.tensor([[2.0]])).tolist() == [[1.0, -4.0, 1.0]]
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    seen = torch.tensor([True, True, False])
+    assert penalise(logits, seen, 2.0).tolist() == [1.0, -4.0, 1.0]
 
 
 def test_penalty_sees_prompt_and_output():
-    sampler = Sampler([Sampling(temperature=0, repetition_penalty=1e9)], [[0]], vocab_size=3)
-    logits = torch.tensor([[3.0, 2.0, 1.0]])
-    assert [sampler.choose(logits).item() for _ in range(2)] == [1, 2]
+    sampler = Sampler(Sampling(temperature=0, repetition_penalty=1e9), [0], vocab_size=3)
+    logits, chosen = torch.tensor([3.0, 2.0, 1.0]), []
+    for _ in range(2):
+        chosen.append(sampler.choose(logits))
+        sampler.take(chosen[-1])
+    assert chosen == [1, 2]
 
 
 def test_a_row_does_not_depend_on_its_batch(lm):
@@ -119,7 +122,7 @@ def test_end_token_ends_unless_ignored(lm):
         def __init__(self, module):
             super().__init__()
             self.module, self.config, self.device = module, module.config, module.device
-            self.limit = module.limit
+            self.limit, self.answers = module.limit, False
 
         def hidden(self, *args, **kwargs):
             return self.module.hidden(*args, **kwargs)

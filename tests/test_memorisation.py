@@ -43,7 +43,10 @@ def test_reproduced_is_how_far_greedy_decoding_agrees(module):
         prompts, continuations, expected = [*prompts, prompt], [*continuations, own], [*expected, min(right, len(own))]
     assert len(set(expected)) > 5
     for batch in (1, 7, 100):
-        assert reproduced(Engine(module), prompts, continuations, batch=batch).tolist() == expected
+        assert (
+            reproduced(Engine(module, config=Engine.Config(max_batch=batch)), prompts, continuations).tolist()
+            == expected
+        )
     # the end token is a token like any other here
     assert reproduced(Engine(module, list(range(31))), prompts, continuations).tolist() == expected
     wholly = [count == len(own) for count, own in zip(expected, continuations, strict=True)]
@@ -57,7 +60,7 @@ def test_memorised_takes_all_of_the_continuation_and_no_more(module):
     sequences[1, 15] = (sequences[1, 15] + 1) % 31  # the last token that is asked for
     sequences[2, 8] = (sequences[2, 8] + 1) % 31  # the first
     sequences[3, 16] = 9  # beyond
-    found = memorised(Engine(module), sequences, prompt=8, continuation=8, batch=4)
+    found = memorised(Engine(module), sequences, prompt=8, continuation=8)
     assert found.tolist() == [True, False, False, True, True, True]
 
 

@@ -28,8 +28,8 @@ def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def test_one_step_is_the_papers_equations():
     """Bahdanau et al. 2015, sec. 3.1 and app. A.1.2, written out one row and one source word at a time in float64."""
     module, source, target = model().double(), ids(1, 5), ids(1, 1, seed=1)
-    state = module.remember(source)
-    s, states = state.hidden[0].clone(), state.read[0]
+    memory = module.remember(source)
+    s, states = module.first(memory)[0][0], memory.states[0]
     e = torch.stack([module.score.weight[0] @ torch.tanh(module.query.weight @ s + module.key(h)) for h in states])
     alpha = e.exp() / e.exp().sum()
     context = sum(a * h for a, h in zip(alpha, states, strict=True))
@@ -61,7 +61,8 @@ def test_no_later_target_token_is_seen():
 @torch.inference_mode()
 def test_generation_is_argmax_of_the_forward_pass():
     module, source = model(), ids(3, 6)
-    steps = Engine(Answering(module, source)).steps([[1]] * 3, [Sampling(max_new_tokens=7, temperature=0)] * 3)
+    sampling = Sampling(max_new_tokens=7, temperature=0)
+    steps = Engine(Answering(module)).steps([[1]] * 3, [sampling] * 3, memory=module.remember(source))
     written = [[1], [1], [1]]
     for step in steps:
         written[step.request].append(step.token)
@@ -84,9 +85,9 @@ def test_translations_of_many_are_those_of_each():
 
 def test_beams_find_what_is_likelier_than_greedy():
     module, source = model(), ids(1, 6)
-    engine = Engine(Answering(module, source), eos_ids=[2])
-    best = beam_search(engine, [1], beams=4, max_new_tokens=6)
-    greedy = beam_search(engine, [1], beams=1, max_new_tokens=6)
+    engine, memory = Engine(Answering(module), eos_ids=[2]), module.remember(source)
+    best = beam_search(engine, [1], beams=4, max_new_tokens=6, memory=memory)
+    greedy = beam_search(engine, [1], beams=1, max_new_tokens=6, memory=memory)
     assert best[0].score >= greedy[0].score - 1e-6
     tokens = torch.tensor([[1, *best[0].tokens]])
     logprobs = module(source, tokens[:, :-1]).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])

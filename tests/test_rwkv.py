@@ -15,7 +15,7 @@ from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError
 from allyouneed.data.batches import Windows
 from allyouneed.data.tokenizers import byte_tokenizer
-from allyouneed.generate import engine, local
+from allyouneed.generate import local
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.local import LocalModel
@@ -25,7 +25,7 @@ from allyouneed.models.checkpoints.loading import save
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.recurrent import RecurrentModel
 from allyouneed.nn import native
-from allyouneed.nn.caches import RecurrentState
+from allyouneed.nn.caches import Cache
 from allyouneed.nn.ffn import MLP
 from allyouneed.nn.recurrent import GRU, LSTM, Recurrent
 from allyouneed.nn.rwkv import Following
@@ -256,19 +256,20 @@ def test_the_gradient_stops_at_the_state_before(model: Decoder) -> None:
     model.zero_grad()
 
 
-def greedy(module, prompts: list[list[int]], count: int = 6) -> list[list[int]]:
+def greedy(module, prompts: list[list[int]], count: int = 6, chunk: int = 512) -> list[list[int]]:
     produced: list[list[int]] = [[] for _ in prompts]
-    for one in Engine(module).steps(prompts, [Sampling(max_new_tokens=count, temperature=0)] * len(prompts)):
+    for one in Engine(module, config=Engine.Config(chunk=chunk)).steps(
+        prompts, [Sampling(max_new_tokens=count, temperature=0)] * len(prompts)
+    ):
         produced[one.request].append(one.token)
     return produced
 
 
 @torch.no_grad()
-def test_prompts_longer_than_the_context_and_than_a_piece(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_longer_than_the_context_and_than_a_chunk(model: Decoder) -> None:
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (90, 3, 33, 32)]
     whole = greedy(model, prompts)
-    monkeypatch.setattr(engine, "PIECE", 32)
-    assert greedy(model, prompts) == whole
+    assert greedy(model, prompts, chunk=32) == whole
     for prompt, tokens in zip(prompts, whole, strict=True):
         logits = model(torch.tensor([prompt + tokens])).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
@@ -284,11 +285,10 @@ def test_prompts_longer_than_the_context_and_than_a_piece(model: Decoder, monkey
     ],
     ids=["lstm", "gru", "sandwich"],
 )
-def test_recurrent_models_run_in_the_engine(layers: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "PIECE", 7)
+def test_recurrent_models_run_in_the_engine(layers: Config) -> None:
     module = oracles.randomised(RecurrentModel.Config(vocab_size=53, dim=12, layers=layers))
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 16, 1)]
-    for prompt, tokens in zip(prompts, greedy(module, prompts), strict=True):
+    for prompt, tokens in zip(prompts, greedy(module, prompts, chunk=7), strict=True):
         logits = module(torch.tensor([prompt + tokens])).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
     cache = module.new_cache(1, 0)
@@ -407,15 +407,15 @@ def test_the_paper_measures_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(config, paper.Config)
     kept = {name: found["bytes"] for name, found in paper._measured(config).items()}
     assert kept[paper.RWKV][0] == kept[paper.RWKV][1] and kept[paper.TRANSFORMER][1] > 3 * kept[paper.TRANSFORMER][0]
-    text, leave = [], RecurrentState.leave
+    text, advance = [], Cache.advance
 
-    def hoard(self: RecurrentState, *after: Tensor) -> None:
-        text.append(torch.zeros(1 if self.rows.counts is None else int(self.rows.counts.max())))
-        leave(self, *after)
+    def hoard(self: Cache, counts: int) -> None:
+        text.append(torch.zeros(counts))
+        advance(self, counts)
 
-    monkeypatch.setattr(RecurrentState, "leave", hoard)
+    monkeypatch.setattr(Cache, "advance", hoard)
     low, high = paper._measured(config)[paper.RWKV]["bytes"]
-    assert high - low == 48 * 4 * config.rwkv.model.num_layers
+    assert high - low == 48 * 4
 
 
 def test_the_authors_initialisation() -> None:

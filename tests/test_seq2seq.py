@@ -125,10 +125,6 @@ def test_their_loader_reads_what_we_save(pair, tmp_path):
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def engine(ours: EncoderDecoder, source: torch.Tensor, segments: torch.Tensor | None = None) -> Engine:
-    return Engine(Answering(ours, source, segments), [END])
-
-
 def ended(tokens: list[int]) -> list[int]:
     """Up to the end token; what `transformers` fills rows with after it counts for nothing."""
     return tokens[: tokens.index(END) + 1] if END in tokens else tokens
@@ -144,7 +140,8 @@ def test_greedy_answers_equal_theirs(pair):
     )
     produced: list[list[int]] = [[], [], []]
     greedy = Sampling(max_new_tokens=12, temperature=0)
-    for step in engine(ours, source, segments).steps([[START]] * 3, [greedy] * 3):
+    memory = ours.remember(source, segments)
+    for step in Engine(Answering(ours), [END]).steps([[START]] * 3, [greedy] * 3, memory=memory):
         produced[step.request].append(step.token)
     for sequence, tokens in zip(out[:, 1:].tolist(), produced, strict=True):
         assert ended(sequence) == tokens
@@ -165,7 +162,14 @@ def test_beams_equal_theirs(pair, seed):
         eos_token_id=END,
         pad_token_id=0,
     )
-    hypotheses = beam_search(engine(ours, source), [START], beams=4, max_new_tokens=10, penalty=power(1.0))
+    hypotheses = beam_search(
+        Engine(Answering(ours), [END]),
+        [START],
+        beams=4,
+        max_new_tokens=10,
+        penalty=power(1.0),
+        memory=ours.remember(source),
+    )
     for hypothesis, sequence, score in zip(hypotheses, out.sequences, out.sequences_scores.tolist(), strict=True):
         assert list(hypothesis.tokens) == ended(sequence[1:].tolist())
         assert abs(hypothesis.score - score) <= TOLERANCE
@@ -311,8 +315,8 @@ def test_cached_equals_uncached(model, steps):
     seen = torch.ones_like(source)
     seen[1, 6:] = 0
     whole = model(source, target, source_segments=seen).logits
-    answering = Answering(model, source, seen)
-    cache = answering.new_cache(3, 9)
+    answering = Answering(model)
+    cache = answering.new_cache(3, 9, model.remember(source, seen))
     pieces = []
     for piece in target.split(steps, 1):
         pieces.append(answering.head(answering.hidden(piece, cache=cache)))
@@ -322,8 +326,8 @@ def test_cached_equals_uncached(model, steps):
 @torch.no_grad()
 def test_rows_that_leave_take_their_sources_along(model):
     source, target = small(3, 11), small(3, 6, seed=1)
-    answering = Answering(model, source)
-    cache = answering.new_cache(3, 6)
+    answering = Answering(model)
+    cache = answering.new_cache(3, 6, model.remember(source))
     answering.hidden(target[:, :5], cache=cache)
     kept = torch.tensor([2, 0, 2])
     cache.select(kept)

@@ -135,9 +135,9 @@ def test_padding_does_not_matter(model):
 
 @torch.inference_mode()
 def test_generation_is_argmax_of_the_forward_pass(model):
-    source = ids(3, 6)
+    source, sampling = ids(3, 6), Sampling(max_new_tokens=9, temperature=0)
     written = [[1], [1], [1]]
-    for step in Engine(Answering(model, source)).steps([[1]] * 3, [Sampling(max_new_tokens=9, temperature=0)] * 3):
+    for step in Engine(Answering(model)).steps([[1]] * 3, [sampling] * 3, memory=model.remember(source)):
         written[step.request].append(step.token)
     logits = model(source, torch.tensor(written)[:, :-1]).logits
     assert logits.argmax(-1).tolist() == [row[1:] for row in written]
@@ -146,9 +146,9 @@ def test_generation_is_argmax_of_the_forward_pass(model):
 @torch.inference_mode()
 def test_beams_score_what_the_forward_pass_scores(model):
     source = ids(1, 6)
-    found = beam_search(
-        Engine(Answering(model, source), eos_ids=[2]), [1], beams=4, max_new_tokens=8, penalty=gnmt(0.6)
-    )
+    engine = Engine(Answering(model), eos_ids=[2])
+    memory = model.remember(source)
+    found = beam_search(engine, [1], beams=4, max_new_tokens=8, penalty=gnmt(0.6), memory=memory)
     for hypothesis in found:
         tokens = torch.tensor([[1, *hypothesis.tokens]])
         logprobs = model(source, tokens[:, :-1]).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])

@@ -117,10 +117,10 @@ _NO = object()
 def _fit(value: Any, text: str, hint: Any) -> Any:
     """`value` as an instance of `hint`, or `_NO`."""
     if _is_tuple(hint):
-        args = [a for a in typing.get_args(hint) if a is not Ellipsis]
         items = value if isinstance(value, tuple | list) else (value,)
-        fitted = [_fit(v, str(v), args[0] if args else Any) for v in items]
-        return _NO if any(v is _NO for v in fitted) else tuple(fitted)
+        kinds = _kinds(hint, len(items))
+        fitted = [_fit(v, str(v), kind) for v, kind in zip(items, kinds, strict=False)]
+        return _NO if len(kinds) != len(items) or any(v is _NO for v in fitted) else tuple(fitted)
     if typing.get_origin(hint) is typing.Literal:
         return value if value in typing.get_args(hint) else _NO
     if hint is Any:
@@ -144,6 +144,12 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _is_tuple(hint: Any) -> bool:
     return hint is tuple or typing.get_origin(hint) is tuple
+
+
+def _kinds(hint: Any, length: int) -> list[Any]:
+    """What the items of a tuple are annotated as; where any number may stand, `length` of them do."""
+    args = list(typing.get_args(hint)) or [Any, Ellipsis]
+    return [args[0]] * length if args[-1] is Ellipsis else args
 
 
 def _describe(hint: Any) -> str:
@@ -194,8 +200,10 @@ def _accepts(hint: Any, value: Any) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_accepts(option, value) for option in typing.get_args(hint))
     if _is_tuple(hint):
-        args = [a for a in typing.get_args(hint) if a is not Ellipsis]
-        return isinstance(value, tuple) and all(_accepts(args[0] if args else Any, v) for v in value)
+        if not isinstance(value, tuple):
+            return False
+        kinds = _kinds(hint, len(value))
+        return len(kinds) == len(value) and all(_accepts(kind, v) for kind, v in zip(kinds, value, strict=True))
     if typing.get_origin(hint) is not None:
         return typing.get_origin(hint) is not typing.Literal or value in typing.get_args(hint)
     if hint is Any or not isinstance(hint, type):

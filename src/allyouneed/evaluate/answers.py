@@ -5,26 +5,24 @@ Knows ids only. Shapes: n questions, P tokens of prompt, k of an answer, C optio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from allyouneed.evaluate.perplexity import token_nll
-from allyouneed.generate.engine import Continues, Engine
+from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.reading import Continues
 
 
 def written(module: Continues, prompts: Tensor, length: int, *, batch: int = 256) -> list[list[int]]:
     """What greedy decoding writes after each prompt, each token seeing the model's own before it: (n, P) -> n × k."""
-    engine = Engine(module)
+    engine = Engine(module, config=Engine.Config(max_batch=batch, share_prefixes=False))
     found: list[list[int]] = [[] for _ in prompts]
     sampling = Sampling(max_new_tokens=length, temperature=0.0, ignore_eos=True)
-    for first in range(0, len(prompts), batch):
-        rows: Sequence[Sequence[int]] = prompts[first : first + batch].tolist()
-        for step in engine.steps(rows, [sampling] * len(rows)):
-            found[first + step.request].append(step.token)
+    for step in engine.steps(prompts.tolist(), [sampling] * len(prompts)):
+        found[step.request].append(step.token)
     return found
 
 

@@ -61,11 +61,9 @@ def _occurrences(rows: np.ndarray, terms: Sequence[Sequence[int]]) -> np.ndarray
     return found
 
 
-def answered(
-    engine: Engine, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, batch: int = 256
-) -> np.ndarray:
+def answered(engine: Engine, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
     """Which prompts greedy decoding continues exactly with their answers: (N,), bool."""
-    return reproduced(engine, prompts, answers, batch=batch) == np.array([len(answer) for answer in answers])
+    return reproduced(engine, prompts, answers) == np.array([len(answer) for answer in answers])
 
 
 @dataclass(frozen=True)

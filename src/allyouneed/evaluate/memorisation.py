@@ -22,44 +22,35 @@ from allyouneed.generate.language_model import Sampling
 EXCHANGES, AT_ONCE = 1999, 1 << 21
 
 
-def reproduced(
-    engine: Engine, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch: int = 256
-) -> np.ndarray:
+def reproduced(engine: Engine, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> np.ndarray:
     """How many tokens of each continuation greedy decoding gives before the first that differs: (N,), int64.
 
     A row leaves the batch at its first difference, so that what is not memorised costs next to nothing.
 
     Args:
+        engine: an engine whose `max_batch` is large, 256 say, is fastest with small models.
         prompts: at least one token each; together with its continuation a prompt fits the model's context.
         continuations: as many, at least one token each.
-        batch: prompts generated from at once.
 
     Raises:
         InputError: an empty continuation, or a prompt that the engine refuses.
     """
     if any(not len(continuation) for continuation in continuations):
         raise InputError("memorisation: an empty continuation is reproduced by any model; give at least one token")
-    spans = [slice(first, first + batch) for first in range(0, len(prompts), batch)]
-    return np.array([n for span in spans for n in _matches(engine, prompts[span], continuations[span])], dtype=np.int64)
-
-
-def _matches(engine: Engine, prompts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> list[int]:
-    matched = [0] * len(wanted)
+    matched = [0] * len(continuations)
 
     def differs(request: int, token: int) -> bool:
-        same = token == int(wanted[request][matched[request]])
+        same = token == int(continuations[request][matched[request]])
         matched[request] += same
         return not same
 
-    samplings = [Sampling(max_new_tokens=len(tokens), temperature=0.0, ignore_eos=True) for tokens in wanted]
+    samplings = [Sampling(max_new_tokens=len(tokens), temperature=0.0, ignore_eos=True) for tokens in continuations]
     for _ in engine.steps(prompts, samplings, differs):
         pass
-    return matched
+    return np.array(matched, dtype=np.int64)
 
 
-def memorised(
-    engine: Engine, sequences: Tensor, *, prompt: int = 32, continuation: int = 32, batch: int = 256
-) -> np.ndarray:
+def memorised(engine: Engine, sequences: Tensor, *, prompt: int = 32, continuation: int = 32) -> np.ndarray:
     """Which of `sequences`, (N, at least prompt + continuation) ids, the model gives back: (N,), bool.
 
     Raises:
@@ -68,7 +59,7 @@ def memorised(
     if sequences.shape[1] < prompt + continuation:
         raise InputError(f"sequences of {sequences.shape[1]} tokens; {prompt} + {continuation} are asked for")
     rows = sequences[:, : prompt + continuation].tolist()
-    matched = reproduced(engine, [row[:prompt] for row in rows], [row[prompt:] for row in rows], batch=batch)
+    matched = reproduced(engine, [row[:prompt] for row in rows], [row[prompt:] for row in rows])
     return matched == continuation
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from allyouneed.core.errors import InputError
 from allyouneed.generate.engine import Engine
+from allyouneed.nn.sight import Memory
 
 Penalty = Callable[[int], float]  # length in tokens -> what the summed log-probability is divided by
 
@@ -36,38 +37,87 @@ class Hypothesis:
     score: float
 
 
+class _Beams:
+    """The running beams of one prompt: block tables that share what they have in common."""
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], memory: Memory | None) -> None:
+        self.engine, self.tables = engine, engine.tables
+        self.rows = [list(prompt)]
+        self.held = [engine.tables.open(memory)]
+
+    def read(self) -> Tensor:
+        """The logits after each beam, (K, V)."""
+        while True:
+            pieces = []
+            for table, row in zip(self.held, self.rows, strict=True):
+                ids = row[table.length : table.length + self.engine.config.chunk]
+                if not self.tables.reserve(table, len(ids)):
+                    raise InputError(f"beam search: all {self.tables.pool.total} blocks are in use; raise blocks")
+                pieces.append(self.tables.piece(table, ids, wanted=int(table.length + len(ids) == len(row))))
+            logits = self.engine.reader.read(pieces)
+            for table, row, piece in zip(self.held, self.rows, pieces, strict=True):
+                self.tables.commit(table, row, table.length + len(piece.ids))
+            if len(logits):
+                return logits
+
+    def select(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
+        """Go on from some of the beams, each with a token more."""
+        forks = [self.tables.fork(self.held[parent]) for parent in parents]
+        self.rows = [[*self.rows[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        self.close()
+        self.held = forks
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        for table in self.held:
+            self.tables.close(table)
+        self.held = []
+
+
 @torch.inference_mode()
 def beam_search(
-    engine: Engine, prompt: Sequence[int], *, beams: int = 4, max_new_tokens: int = 128, penalty: Penalty | None = None
+    engine: Engine,
+    prompt: Sequence[int],
+    *,
+    beams: int = 4,
+    max_new_tokens: int = 128,
+    penalty: Penalty | None = None,
+    memory: Memory | None = None,
 ) -> list[Hypothesis]:
     """The best `beams` continuations of one prompt, best first.
 
     The search ends when no running beam can still beat the worst finished one at its present length, or at
-    `max_new_tokens`.
+    `max_new_tokens`. `memory` is what was read of another model, for encoder–decoders.
 
     Raises:
-        InputError: the prompt is empty, or too long for the context together with `max_new_tokens`.
+        InputError: the prompt is empty, or too long for the context together with `max_new_tokens`; or the engine has
+            too few free blocks.
     """
     if max_new_tokens < 1 or beams < 1:
         raise InputError(f"beam search: beams={beams}, max_new_tokens={max_new_tokens}; both must be 1 or more")
     engine.check(prompt, max_new_tokens)
-    penalty = penalty or gnmt()
-    cache = engine.module.new_cache(1, len(prompt) + max_new_tokens)
-    logits = engine.prefill([prompt], cache)
-    running: list[tuple[int, ...]] = [()]
+    running = _Beams(engine, prompt, memory)
+    try:
+        return _search(running, beams, max_new_tokens, penalty or gnmt())
+    finally:
+        running.close()
+
+
+def _search(running: _Beams, beams: int, max_new_tokens: int, penalty: Penalty) -> list[Hypothesis]:
+    begin = len(running.rows[0])
     totals = torch.zeros(1)
     finished: list[Hypothesis] = []
     for length in range(1, max_new_tokens + 1):
-        parents, tokens, totals, ended = _extend(logits, totals, engine.eos_ids, beams)
-        finished += [_hypothesis((*running[parent], token), total, penalty) for parent, token, total in ended]
+        parents, tokens, totals, ended = _extend(running.read(), totals, running.engine.eos_ids, beams)
+        finished += [
+            _hypothesis((*running.rows[parent][begin:], token), total, penalty) for parent, token, total in ended
+        ]
         finished = sorted(finished, key=lambda h: -h.score)[:beams]
-        running = [(*running[parent], token) for parent, token in zip(parents, tokens, strict=True)]
+        running.select(parents, tokens)
         if len(finished) == beams and finished[-1].score >= float(totals.max()) / penalty(length):
             return finished
-        if length < max_new_tokens:
-            cache.select(torch.tensor(parents))
-            logits = engine.decode(torch.tensor(tokens), cache)
-    finished += [_hypothesis(tokens, float(total), penalty) for tokens, total in zip(running, totals, strict=True)]
+    rows = [tuple(row[begin:]) for row in running.rows]
+    finished += [_hypothesis(row, float(total), penalty) for row, total in zip(rows, totals, strict=True)]
     return sorted(finished, key=lambda h: -h.score)[:beams]
 
 

@@ -1,150 +1,362 @@
-"""The engine: token ids in, token ids out. It knows nothing of text, nor whether a module keeps keys and values of all
-tokens or a state of fixed size.
+"""The engine: token ids in, token ids out. It knows nothing of text, nor what a module keeps of it.
 
-Prompts of unequal length share a batch, each row at its own position in the cache; a finished row leaves the batch at
-once. Shapes: R rows still running, V vocabulary.
+Requests come and go while others run; each pass reads one more token of those that are being continued and chunks of
+prompts beside them (`generate.scheduler`). Shapes: L rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from allyouneed import core
 from allyouneed.core.errors import InputError
+from allyouneed.generate.blocks import chained
+from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.reading import Continues, reader_of
+from allyouneed.generate.requests import Request, Step
 from allyouneed.generate.sampling import Sampler
+from allyouneed.generate.scheduler import Scheduler, Turns
+from allyouneed.generate.speculation import Asked, Drafts, Speculator
+from allyouneed.generate.tables import Tables
+from allyouneed.nn.paged import Storage, bytes_per_block
+from allyouneed.nn.sight import Memory
 
-PIECE = 4096  # tokens of a prompt read in one pass, which bounds the memory that reading a long one takes
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of one request."""
-
-    request: int
-    token: int
-    logprob: float  # natural, under the model's own distribution, before any filter
-    finish_reason: str | None  # "stop" or "length" with a request's last token
-
-
-class Continues(Protocol):
-    """What the engine generates with: a decoder, one that has read its source, a recurrent model."""
-
-    config: Any  # with `vocab_size`
-
-    @property
-    def limit(self) -> int | None:
-        """The longest text it continues; None: any."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-
-    def new_cache(self, batch: int, capacity: int) -> Any:
-        """An empty cache for `batch` rows of up to `capacity` tokens, with `select(rows)`."""
-
-    def hidden(
-        self, ids: Tensor, segments: Tensor | None = None, cache: Any = None, counts: Tensor | None = None
-    ) -> Tensor:
-        """(B, T) -> (B, T, dim), keeping in the cache the first `counts` tokens of each row, or all."""
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """(…, dim) -> logits (…, V)."""
-
+SHARE = 0.25  # of the machine's memory, which blocks take at most where their number is not given
 
 Stop = Callable[[int, int], bool]  # (request, token just produced) -> whether the request ends here
 
 
-class Engine:
-    """Generates with one module; holds no state between calls, so that any number of calls may follow one another."""
+@dataclass(frozen=True)
+class Statistics:
+    """What an engine did so far, and how it stands."""
 
-    def __init__(self, module: Continues, eos_ids: Sequence[int] = ()) -> None:
-        self.module, self.eos_ids = module, frozenset(eos_ids)
+    blocks: int
+    free: int  # of them, those that can be taken
+    cached: int  # of the free ones, those whose content can still be found
+    evictions: int  # findable blocks that were taken for something else
+    waiting: int
+    running: int
+    preemptions: int  # running requests that had to give up their blocks
+    read: int  # tokens that the model read
+    shared: int  # tokens of prompts that were found instead of read
+    made: int  # tokens that were told of in a `Step`
+    drafts: int  # tokens that were guessed
+    kept: int  # of them, those that the model said, too
+
+
+class Engine:
+    """Generates with one module: decoders, recurrent models, encoder–decoders.
+
+    Tokens of a request do not depend on what else runs, nor on chunks, shared prefixes and interruptions. Not
+    thread-safe: whoever owns it steps it.
+
+    >>> from allyouneed.models import llama
+    >>> engine = Engine(llama.EXAMPLE.build().eval())
+    >>> number = engine.add(Request(ids=[1, 2, 3], sampling=Sampling(max_new_tokens=2)))
+    >>> [step.finish_reason for step in (*engine.step(), *engine.step())], engine.idle
+    ([None, 'length'], True)
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(core.Config):
+        """How much runs at once, and what is kept of it."""
+
+        block_size: int = 16  # tokens a block
+        blocks: int | None = None  # None: for `max_batch` requests of the whole context, within a quarter of the memory
+        max_batch: int = 16  # requests running at once; more wait
+        chunk: int = 512  # most tokens of prompts read in one pass, beside those of running requests
+        share_prefixes: bool = True  # what was read for one prompt serves others that begin alike
+        kv8: bool = False  # keys and values in 8 bits
+
+        def __post_init__(self) -> None:
+            """Refuse numbers that nothing could run with."""
+            for name in ("block_size", "max_batch", "chunk"):
+                if getattr(self, name) < 1:
+                    raise InputError(f"engine: {name}={getattr(self, name)}; at least 1 is needed")
+            if self.blocks is not None and self.blocks < 1:
+                raise InputError(f"engine: blocks={self.blocks}; at least 1 is needed")
+
+    def __init__(
+        self,
+        module: Continues,
+        eos_ids: Sequence[int] = (),
+        config: Config | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
+        """`speculator` guesses the next tokens, so that one pass may give several.
+
+        Raises:
+            InputError: the speculator does not fit the module, or drafts could not be taken back from its state.
+        """
+        self.module, self.eos_ids, self.config = module, frozenset(eos_ids), config or Engine.Config()
+        like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
+        storage = Storage(like, self._count(bytes_per_block(like, size, eight_bits=eight)), size, eight_bits=eight)
+        self.tables = Tables(module, storage, share=self.config.share_prefixes)
+        self.reader = reader_of(module, storage)
+        self._scheduler = Scheduler(self.tables, max_batch=self.config.max_batch, chunk=self.config.chunk)
+        self._under_way: dict[int, Continuation] = {}
+        self._letters: dict[int, deque[Step]] = {}  # steps that came while another call of `steps` was served
+        self._added = self._read = self._made = self._drafts = self._kept = 0
+        self._speculator = speculator
+        if speculator is not None:
+            if storage.states:
+                raise InputError("speculation: drafts cannot be taken back from a recurrent state; go without")
+            speculator.attach(module, storage)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not self._under_way
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests run."""
+        return len(self._scheduler.running)
+
+    def statistics(self) -> Statistics:
+        """Counts since the engine was made."""
+        pool, scheduler = self.tables.pool, self._scheduler
+        return Statistics(
+            blocks=pool.total,
+            free=pool.free,
+            cached=pool.cached,
+            evictions=pool.evictions,
+            waiting=self.waiting,
+            running=self.running,
+            preemptions=scheduler.preemptions,
+            read=self._read,
+            shared=scheduler.shared,
+            made=self._made,
+            drafts=self._drafts,
+            kept=self._kept,
+        )
+
+    def add(self, request: Request) -> int:
+        """Have a request wait its turn; its number, by which steps tell of it.
+
+        Raises:
+            InputError: it could never run: no or unknown tokens, more than the context or all blocks hold, nothing to
+                generate, a memory that is missing or that nobody reads.
+        """
+        ids = [int(token) for token in request.ids]
+        self._check(request, ids)
+        number, self._added = self._added, self._added + 1
+        keys = self.tables.keys(ids[:-1])
+        whole = chained((keys[-1] if keys else b"") + repr(id(request.memory)).encode(), ids)
+        vocab_size = self.module.config.vocab_size
+        sampler = Sampler(request.sampling, ids, vocab_size, self.eos_ids, request.guide)
+        pace = self._speculator.pace() if self._speculator else None
+        self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole, pace=pace)
+        self._scheduler.add(self._under_way[number])
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; its blocks are free at once. Unknown and finished numbers are fine."""
+        one = self._under_way.pop(number, None)
+        if one is not None:
+            self._scheduler.remove(one)
+            if self._speculator:
+                self._speculator.forget(number)
 
     @torch.inference_mode()
+    def step(self) -> list[Step]:
+        """The tokens that come next, of all that are due; nothing only when idle."""
+        while not self.idle:
+            turns = self._scheduler.plan()
+            if steps := self._pass(turns):
+                return steps
+        return []
+
     def steps(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], stop: Stop = lambda request, token: False
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        stop: Stop = lambda request, token: False,
+        memory: Memory | None = None,
     ) -> Iterator[Step]:
-        """Tokens as they come, all requests in one batch.
+        """Tokens as they come, numbers being places in `prompts`; several such calls may take turns on one engine.
 
         Args:
             prompts: at least one token id each.
-            samplings: one for each prompt.
+            samplings: one for each prompt; where nothing is to be generated, nothing comes.
             stop: asked after every token but an end token, once.
+            memory: what was read of another model, a row for each prompt.
 
         Raises:
-            InputError: a prompt is empty, or too long for the context together with `max_new_tokens`.
+            InputError: as `add`.
         """
-        for prompt, sampling in zip(prompts, samplings, strict=True):
-            self.check(prompt, sampling.max_new_tokens)
-        requests = [i for i, sampling in enumerate(samplings) if sampling.max_new_tokens > 0]
-        if not requests:
-            return
-        running = [prompts[i] for i in requests]
-        capacity = max(len(prompts[i]) + samplings[i].max_new_tokens for i in requests)
-        cache = self.module.new_cache(len(requests), capacity)
-        sampler = Sampler([samplings[i] for i in requests], running, self.module.config.vocab_size)
-        left = [samplings[i].max_new_tokens for i in requests]
-        logits = self.prefill(running, cache)
-        while requests:
-            tokens = sampler.choose(logits)
-            logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-            kept = []
-            for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
-                left[row] -= 1
-                reason = self._finished(requests[row], token, left[row], sampler.samplings[row], stop)
-                if reason is None:
-                    kept.append(row)
-                yield Step(requests[row], token, logprob, reason)
-            if not kept:
-                return
-            if len(kept) < len(requests):
-                requests, left = [requests[row] for row in kept], [left[row] for row in kept]
-                tokens = tokens[kept]
-                sampler.select(kept)
-                cache.select(torch.tensor(kept))
-            logits = self.decode(tokens, cache)
-
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
-        """Read the prompts, right-padded, piece by piece; the logits after each one's last token, (R, V)."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.as_tensor(prompt)
-        rows, found = [], []
-        for start in range(0, ids.shape[1], PIECE):
-            counts = (lengths - start).clamp(0, PIECE)
-            hidden = self.module.hidden(
-                ids[:, start : start + PIECE].to(self.module.device), cache=cache, counts=counts
-            )
-            ended = ((lengths > start) & (lengths <= start + PIECE)).nonzero()[:, 0]
-            rows.append(ended)
-            found.append(hidden[ended, counts[ended] - 1])
-        return self.module.head(torch.cat(found)[torch.cat(rows).argsort()]).float().cpu()
-
-    def decode(self, tokens: Tensor, cache: Any) -> Tensor:
-        """One more token a row: (R,) -> (R, V)."""
-        hidden = self.module.hidden(tokens[:, None].to(self.module.device), cache=cache)
-        return self.module.head(hidden[:, 0]).float().cpu()
+        memories = [None] * len(prompts) if memory is None else memory.rows()
+        numbers: dict[int, int] = {}
+        try:
+            for i, (ids, sampling, row) in enumerate(zip(prompts, samplings, memories, strict=True)):
+                if sampling.max_new_tokens:
+                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row)
+                    numbers[self.add(request)] = i
+                else:
+                    self.check(ids, 0)
+            yield from self._told(numbers)
+        finally:  # also where nobody listens any longer
+            for number in numbers:
+                self.cancel(number)
+                self._letters.pop(number, None)
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Refuse a prompt that is empty, or that the context cannot hold together with what is asked for."""
-        limit = self.module.limit
+        limit, total = self.module.limit, len(prompt) + max_new_tokens
         if not len(prompt):
             raise InputError("prompt is empty; give at least one token")
-        if limit is not None and len(prompt) + max_new_tokens > limit:
+        if limit is not None and total > limit:
             raise InputError(
                 f"prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed the context of "
-                f"{limit} by {len(prompt) + max_new_tokens - limit}; shorten the prompt or lower max_new_tokens"
+                f"{limit} by {total - limit}; shorten the prompt or lower max_new_tokens"
             )
 
-    def _finished(self, request: int, token: int, left: int, sampling: Sampling, stop: Stop) -> str | None:
+    def forget(self) -> None:
+        """Share nothing that was read so far: to be called after the module's weights have changed."""
+        self.tables.pool.forget()
+
+    def _told(self, numbers: dict[int, int]) -> Iterator[Step]:
+        """The steps of some requests, those of others being kept for whoever waits for them."""
+        self._letters |= {number: deque() for number in numbers}
+        left = set(numbers)
+        while left:
+            for number in sorted(left):
+                while self._letters[number]:
+                    step = self._letters[number].popleft()
+                    if step.finish_reason:
+                        left.discard(number)
+                    yield replace(step, request=numbers[number])
+            if left:
+                for step in self.step():
+                    if step.request in self._letters:
+                        self._letters[step.request].append(step)
+
+    def _pass(self, turns: Turns) -> list[Step]:
+        """One pass of the model over those whose turn it is, and what came of it."""
+        self._guess(turns)
+        pieces = [self.tables.piece(one.held, one.next(count), one.wanted(count)) for one, count in turns.items()]
+        rows = self.reader.read(pieces).split([piece.wanted for piece in pieces])
+        due: list[tuple[Continuation, Tensor]] = []
+        for (one, count), logits in zip(turns.items(), rows, strict=True):
+            start = one.held.length
+            self._read += count + len(one.drafts.tokens)
+            self.tables.commit(one.held, one.tokens, start + count)
+            if one.echoing:
+                one.echo(logits.log_softmax(-1), start)
+            if one.unread == 0:
+                alike = self._scheduler.fork(one) if not one.made else []
+                due += [(one, logits[-1 - len(one.drafts.tokens) :]), *((each, logits[-1:]) for each in alike)]
+        return self._chosen(due)
+
+    def _guess(self, turns: Turns) -> None:
+        """Have drafts made for those that read their last token."""
+        if self._speculator is None:
+            return
+        able = [one for one in turns if one.unread == 1 and one.ahead > 0]
+        asked = [Asked(one.number, one.tokens, one.ahead, one.sampler, one.held) for one in able]
+        for one, drafts in zip(able, self._speculator.propose(asked) if asked else (), strict=True):
+            one.drafts = drafts
+            self._drafts += len(drafts.tokens)
+
+    def _chosen(self, due: Sequence[tuple[Continuation, Tensor]]) -> list[Step]:
+        """Choose a token for each, given logits (1, V), and with drafts (n + 1, V) as many as follow kept ones."""
+        if not due:
+            return []
+        logits = torch.cat([rows for _, rows in due])
+        logprobs, likeliest = logits.log_softmax(-1), logits.argmax(-1).tolist()
+        steps: list[Step] = []
+        start = 0
+        for one, rows in due:
+            found = self._followed(one, rows, logprobs[start:], likeliest[start:])
+            self._settle(one, found)
+            steps += found
+            start += len(rows)
+        self._made += len(steps)
+        return steps
+
+    def _followed(self, one: Continuation, rows: Tensor, logprobs: Tensor, likeliest: Sequence[int]) -> list[Step]:
+        """The tokens that come, as long as they are those that were guessed."""
+        steps: list[Step] = []
+        drafts = one.drafts
+        for i, logits in enumerate(rows):
+            if one.sampler.plain:
+                token = likeliest[i]
+            elif i < len(drafts.odds) and not one.sampler.greedy:
+                token = one.sampler.judge(logits, drafts.tokens[i], drafts.odds[i])
+            else:
+                token = one.sampler.choose(logits)
+            one.tokens.append(token)
+            reason = self._finished(one, token)
+            steps.append(one.step(token, logprobs[i], reason))
+            if reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
+                break
+        return steps
+
+    def _settle(self, one: Continuation, steps: Sequence[Step]) -> None:
+        """Hold the drafts that were kept, and no others."""
+        tried, kept = len(one.drafts.tokens), len(steps) - 1
+        self._kept += kept
+        if steps[-1].finish_reason:
+            self.cancel(one.number)
+        elif one.pace is not None:
+            self.tables.commit(one.held, one.tokens, one.held.length + kept)
+            self.tables.trim(one.held)
+            one.pace.hear(tried, kept)
+            one.drafts = Drafts()
+
+    def _finished(self, one: Continuation, token: int) -> str | None:
+        """Why the request ends with this token, if it does."""
+        sampling, guide = one.request.sampling, one.request.guide
         if token in self.eos_ids and not sampling.ignore_eos:
             return "stop"
-        if stop(request, token):
+        try:
+            one.sampler.take(token)
+        except InputError:  # the guide gives up
+            return "error"
+        if one.request.stop(token) and one.made >= sampling.min_tokens:
             return "stop"
-        return "length" if left == 0 else None
+        if guide is not None and guide.finished:
+            return "stop"
+        return "length" if one.made == sampling.max_new_tokens else None
+
+    def _check(self, request: Request, ids: Sequence[int]) -> None:
+        sampling, vocab_size = request.sampling, self.module.config.vocab_size
+        self.check(ids, sampling.max_new_tokens)
+        if sampling.max_new_tokens < 1:
+            raise InputError("max_new_tokens=0: a request generates at least one token")
+        for token in (min(ids), max(ids), *(token for token, _ in sampling.logit_bias)):
+            if not 0 <= token < vocab_size:
+                raise InputError(f"token {token} is none of the model's; they are 0 to {vocab_size - 1}")
+        if (request.memory is not None) != self.module.answers:
+            wanted = "needs one, of what it answers" if self.module.answers else "reads none"
+            raise InputError(f"request with memory={request.memory}: this model {wanted}")
+        needed = self.tables.count(len(ids) + sampling.max_new_tokens)
+        if needed > self.tables.pool.total:
+            raise InputError(
+                f"{len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} take {needed} blocks of "
+                f"{self.tables.size}, the cache has {self.tables.pool.total}; raise blocks, or ask for less"
+            )
+
+    def _count(self, bytes_each: int) -> int:
+        """How many blocks to have."""
+        if not bytes_each:
+            return 0
+        if self.config.blocks is not None:
+            return self.config.blocks
+        assert self.module.limit is not None, "what keeps all tokens has a context"
+        wanted = self.config.max_batch * -(-self.module.limit // self.config.block_size)
+        most = SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(wanted, max(1, int(most // bytes_each)))

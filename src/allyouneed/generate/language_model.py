@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from allyouneed.core.config import Config
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class AccessError(InputError):
+    """Not what is asked is wrong but who asks, or whom: a key is refused, a model unknown. All else will fail alike."""
+
+
 class Message(TypedDict):
     """One turn of a conversation: `role` is system, user or assistant."""
 
@@ -20,12 +25,19 @@ class Message(TypedDict):
     content: str
 
 
+Turns = str | Sequence[Message]  # a text to continue, or a conversation to answer
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Config):
     """How the next token is chosen and when to stop. The filters apply in the order in which they stand here."""
 
     max_new_tokens: int = 128
+    min_tokens: int = 0  # so many come first: no end token is chosen before, no stop string ends the text
     repetition_penalty: float = 1.0  # > 1 makes tokens already seen less likely (Keskar et al. 2019, sec. 4.1)
+    frequency_penalty: float = 0.0  # taken from a token's logit for each time it was generated (OpenAI's definition)
+    presence_penalty: float = 0.0  # taken once from the logit of a token that was generated at all
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # keep the k likeliest; 0: all
     top_p: float = 1.0  # keep the likeliest that together reach p (Holtzman et al. 2020)
@@ -38,8 +50,12 @@ class Sampling(Config):
         """Refuse values without a meaning."""
         for name, valid, right in (
             ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_new_tokens, f"0 to max_new_tokens={self.max_new_tokens}"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("frequency_penalty", isfinite(self.frequency_penalty), "a finite number"),
+            ("presence_penalty", isfinite(self.presence_penalty), "a finite number"),
+            ("logit_bias", all(isfinite(bias) for _, bias in self.logit_bias), "of finite numbers"),
+            ("temperature", 0 <= self.temperature < inf, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
@@ -50,7 +66,7 @@ class Sampling(Config):
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back for one prompt."""
+    """What came back for one prompt; of a conversation, the assistant's answer."""
 
     text: str
     finish_reason: str  # "stop" (end token or stop string) or "length"
@@ -66,8 +82,13 @@ class LanguageModel(Protocol):
 
     name: str
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order."""
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order: a text is continued, a conversation answered.
+
+        Args:
+            prompts: any number.
+            sampling: one for each prompt; or one for all, prompt i then drawing from `seed + i`.
+        """
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of the completion's text as they come; joined they equal `complete`'s text."""
@@ -86,6 +107,31 @@ class LanguageModel(Protocol):
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32 vectors of unit length."""
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A language model that can say how many tokens a text has."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text alone has, none added in front."""
+
+
+def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
+    """One for each of `count` prompts, as `complete` has them.
+
+    >>> [one.seed for one in samplings_of(Sampling(seed=5), 3)]
+    [5, 6, 7]
+
+    Raises:
+        InputError: their number is not that of the prompts.
+    """
+    if isinstance(sampling, Sampling):
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(count)]
+        return [sampling.replace(seed=seed) for seed in seeds]
+    if len(sampling) != count:
+        raise InputError(f"complete: {count} prompts but {len(sampling)} samplings; give one for each, or one for all")
+    return list(sampling)
 
 
 def sampling_from(keywords: dict[str, object]) -> Sampling:

@@ -1,25 +1,30 @@
-"""From logits to the next token. Shapes: R rows, V vocabulary."""
+"""From logits to the next token, request by request. Shapes: V vocabulary."""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.requests import Guide
 
 NEVER = float("-inf")
 GREEDY = 1e-5  # temperatures below it would only overflow
 
 
-def penalise(logits: Tensor, seen: Tensor, penalties: Tensor) -> Tensor:
-    """Divide positive and multiply negative logits (R, V) of the tokens `seen` (R, V, bool) by `penalties` (R, 1).
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits (V,) of the tokens `seen` (V,) by the penalty.
 
     Source: Keskar et al. 2019, sec. 4.1, with the sign taken into account as is now usual.
+
+    >>> penalise(torch.tensor([2.0, -2.0, 1.0]), torch.tensor([True, True, False]), 2.0).tolist()
+    [1.0, -4.0, 1.0]
     """
-    lowered = torch.where(logits > 0, logits / penalties, logits * penalties)
+    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, lowered, logits)
 
 
@@ -57,6 +62,17 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.where(logits >= logits.max() + torch.tensor(p).log(), NEVER)
 
 
+def guided(logits: Tensor, allowed: Tensor) -> Tensor:
+    """All but the tokens `allowed` (n,) made impossible, those from n on included.
+
+    >>> guided(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False])).tolist()
+    [1.0, -inf, -inf]
+    """
+    kept = torch.full_like(logits, NEVER)
+    kept[: len(allowed)] = logits[: len(allowed)].where(allowed, NEVER)
+    return kept
+
+
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (V,) divided by the temperature, with what top-k, top-p and min-p leave out made impossible."""
     logits = logits / sampling.temperature
@@ -76,39 +92,110 @@ def draw(logits: Tensor, source: random.Random) -> int:
     return int(place.clamp(max=len(logits) - 1))
 
 
-class Sampler:
-    """Chooses tokens for the rows of a batch, each with its own `Sampling` and its own source of randomness.
+def judged(p: Tensor, q: Tensor, draft: int, source: random.Random) -> int:
+    """The next token, given a `draft` that was drawn from q (V,): the draft with probability min(1, p/q), else one
+    drawn from what p (V,) has more of. So it is distributed as p.
 
-    A row's choices depend on its own logits and seed alone, whatever else is in the batch.
+    Source: Leviathan et al. 2023, alg. 1 and app. A.1; Chen et al. 2023, theorem 1.
+
+    >>> judged(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), 0, random.Random(0))
+    1
+    """
+    if source.random() * q[draft].item() < p[draft].item():
+        return draft
+    more = (p - q).clamp(min=0)
+    return draw(more.log(), source) if bool(more.any()) else draft  # nothing is left where they differ by rounding only
+
+
+class Sampler:
+    """Chooses the tokens of one request, from its own source of randomness.
+
+    What it chooses depends on the logits it is given, its seed and what it chose before, and on nothing else: neither
+    on the batch nor on whether the request was interrupted.
+
+    Args:
+        sampling: how.
+        prompt: its tokens, which a repetition penalty sees.
+        vocab_size: V.
+        ends: the end tokens.
+        guide: says which tokens may come next.
+
+    >>> Sampler(Sampling(temperature=0.0, logit_bias=((2, 9.0),)), [0], 3).choose(torch.tensor([1.0, 2.0, 0.0]))
+    2
     """
 
-    def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-        self.samplings = list(samplings)
-        self.sources = [random.Random(sampling.seed) for sampling in samplings]
-        self.penalised = any(sampling.repetition_penalty != 1.0 for sampling in samplings)
-        self.all_greedy = all(sampling.temperature < GREEDY for sampling in samplings)
-        if self.penalised:
-            self.penalties = torch.tensor([[sampling.repetition_penalty] for sampling in samplings])
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                self.seen[row, list(prompt)] = True
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        vocab_size: int,
+        ends: Iterable[int] = (),
+        guide: Guide | None = None,
+    ) -> None:
+        self.sampling, self.guide, self.made = sampling, guide, 0
+        self.source = random.Random(sampling.seed)
+        self.ends = [] if sampling.ignore_eos else sorted(ends)
+        counted = sampling.frequency_penalty or sampling.presence_penalty
+        self.counts = torch.zeros(vocab_size) if counted else None
+        self.seen = None
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self.seen[list(prompt)] = True
+        self.greedy = sampling.temperature < GREEDY
+        self.biased = bool(counted or sampling.logit_bias or guide or self.seen is not None)
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """The next token of each row: (R, V) -> (R,)."""
-        if self.penalised:
-            logits = penalise(logits, self.seen, self.penalties)
-        tokens = logits.argmax(-1)
-        if not self.all_greedy:
-            for row, (sampling, source) in enumerate(zip(self.samplings, self.sources, strict=True)):
-                if sampling.temperature >= GREEDY:
-                    tokens[row] = draw(filtered(logits[row], sampling), source)
-        if self.penalised:
-            self.seen[torch.arange(len(tokens)), tokens] = True
-        return tokens
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is chosen as it stands."""
+        return self.greedy and not self.biased and self.made >= self.sampling.min_tokens
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
-        self.samplings = [self.samplings[row] for row in rows]
-        self.sources = [self.sources[row] for row in rows]
-        if self.penalised:
-            self.penalties, self.seen = self.penalties[list(rows)], self.seen[list(rows)]
+    def choose(self, logits: Tensor) -> int:
+        """The next token, from logits (V,); `take` it to go on."""
+        logits = self.adjusted(logits)
+        if self.greedy:
+            return int(logits.argmax())
+        return draw(filtered(logits, self.sampling), self.source)
+
+    def judge(self, logits: Tensor, draft: int, odds: Tensor) -> int:
+        """The next token, from logits (V,), where a `draft` was drawn from `odds` (V,); `take` it to go on."""
+        return judged(self.odds(logits), odds, draft, self.source)
+
+    def odds(self, logits: Tensor) -> Tensor:
+        """The distribution that `choose` draws from, (V,) float64."""
+        return filtered(self.adjusted(logits), self.sampling).double().softmax(-1)
+
+    def take(self, token: int) -> None:
+        """Go on past a token that was chosen."""
+        self.made += 1
+        if self.counts is not None:
+            self.counts[token] += 1
+        if self.seen is not None:
+            self.seen[token] = True
+        if self.guide is not None:
+            self.guide.take(token)
+
+    def fork(self, source: random.Random) -> Sampler:
+        """Another at the same place, which draws from `source`: guesses are made with it."""
+        other = copy.copy(self)
+        other.source = source
+        other.counts = None if self.counts is None else self.counts.clone()
+        other.seen = None if self.seen is None else self.seen.clone()
+        other.guide = None if self.guide is None else self.guide.copy()
+        return other
+
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """Logits (V,) with penalties, biases, and what must not come next made impossible."""
+        sampling = self.sampling
+        if self.seen is not None:
+            logits = penalise(logits, self.seen, sampling.repetition_penalty)
+        if self.counts is not None:
+            logits = logits - sampling.frequency_penalty * self.counts - sampling.presence_penalty * (self.counts > 0)
+        if sampling.logit_bias:
+            tokens, biases = zip(*sampling.logit_bias, strict=True)
+            logits = logits.index_add(0, torch.tensor(tokens), torch.tensor(biases, dtype=logits.dtype))
+        if self.guide is not None:
+            logits = guided(logits, self.guide.allowed())
+        if self.made < sampling.min_tokens and self.ends:
+            longer = logits.index_fill(0, torch.tensor(self.ends), NEVER)
+            logits = longer if self.guide is None or bool(longer.isfinite().any()) else logits  # the guide decides
+        return logits

@@ -19,6 +19,8 @@ class Pieces(Protocol):
 class StopStrings:
     """Text up to the first stop string. What may be the beginning of one is held back until it is clear.
 
+    Stop strings that begin before the token number `least` do not count (`Sampling.min_tokens`).
+
     >>> class Letters:
     ...     def push(self, token): return chr(token)
     ...     def finish(self): return ""
@@ -27,12 +29,13 @@ class StopStrings:
     ([False, False, False, False, True], 'a ')
     """
 
-    def __init__(self, pieces: Pieces, stop: Sequence[str]) -> None:
-        self.pieces, self.stop = pieces, [string for string in stop if string]
-        self.text, self.taken, self.stopped, self.done = "", 0, False, False
+    def __init__(self, pieces: Pieces, stop: Sequence[str], least: int = 0) -> None:
+        self.pieces, self.stop, self.missing = pieces, [string for string in stop if string], least
+        self.text, self.taken, self.begin, self.stopped, self.done = "", 0, 0, False, False
 
     def push(self, token: int) -> bool:
         """Add a token; whether a stop string is now complete."""
+        self.missing -= 1
         self._add(self.pieces.push(token))
         return self.stopped
 
@@ -51,8 +54,11 @@ class StopStrings:
         return self.text
 
     def _add(self, piece: str) -> None:
-        searched = max(0, len(self.text) - max(map(len, self.stop), default=0))
+        searched = max(self.begin, len(self.text) - max(map(len, self.stop), default=0))
         self.text += piece
+        if self.missing > 0:
+            self.begin = len(self.text)
+            return
         places = [place for string in self.stop if (place := self.text.find(string, searched)) >= 0]
         if places:
             self.text, self.stopped = self.text[: min(places)], True
@@ -60,7 +66,7 @@ class StopStrings:
     def _doubtful(self) -> int:
         """How many characters at the end may belong to a stop string."""
         longest = max((len(string) for string in self.stop), default=1) - 1
-        for length in range(min(longest, len(self.text)), 0, -1):
+        for length in range(min(longest, len(self.text) - self.begin), 0, -1):
             if any(string.startswith(self.text[-length:]) for string in self.stop):
                 return length
         return 0

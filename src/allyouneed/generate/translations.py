@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from allyouneed.data.pairs import apart
@@ -15,6 +16,10 @@ from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 from allyouneed.models import encoder_decoder, recurrent_translator
 from allyouneed.models.encoder_decoder import EncoderDecoder
+from allyouneed.models.recurrent_translator import RecurrentTranslator
+from allyouneed.nn.sight import Memory
+
+BATCH = 256  # translations under way at once
 
 Sources = Sequence[Sequence[int]]
 
@@ -27,7 +32,10 @@ def greedy(module: nn.Module, sources: Sources, *, start: int, end: int, most: i
     """
     written: list[list[int]] = [[] for _ in sources]
     sampling = Sampling(max_new_tokens=most, temperature=0.0)
-    for step in _engine(module, sources, end).steps([[start]] * len(sources), [sampling] * len(sources)):
+    steps = _engine(module, end).steps(
+        [[start]] * len(sources), [sampling] * len(sources), memory=_read(module, sources, start, end)
+    )
+    for step in steps:
         if step.token != end:
             written[step.request].append(step.token)
     return written
@@ -49,16 +57,31 @@ def with_beams(
     Raises:
         InputError: `most` tokens after `start` do not fit the context.
     """
-    written = []
+    engine, written = _engine(module, end), []
     for source in sources:
         found = beam_search(
-            _engine(module, [source], end), [start], beams=beams, max_new_tokens=most, penalty=penalty or gnmt(0.6)
+            engine,
+            [start],
+            beams=beams,
+            max_new_tokens=most,
+            penalty=penalty or gnmt(0.6),
+            memory=_read(module, [source], start, end),
         )
         written.append([token for token in found[0].tokens if token != end])
     return written
 
 
-def _engine(module: nn.Module, sources: Sources, end: int) -> Engine:
-    batch = apart([(source, [end]) for source in sources], start=end)  # only what is read of it counts
-    answering = encoder_decoder.Answering if isinstance(module, EncoderDecoder) else recurrent_translator.Answering
-    return Engine(answering(module, batch["source"], batch["source_segments"]), eos_ids=[end])  # type: ignore[arg-type]
+def _engine(module: nn.Module, end: int) -> Engine:
+    if isinstance(module, EncoderDecoder):
+        return Engine(encoder_decoder.Answering(module), [end], Engine.Config(max_batch=BATCH))
+    assert isinstance(module, RecurrentTranslator)
+    return Engine(recurrent_translator.Answering(module), [end], Engine.Config(max_batch=BATCH))
+
+
+@torch.inference_mode()
+def _read(module: nn.Module, sources: Sources, start: int, end: int) -> Memory:
+    """What the sources are to the writer, a row each."""
+    batch = apart([(source, [end]) for source in sources], start=start)  # only what is read of it counts
+    device = next(module.parameters()).device
+    remembered: Memory = module.remember(batch["source"].to(device), batch["source_segments"].to(device))  # type: ignore[operator]
+    return remembered

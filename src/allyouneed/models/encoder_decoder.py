@@ -114,21 +114,20 @@ class EncoderDecoder(core.Configured, nn.Module):
 
 
 class Answering:
-    """The decoder of a model that has read its sources, as what the engine generates with: a module that continues ids.
+    """The decoder of a model, as what the engine generates with: what the encoder read is each request's memory.
 
-    >>> # Engine(Answering(model, source, segments), eos_ids).steps([[start]] * len(source), samplings)
+    >>> # Engine(Answering(model), eos_ids).add(Request(ids=[start], sampling=..., memory=model.remember(source)))
     """
 
-    def __init__(self, model: EncoderDecoder, source: Tensor, segments: Tensor | None = None) -> None:
+    answers = True
+
+    def __init__(self, model: EncoderDecoder) -> None:
         self.model, self.config, self.device = model, model.config, model.device
         self.limit = model.decoder.limit
-        with torch.inference_mode():
-            self.memory = model.remember(source.to(self.device), segments)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for a target of each source."""
-        assert batch == len(self.memory.states), f"{batch} targets of {len(self.memory.states)} sources"
-        return self.model.decoder.new_cache(batch, capacity, self.memory)
+    def new_cache(self, batch: int, capacity: int, memory: Memory | None = None) -> Cache:
+        """An empty cache for a target of each row of the memory."""
+        return self.model.decoder.new_cache(batch, capacity, memory)
 
     def hidden(
         self,

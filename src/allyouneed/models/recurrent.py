@@ -19,7 +19,7 @@ from allyouneed.nn.caches import Cache, RecurrentState, Rows
 from allyouneed.nn.moe import Experts, MoE
 from allyouneed.nn.noisy_routers import Hierarchical, NoisyTopK
 from allyouneed.nn.sandwich import Sandwich
-from allyouneed.nn.sight import last
+from allyouneed.nn.sight import Memory, last
 
 # experts, groups of a hierarchical router (None: one level), dim, hidden dim, dropout (table 7, app. C.1 and C.2)
 MIXTURES = {
@@ -106,12 +106,13 @@ class RecurrentModel(core.Configured, nn.Module):
             cache.advance(ids.shape[1] if counts is None else counts)
         return hidden
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
+    def new_cache(self, batch: int, capacity: int, memory: Memory | None = None) -> Cache:
         """The states of `batch` rows of which nothing was read; of one size, whatever the `capacity`."""
         rows = Rows(batch, self.device)
-        return Cache(rows, [RecurrentState(rows, *state) for state in self.layers.begin(batch)])
+        return Cache(rows, [RecurrentState(rows, *state) for state in self.layers.begin(batch)], memory=memory)
 
     limit = None  # it continues texts of any length
+    answers = False  # what it writes follows from no memory
 
     @property
     def device(self) -> torch.device:

@@ -14,22 +14,10 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.models.decoder import Output
+from allyouneed.nn.caches import Cache, Recalled, RecurrentState, Rows
+from allyouneed.nn.sight import Memory
 
-
-@dataclass
-class State:
-    """What the writer remembers, (B, H) each, and what it reads: `read` (B, M, 2·H), `keys` (B, M, H), `padding`."""
-
-    hidden: Tensor
-    cell: Tensor
-    read: Tensor
-    keys: Tensor
-    padding: Tensor  # (B, M), true where there is nothing
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only `rows` (n,), in that order, possibly repeated."""
-        self.hidden, self.cell = self.hidden[rows], self.cell[rows]
-        self.read, self.keys, self.padding = self.read[rows], self.keys[rows], self.padding[rows]
+State = tuple[Tensor, Tensor]  # what the writer remembers: hidden and cell, (B, H) each
 
 
 class RecurrentTranslator(core.Configured, nn.Module):
@@ -69,32 +57,52 @@ class RecurrentTranslator(core.Configured, nn.Module):
         self, source: Tensor, ids: Tensor, source_segments: Tensor | None = None, segments: Tensor | None = None
     ) -> Output:
         """Source ids (B, M) and target ids (B, T) -> logits (B, T, V) of each next target token."""
-        return Output(self.head(self.write(ids, self.remember(source, source_segments))))
+        memory = self.remember(source, source_segments)
+        return Output(self.head(self.write(ids, memory, self.first(memory), self.project(memory))[0]))
 
-    def remember(self, source: Tensor, segments: Tensor | None = None) -> State:
-        """Read a source (B, M), padded on the right where `segments` is 0."""
-        padding = torch.zeros_like(source, dtype=torch.bool) if segments is None else segments == 0
+    def remember(self, source: Tensor, segments: Tensor | None = None) -> Memory:
+        """Read a source (B, M), padded on the right where `segments` is 0; states are (B, M, 2·H)."""
+        length = source.shape[1]
+        known = torch.full((len(source),), length) if segments is None else (segments != 0).sum(1).cpu()
         embedded = F.dropout(self.embedding(source), self.config.dropout, self.training)
-        packed = nn.utils.rnn.pack_padded_sequence(
-            embedded, (~padding).sum(1).cpu(), batch_first=True, enforce_sorted=False
-        )
-        states, (last, _) = self.reader(packed)
-        read, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=source.shape[1])
-        hidden = torch.tanh(self.begin(last[1]))
-        return State(hidden, torch.zeros_like(hidden), read, self.key(read), padding)
+        packed = nn.utils.rnn.pack_padded_sequence(embedded, known, batch_first=True, enforce_sorted=False)
+        read, _ = nn.utils.rnn.pad_packed_sequence(self.reader(packed)[0], batch_first=True, total_length=length)
+        return Memory(read, segments)
 
-    def write(self, ids: Tensor, state: State) -> Tensor:
-        """Target ids (B, T), each after those before it -> what the head sees, (B, T, dim); `state` moves on."""
+    def first(self, memory: Memory) -> State:
+        """The writer's state before the first target token, from where reading backwards ended."""
+        hidden = torch.tanh(self.begin(memory.states[:, 0, self.config.hidden_dim :]))
+        return hidden, torch.zeros_like(hidden)
+
+    def project(self, memory: Memory) -> Recalled:
+        """What attention compares the writer's state with, (B, M, H), and what it gives of each place."""
+        return self.key(memory.states), memory.states
+
+    def write(
+        self, ids: Tensor, memory: Memory, state: State, projected: Recalled, counts: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Target ids (B, T), each after those before it -> what the head sees, (B, T, dim), and the state after
+        `counts` (B) of them, None: all.
+        """
         embedded = F.dropout(self.embedding(ids), self.config.dropout, self.training)
-        seen = []
-        for x in embedded.unbind(1):
-            energies = self.score(torch.tanh(self.query(state.hidden)[:, None] + state.keys))[..., 0]
-            weights = energies.masked_fill(state.padding, float("-inf")).softmax(-1)
-            context = (weights[:, None] @ state.read)[:, 0]
-            state.hidden, state.cell = self.writer(torch.cat((x, context), -1), (state.hidden, state.cell))
-            seen.append(torch.cat((state.hidden, context, x), -1))
+        (hidden, cell), kept, seen = state, state, []
+        for t, x in enumerate(embedded.unbind(1)):
+            context = self._look(hidden, memory, projected)
+            hidden, cell = self.writer(torch.cat((x, context), -1), (hidden, cell))
+            if counts is not None:
+                read = (t < counts)[:, None]
+                kept = (torch.where(read, hidden, kept[0]), torch.where(read, cell, kept[1]))
+            seen.append(torch.cat((hidden, context, x), -1))
         found = torch.tanh(self.out(torch.stack(seen, 1)))
-        return F.dropout(found, self.config.dropout, self.training)
+        return F.dropout(found, self.config.dropout, self.training), (hidden, cell) if counts is None else kept
+
+    def _look(self, hidden: Tensor, memory: Memory, projected: Recalled) -> Tensor:
+        """What the writer sees of the source from its state (B, H): (B, 2·H)."""
+        keys, values = projected
+        energies = self.score(torch.tanh(self.query(hidden)[:, None] + keys))[..., 0]
+        if memory.segments is not None:
+            energies = energies.masked_fill(memory.segments == 0, float("-inf"))
+        return (energies.softmax(-1)[:, None] @ values)[:, 0]
 
     @property
     def device(self) -> torch.device:
@@ -103,30 +111,38 @@ class RecurrentTranslator(core.Configured, nn.Module):
 
 
 class Answering:
-    """A translator that has read its sources, as what the engine generates with: a module that continues ids."""
+    """The writer of a translator, as what the engine generates with: what was read is each request's memory."""
 
-    def __init__(self, model: RecurrentTranslator, source: Tensor, segments: Tensor | None = None) -> None:
+    answers = True
+
+    def __init__(self, model: RecurrentTranslator) -> None:
         self.model, self.config, self.device, self.head = model, model.config, model.device, model.head
         self.limit = model.config.context
-        with torch.inference_mode():
-            self.state = model.remember(source.to(self.device), segments)
 
-    def new_cache(self, batch: int, capacity: int) -> State:
-        """The state before the first target token."""
-        assert batch == len(self.state.read), f"{batch} targets of {len(self.state.read)} sources"
-        return State(**vars(self.state))
+    def new_cache(self, batch: int, capacity: int, memory: Memory | None = None) -> Cache:
+        """The state before the first target token of each row of the memory."""
+        rows, hidden = Rows(batch, self.device), self.model.config.hidden_dim
+        nothing = torch.zeros(batch, hidden, device=self.device, dtype=self.model.embedding.weight.dtype)
+        state = (nothing, nothing) if memory is None else self.model.first(memory)
+        return Cache(rows, [RecurrentState(rows, *state)], memory=memory)
 
     def hidden(
         self,
         ids: Tensor,
         segments: Tensor | None = None,
-        cache: State | None = None,
+        cache: Cache | None = None,
         counts: Tensor | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, dim)."""
-        assert cache is not None and segments is None
-        assert counts is None or bool((counts == ids.shape[1]).all()), "targets begin alike"
-        return self.model.write(ids, cache)
+        assert cache is not None and cache.memory is not None and segments is None
+        (layer,), memory = cache.layers, cache.memory
+        assert isinstance(layer, RecurrentState)
+        hidden, cell = layer.before
+        projected = layer.recall(lambda: self.model.project(memory))
+        seen, after = self.model.write(ids, memory, (hidden, cell), projected, counts)
+        layer.leave(*after)
+        cache.advance(ids.shape[1] if counts is None else counts)
+        return seen
 
 
 EXAMPLE = RecurrentTranslator.Config(vocab_size=53, context=48, dim=20, hidden_dim=24)

@@ -69,6 +69,8 @@ class Stack(core.Configured, nn.Module):
             """How many layers each sign stands for in the names of tensors (`models.checkpoints.names`)."""
             return {"i": self.num_layers}
 
+    answers = False  # whether what it writes follows from a memory
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config

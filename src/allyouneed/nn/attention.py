@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from allyouneed import core
-from allyouneed.nn.caches import KeyValues, Rows
+from allyouneed.nn.caches import KeyValues, OwnKeyValues, Recalled, Rows
 from allyouneed.nn.flops import Reading, product
 from allyouneed.nn.kernels import AnyKernel, Sdpa, attention_weights
 from allyouneed.nn.sight import Sight
@@ -86,7 +86,7 @@ class Attention(core.Configured, nn.Module):
     def new_cache(self, rows: Rows, capacity: int, dtype: torch.dtype) -> KeyValues:
         """Room for the keys and values of up to `capacity` tokens in each of `rows`."""
         shape = (len(rows.lengths), self.num_kv_heads, capacity, self.head_dim)
-        return KeyValues(rows, torch.zeros(shape, dtype=dtype, device=rows.lengths.device))
+        return OwnKeyValues(rows, torch.zeros(shape, dtype=dtype, device=rows.lengths.device))
 
     def flops(self, reading: Reading) -> int:
         """Of queries, keys, values and what is made of them; scores and their sums, hidden ones too."""
@@ -143,7 +143,7 @@ class CrossAttention(Attention):
         memory = sight.memory
         assert memory is not None, "cross attention without a memory"
 
-        def project() -> tuple[Tensor, Tensor]:
+        def project() -> Recalled:
             return self._heads(self.k(memory.states)), self._heads(self.v(memory.states))
 
         k, v = project() if cache is None else cache.recall(project)

@@ -1,7 +1,8 @@
 """What a model keeps of tokens already read, so that each is read once: of a whole model, and of one layer.
 
 A layer keeps one of two things: keys and values of all tokens (`KeyValues`), or a state of fixed size that each token
-changes (`RecurrentState`). The model's cache knows how many tokens its rows hold, and speaks to both alike.
+changes (`RecurrentState`). The model's cache knows how many tokens its rows hold, and speaks to both alike. Rows have
+room of their own here; where many sequences come and go, `nn.paged` keeps both in one storage.
 
 Row b holds `lengths[b]` tokens. Rows of unequal length are read padded on the right: of keys and values what lies
 beyond a row's length is never looked at (a query at position p sees the keys 0 … p); states are those after as many
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from allyouneed.nn.positions import Positions
 from allyouneed.nn.sight import Memory, Sight, branches
+
+Recalled = tuple[Tensor, Tensor]
+Recalling = Callable[[Callable[[], Recalled]], Recalled]
 
 
 class Rows:
@@ -34,6 +38,13 @@ class Rows:
         self.uniform: int | None = 0  # the length of every row, where they agree
         self.longest = 0
         self.counts: Tensor | None = None
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Rows:
+        """Rows that hold so many tokens already."""
+        rows = Rows(len(lengths), device)
+        rows.add(torch.tensor(lengths, device=device))
+        return rows
 
     def add(self, counts: Tensor | int) -> None:
         """Hold `counts` (B) more tokens; one number where it is the same for every row."""
@@ -63,19 +74,36 @@ class LayerCache:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
+        self.recalled: Recalled | None = None
+        self.recalling: Recalling | None = None  # who knows what was made of the memory in earlier passes
 
     def advance(self) -> None:
         """Keep what the last pass wrote."""
 
+    def recall(self, project: Callable[[], Recalled]) -> Recalled:
+        """What a layer makes of the memory alone, (B, …, M, ·) each, computed by `project` the first time."""
+        if self.recalled is None:
+            self.recalled = project() if self.recalling is None else self.recalling(project)
+        return self.recalled
+
     def select(self, kept: Tensor) -> None:
         """Keep only the rows `kept` (n,), in that order, possibly repeated."""
-        raise NotImplementedError
+        if self.recalled is not None:
+            self.recalled = (self.recalled[0][kept], self.recalled[1][kept])
 
 
 class KeyValues(LayerCache):
-    """Keys and values, each (B, H, C, D), and those of a memory, (B, H, M, D), once they were asked for.
+    """Keys and values of all tokens read, wherever they are kept."""
 
-    >>> kept = KeyValues(Rows(2), torch.zeros(2, 1, 8, 4))
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values (B, H, T, D) after each row's last; everything up to the longest row's end."""
+        raise NotImplementedError
+
+
+class OwnKeyValues(KeyValues):
+    """Keys and values, each (B, H, C, D), of rows that have all their room to themselves from the first on.
+
+    >>> kept = OwnKeyValues(Rows(2), torch.zeros(2, 1, 8, 4))
     >>> kept.extend(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))[0].shape
     torch.Size([2, 1, 3, 4])
     """
@@ -84,7 +112,6 @@ class KeyValues(LayerCache):
         """`room` (B, H, C, D) is for the keys; for the values as much is taken again."""
         super().__init__(rows)
         self.keys, self.values = room, torch.zeros_like(room)
-        self.recalled: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values (B, H, T, D) after each row's last; everything up to the longest row's end."""
@@ -99,17 +126,10 @@ class KeyValues(LayerCache):
             self.values[rows, :, places] = values.transpose(1, 2)
         return self.keys[:, :, :total], self.values[:, :, :total]
 
-    def recall(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Keys and values of the memory, computed by `project` the first time."""
-        if self.recalled is None:
-            self.recalled = project()
-        return self.recalled
-
     def select(self, kept: Tensor) -> None:
         """Keep only the rows `kept`."""
+        super().select(kept)
         self.keys, self.values = self.keys[kept], self.values[kept]
-        if self.recalled is not None:
-            self.recalled = (self.recalled[0][kept], self.recalled[1][kept])
 
 
 class RecurrentState(LayerCache):
@@ -136,6 +156,7 @@ class RecurrentState(LayerCache):
 
     def select(self, kept: Tensor) -> None:
         """Keep only the rows `kept`."""
+        super().select(kept)
         self.before = self.after = tuple(x[kept] for x in self.before)
 
 
@@ -152,7 +173,8 @@ class Cache:
         self.rows, self.layers, self.capacity, self.memory = rows, layers, capacity, memory
         self._states = [layer for layer in layers if isinstance(layer, RecurrentState)]
         self._marks: list[tuple[int, list[tuple[Tensor, ...]]]] = []
-        self.mark()
+        if rows.uniform is not None:
+            self.mark()
 
     @property
     def lengths(self) -> Tensor:

@@ -6,6 +6,7 @@ Computed once a pass from segments or a cache, read by every attention layer. Sh
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,9 +34,34 @@ class Memory:
             self.views.append(self._build_view())
         return self.views[0]
 
+    def rows(self) -> list[Memory]:
+        """Each row by itself, without the padding on its right."""
+        return [self._row(i) for i in range(len(self.states))]
+
+    @staticmethod
+    def join(memories: Sequence[Memory]) -> Memory:
+        """One memory of the rows of several, padded on the right where they differ in length."""
+        lengths = [memory.states.shape[1] for memory in memories]
+        states = torch.cat([widened(memory.states, max(lengths), 1) for memory in memories])
+        if len(set(lengths)) == 1 and all(memory.segments is None for memory in memories):
+            return Memory(states)
+        return Memory(states, torch.cat([widened(memory._known(), max(lengths), 1) for memory in memories]))
+
     def select(self, rows: Tensor) -> Memory:
         """Keep only `rows` (n,), in that order, possibly repeated."""
         return Memory(self.states[rows], None if self.segments is None else self.segments[rows])
+
+    def _row(self, i: int) -> Memory:
+        if self.segments is None:
+            return Memory(self.states[i : i + 1])
+        known = self.segments[i : i + 1, : int((self.segments[i] != 0).nonzero()[-1]) + 1]
+        states = self.states[i : i + 1, : known.shape[1]]
+        return Memory(states, None if bool(known.all()) else known)
+
+    def _known(self) -> Tensor:
+        if self.segments is not None:
+            return self.segments
+        return torch.ones(self.states.shape[:2], dtype=torch.long, device=self.states.device)
 
     def _build_view(self) -> View:
         length = self.states.shape[1]
@@ -175,6 +201,19 @@ def places(segments: Tensor) -> Tensor:
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def widened(x: Tensor, length: int, dim: int) -> Tensor:
+    """`x` with zeros after it along one of its dimensions, up to `length`.
+
+    >>> widened(torch.ones(2, 1), 3, 1).tolist()
+    [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+    if x.shape[dim] == length:
+        return x
+    missing = list(x.shape)
+    missing[dim] = length - x.shape[dim]
+    return torch.cat((x, x.new_zeros(missing)), dim)
 
 
 def last(x: Tensor, segments: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def _end(config: Config) -> int:
 
 
 def _ask(config: Config, folder: Path, step: int, canaries: Tensor) -> list[bool]:
-    engine = Engine(as_decoder(load_module(folder, step=step), folder))
+    engine = Engine(as_decoder(load_module(folder, step=step), folder), config=Engine.Config(max_batch=256))
     found: list[bool] = memorised(engine, canaries, prompt=config.asked, continuation=config.asked).tolist()
     return found
 

@@ -43,7 +43,6 @@ from allyouneed.data.worlds import Recall
 from allyouneed.evaluate.memory import kept_allocated
 from allyouneed.evaluate.statistics import median
 from allyouneed.evaluate.timing import in_turn
-from allyouneed.generate.engine import Engine
 from allyouneed.models import gpt_neox, rwkv
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.initialise import Normal
@@ -55,6 +54,7 @@ from allyouneed.train.optimizers import AdamW
 from allyouneed.train.schedules import Cosine
 
 RWKV, TRANSFORMER = "RWKV", "Transformer"
+PIECE = 4096  # tokens of a context read in one pass, which bounds the memory that reading a long one takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,21 +181,21 @@ class _Reading:
 
     def __init__(self, model: Decoder.Config, context: int) -> None:
         seed_everything(0)
-        self.engine = Engine(model.replace(context=context + 1).build().eval())
+        self.model = model.replace(context=context + 1).build().eval()
         self.context = context
         self.kept = kept_allocated(self._read)  # measured, not asked of the cache, which might keep more than it says
         self.cache.mark()
 
     @torch.inference_mode()
     def _read(self) -> None:
-        model = self.engine.module
-        ids = torch.randint(model.config.vocab_size, (self.context,), generator=generator(0, "context"))
-        self.cache = model.new_cache(1, self.context + 1)
-        self.engine.prefill([ids.tolist()], self.cache)
+        ids = torch.randint(self.model.config.vocab_size, (1, self.context), generator=generator(0, "context"))
+        self.cache = self.model.new_cache(1, self.context + 1)
+        for piece in ids.split(PIECE, 1):
+            self.model.hidden(piece, cache=self.cache)
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        self.engine.decode(torch.zeros(1, dtype=torch.long), self.cache)
+        self.model(torch.zeros(1, 1, dtype=torch.long), cache=self.cache)
         self.cache.rewind(self.context)
 
 

@@ -1,0 +1,138 @@
+"""One pass of a model over whatever sequences are due: each reads some tokens more, and of some logits are wanted.
+
+Knows blocks and slots by number only; who holds them is said by the caller. Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from allyouneed.nn.paged import Storage
+from allyouneed.nn.sight import Memory
+
+PADDED = 1.25  # rows are read together while their padded size is at most so much more than their tokens
+
+
+class Continues(Protocol):
+    """What the engine generates with: a decoder, one that has read its source, a recurrent model."""
+
+    config: Any  # with `vocab_size`
+    answers: bool  # whether what it writes follows from a memory
+
+    @property
+    def limit(self) -> int | None:
+        """The longest text it continues; None: any."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    def new_cache(self, batch: int, capacity: int, memory: Memory | None = None) -> Any:
+        """An empty cache for `batch` rows of up to `capacity` tokens; one of a row and none says what is kept."""
+
+    def hidden(
+        self, ids: Tensor, segments: Tensor | None = None, cache: Any = None, counts: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) -> (B, T, dim), keeping in the cache the first `counts` tokens of each row, or all."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(…, dim) -> logits (…, V)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What one sequence reads in a pass."""
+
+    ids: Sequence[int]  # new tokens, at least one
+    blocks: Sequence[int]  # its block table, room for the new tokens included
+    length: int  # tokens it holds already
+    wanted: int  # of so many of its last new tokens logits are wanted: 0 none, 1 to go on, more to judge drafts
+    slot: int = 0  # of its state and its memory, where the model has such
+
+
+class Reader(Protocol):
+    """Reads pieces of sequences into a storage."""
+
+    def read(self, pieces: Sequence[Piece]) -> Tensor:
+        """float32 logits on the CPU, (sum of `wanted`, V), pieces in order. No sequence has two pieces in a pass."""
+
+
+def reader_of(module: Continues, storage: Storage) -> Reader:
+    """The fastest reader there is for a module."""
+    return TorchReader(module, storage)
+
+
+class TorchReader:
+    """Reads with the module itself, for any module: rows of one token together, longer ones in groups of like length.
+
+    >>> from allyouneed.models import llama
+    >>> model = llama.EXAMPLE.build().eval()
+    >>> reader = TorchReader(model, Storage(model.new_cache(1, 0), blocks=4, size=8))
+    >>> reader.read([Piece([1, 2, 3], [0], 0, wanted=1), Piece([4], [2], 0, wanted=1)]).shape
+    torch.Size([2, 53])
+    """
+
+    def __init__(self, module: Continues, storage: Storage) -> None:
+        self.module, self.storage = module, storage
+
+    @torch.inference_mode()
+    def read(self, pieces: Sequence[Piece]) -> Tensor:
+        """(sum of `wanted`, V)."""
+        *starts, total = accumulate((piece.wanted for piece in pieces), initial=0)
+        found: list[Tensor] = []
+        places: list[int] = []
+        for group in self._groups(pieces):
+            hidden = self._hidden([pieces[i] for i in group])
+            for row, i in enumerate(group):
+                end = len(pieces[i].ids)
+                found.append(hidden[row, end - pieces[i].wanted : end])
+                places += range(starts[i], starts[i] + pieces[i].wanted)
+        if not total:
+            return torch.zeros(0, self.module.config.vocab_size)
+        order = torch.tensor(places).argsort().to(found[0].device)
+        return self.module.head(torch.cat(found)[order]).float().cpu()
+
+    def _hidden(self, pieces: Sequence[Piece]) -> Tensor:
+        """(B, T, dim), rows padded on the right."""
+        counts = [len(piece.ids) for piece in pieces]
+        width = max(counts)
+        ids = torch.tensor([[*piece.ids, *[0] * (width - len(piece.ids))] for piece in pieces])
+        cache = self.storage.cache(
+            [piece.blocks for piece in pieces],
+            lengths=[piece.length for piece in pieces],
+            slots=[piece.slot for piece in pieces],
+            counts=counts,
+        )
+        padded = min(counts) < width
+        device = self.module.device
+        return self.module.hidden(ids.to(device), cache=cache, counts=torch.tensor(counts) if padded else None)
+
+    def _groups(self, pieces: Sequence[Piece]) -> Iterator[list[int]]:
+        """Which pieces to read together: those of like length, and those whose memory no layer has looked at apart."""
+
+        def kind(i: int) -> tuple[bool, int]:
+            return self.storage.memories.fresh(pieces[i].slot), len(pieces[i].ids)
+
+        group: list[int] = []
+        total = 0
+        for i in sorted(range(len(pieces)), key=kind, reverse=True):
+            total += len(pieces[i].ids)
+            if group and not self._alike(pieces, group[0], i, len(group) + 1, total):
+                yield group
+                group, total = [], len(pieces[i].ids)
+            group.append(i)
+        if group:
+            yield group
+
+    def _alike(self, pieces: Sequence[Piece], first: int, other: int, rows: int, total: int) -> bool:
+        fresh = self.storage.memories.fresh
+        width = len(pieces[first].ids)
+        if fresh(pieces[first].slot) != fresh(pieces[other].slot) or (width > 1) != (len(pieces[other].ids) > 1):
+            return False
+        return width * rows <= PADDED * total
