@@ -173,12 +173,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
-        """The tokens that come next, of all that are due; nothing only when idle."""
-        while not self.idle:
-            turns = self._scheduler.plan()
-            if steps := self._pass(turns):
-                return steps
-        return []
+        """One pass over everything that is due, and the tokens that came of it: none while prompts are only being read,
+        none when `idle`.
+        """
+        return [] if self.idle else self._pass(self._scheduler.plan())
 
     def steps(
         self,
@@ -246,6 +244,7 @@ class Engine:
 
     def _pass(self, turns: Turns) -> list[Step]:
         """One pass of the model over those whose turn it is, and what came of it."""
+        assert turns, "requests wait, and none of them can run"
         self._guess(turns)
         pieces = [self.tables.piece(one.held, one.next(count), one.wanted(count)) for one, count in turns.items()]
         rows = self.reader.read(pieces).split([piece.wanted for piece in pieces])
