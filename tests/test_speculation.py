@@ -304,7 +304,7 @@ def test_a_guide_that_gives_up_ends_its_own_request_only(target):
         (lambda module: Engine(module, speculator=EarlyExit(4)), "layers=4 of 4"),
         (lambda module: Engine(module, speculator=EarlyExit(0)), "layers=0"),
         (lambda module: Engine(rwkv.EXAMPLE.build().eval(), speculator=PromptLookup()), "state"),
-        (lambda module: PromptLookup(PromptLookup.Config(shortest=5)), "shortest"),
+        (lambda module: PromptLookup(PromptLookup.Config(shortest=6)), "shortest"),
         (lambda module: Length(first=9), "first"),
     ],
 )

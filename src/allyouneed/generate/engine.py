@@ -21,7 +21,7 @@ from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.reading import Continues, reader_of
-from allyouneed.generate.requests import Request, Step
+from allyouneed.generate.requests import Guide, Request, Step
 from allyouneed.generate.sampling import Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
 from allyouneed.generate.speculation import Asked, Drafts, Speculator
@@ -184,6 +184,7 @@ class Engine:
         samplings: Sequence[Sampling],
         stop: Stop = lambda request, token: False,
         memory: Memory | None = None,
+        guides: Sequence[Guide | None] | None = None,
     ) -> Iterator[Step]:
         """Tokens as they come, numbers being places in `prompts`; several such calls may take turns on one engine.
 
@@ -192,6 +193,7 @@ class Engine:
             samplings: one for each prompt; where nothing is to be generated, nothing comes.
             stop: asked after every token but an end token, once.
             memory: what was read of another model, a row for each prompt.
+            guides: which tokens may come, for each prompt.
 
         Raises:
             InputError: as `add`.
@@ -199,9 +201,10 @@ class Engine:
         memories = [None] * len(prompts) if memory is None else memory.rows()
         numbers: dict[int, int] = {}
         try:
-            for i, (ids, sampling, row) in enumerate(zip(prompts, samplings, memories, strict=True)):
+            guided = guides or [None] * len(prompts)
+            for i, (ids, sampling, row, guide) in enumerate(zip(prompts, samplings, memories, guided, strict=True)):
                 if sampling.max_new_tokens:
-                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row)
+                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
                     numbers[self.add(request)] = i
                 else:
                     self.check(ids, 0)
