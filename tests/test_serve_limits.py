@@ -414,8 +414,7 @@ class TestFailures:
                 return self
 
         with serving() as server:
-            (served,) = server.server.service.models.values()
-            served._guides = type("Guides", (), {"json_object": lambda self: Broken()})()
+            server.lm.guides = type("Guides", (), {"json_object": lambda self: Broken()})()
             fields = {"model": NAME, "messages": ASK, "max_tokens": 300, "temperature": 0}
             expected = server.client.chat.completions.create(**fields).choices[0].message.content
             stream = server.client.chat.completions.create(stream=True, **fields)

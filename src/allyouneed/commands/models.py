@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -84,11 +85,14 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    schema: Annotated[Path | None, typer.Option(help="A JSON schema that the text satisfies.")] = None,
+    regex: Annotated[str, typer.Option(help="What the text matches as a whole.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts: one is written as it comes, several one after the other."""
     from dataclasses import asdict
 
+    from allyouneed.core.files import read_json
     from allyouneed.generate.language_model import Sampling
     from allyouneed.generate.load import load
 
@@ -102,6 +106,8 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        json_schema="" if schema is None else json.dumps(read_json(schema)),
+        regex=regex,
     )
     lm = load(model)
     if as_json:
