@@ -102,7 +102,7 @@ class Running:
 def serving(lm: LocalModel | None = None, embedder: Any = None, **settings: Any) -> Iterator[Running]:
     """A server in a thread, for as long as the context lasts."""
     lm = lm or tiny()
-    chosen = Settings(**{"port": 0, "drain_seconds": 5.0, **settings})
+    chosen = Settings(**{"port": 0, "drain": 5.0, **settings})
     with listen(chosen) as listening:
         server = Server(assemble(lm, chosen, embedder), chosen)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -12,7 +12,9 @@ import jsonschema
 import pytest
 import torch
 from test_tokenizers import sentencepiece_tokens, write_gguf
+from typer.testing import CliRunner
 
+from allyouneed.cli import app
 from allyouneed.core.errors import InputError
 from allyouneed.data import materials
 from allyouneed.data.spelling import Spelling
@@ -21,6 +23,7 @@ from allyouneed.data.tokenizers import Tokenizer, byte_tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.guides import GrammarGuide, Guides
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.local import LocalModel
 from allyouneed.generate.requests import Request
 from allyouneed.generate.schemas import ends
 from allyouneed.models import llama
@@ -368,3 +371,34 @@ def test_without_the_package_its_name_is_told(monkeypatch):
 )
 def test_whether_a_schema_ends(schema, finite):
     assert ends(schema) is finite
+
+
+def test_a_model_in_this_process_writes_what_was_asked_for():
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    module = llama.architecture(vocab_size=257, context=128, dim=16, num_layers=1, num_heads=2).build().eval()
+    lm = LocalModel(module, tokenizer, "tiny")
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 22]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    texts = lm.generate(["x", "y", "z"], max_new_tokens=100, temperature=1.0, seed=1, json_schema=schema)
+    assert all(json.loads(text)["a"] in (1, 22) for text in texts)
+    sampling = Sampling(max_new_tokens=30, seed=2, regex="(yes|no) [0-9]{2}")
+    text = "".join(lm.stream("x", sampling))
+    assert re.fullmatch(sampling.regex, text) and lm.complete(["x"], sampling)[0].text == text
+    assert lm.complete(["x"], sampling)[0].finish_reason == "stop"
+    with pytest.raises(InputError, match="without json_schema"):
+        sampling.replace(json_schema="{}")
+
+
+def test_the_command_takes_a_schema_and_a_pattern(tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["Paris", "Rome"]}')
+    ask = ["generate", "smollm2-135m-instruct", "The capital of France is", "--temperature", "0"]
+    found = [
+        CliRunner().invoke(app, [*ask, *how]) for how in (["--schema", str(schema)], ["--regex", "Par[a-z]s|Oslo"])
+    ]
+    assert [result.output.strip() for result in found] == ['"Paris"', "Paris"]

@@ -25,7 +25,7 @@ CHAT = {"messages": ASK, "max_tokens": 4}
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(most_bytes=1 << 20) as running:
+    with serving(max_body=1 << 20) as running:
         yield running
         assert running.settles()
 
@@ -246,7 +246,7 @@ class TestKeys:
 
 class TestCrowds:
     def test_too_many_are_sent_away(self):
-        with serving(scripted("The quick brown fox", seconds=0.2), most_requests=2) as server:
+        with serving(scripted("The quick brown fox", seconds=0.2), max_requests=2) as server:
             streams = [server.client.completions.create(model=NAME, prompt="x", stream=True) for _ in range(2)]
             answer = server.post("/v1/completions", json={"prompt": "x"})
             assert answer.headers["Retry-After"] == "1"
@@ -257,7 +257,7 @@ class TestCrowds:
             assert server.post("/v1/completions", json={"prompt": "x"}).is_success
 
     def test_the_official_client_waits(self):
-        with serving(scripted("The", seconds=0.2), most_requests=1) as server:
+        with serving(scripted("The", seconds=0.2), max_requests=1) as server:
             patient = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=5)
             found: list[str] = []
 
@@ -395,7 +395,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("stream", [True, False])
     def test_answers_that_take_too_long(self, stream):
-        with serving(scripted("The quick brown fox jumps", seconds=0.3), most_seconds=0.5) as server:
+        with serving(scripted("The quick brown fox jumps", seconds=0.3), timeout=0.5) as server:
             answer = server.post("/v1/completions", json={"prompt": "x", "stream": stream})
             assert answer.status_code == (200 if stream else 504) and '"code":"timeout"' in answer.text
             assert server.settles(2)
@@ -414,8 +414,7 @@ class TestFailures:
                 return self
 
         with serving() as server:
-            (served,) = server.server.service.models.values()
-            served._guides = type("Guides", (), {"json_object": lambda self: Broken()})()
+            server.lm.guides = type("Guides", (), {"json_object": lambda self: Broken()})()
             fields = {"model": NAME, "messages": ASK, "max_tokens": 300, "temperature": 0}
             expected = server.client.chat.completions.create(**fields).choices[0].message.content
             stream = server.client.chat.completions.create(stream=True, **fields)
@@ -440,7 +439,7 @@ class TestEnds:
             assert text + "".join(chunk.choices[0].text for chunk in stream) == "The quick brown fox jumps over"
 
     def test_what_takes_too_long_is_told(self):
-        with serving(scripted("The quick brown fox jumps over " * 8, seconds=0.1), drain_seconds=0.5) as server:
+        with serving(scripted("The quick brown fox jumps over " * 8, seconds=0.1), drain=0.5) as server:
             stream = server.client.completions.create(model=NAME, prompt="x", stream=True, max_tokens=400)
             next(stream)
             server.server.should_exit = True

@@ -49,6 +49,8 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    schema: Annotated[Path | None, typer.Option(help="A JSON schema that the text satisfies.")] = None,
+    regex: Annotated[str, typer.Option(help="What the text matches as a whole.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts: one is written as it comes, several one after the other.
@@ -58,6 +60,7 @@ def generate(
     """
     from dataclasses import asdict
 
+    from allyouneed.core.files import read_json
     from allyouneed.generate.language_model import Sampling
     from allyouneed.generate.load import load
 
@@ -71,6 +74,8 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        json_schema="" if schema is None else json.dumps(read_json(schema)),
+        regex=regex,
     )
     files = _files(prompts)
     lm = load(model)

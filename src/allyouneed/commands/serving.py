@@ -72,10 +72,10 @@ def serve(
         port=port,
         api_key=api_key,
         context=context,
-        most_requests=max_requests,
-        most_bytes=max_body,
-        most_seconds=timeout,
-        drain_seconds=drain,
+        max_requests=max_requests,
+        max_body=max_body,
+        timeout=timeout,
+        drain=drain,
     )
     config = Engine.Config(
         block_size=block_size,

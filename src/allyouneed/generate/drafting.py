@@ -31,8 +31,8 @@ NextPiece = Callable[["_Guess"], Piece]
 class Length(core.Config):
     """How many drafts a model makes."""
 
+    first: int = 2  # in the first pass, and after some were not kept
     most: int = 8  # in a pass
-    first: int = 4  # in the first pass
 
     def __post_init__(self) -> None:
         """Refuse lengths with which nothing is guessed."""
@@ -131,7 +131,7 @@ class EarlyExit:
 
     def pace(self) -> Pace:
         """Of a new request."""
-        return Pace(self.length.most, self.length.first)
+        return Pace(self.length.first, self.length.most)
 
     def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
         """What the first layers say follows."""
@@ -205,7 +205,7 @@ class Draft:
 
     def pace(self) -> Pace:
         """Of a new request."""
-        return Pace(self.length.most, self.length.first)
+        return Pace(self.length.first, self.length.most)
 
     def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
         """What the smaller model says follows; nothing for texts beyond its context or its cache."""

@@ -21,7 +21,7 @@ from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.reading import Continues, reader_of
-from allyouneed.generate.requests import Request, Step
+from allyouneed.generate.requests import Guide, Request, Step
 from allyouneed.generate.sampling import Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
 from allyouneed.generate.speculation import Asked, Drafts, Speculator
@@ -173,12 +173,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
-        """The tokens that come next, of all that are due; nothing only when idle."""
-        while not self.idle:
-            turns = self._scheduler.plan()
-            if steps := self._pass(turns):
-                return steps
-        return []
+        """One pass over everything that is due, and the tokens that came of it: none while prompts are only being read,
+        none when `idle`.
+        """
+        return [] if self.idle else self._pass(self._scheduler.plan())
 
     def steps(
         self,
@@ -186,6 +184,7 @@ class Engine:
         samplings: Sequence[Sampling],
         stop: Stop = lambda request, token: False,
         memory: Memory | None = None,
+        guides: Sequence[Guide | None] | None = None,
     ) -> Iterator[Step]:
         """Tokens as they come, numbers being places in `prompts`; several such calls may take turns on one engine.
 
@@ -194,6 +193,7 @@ class Engine:
             samplings: one for each prompt; where nothing is to be generated, nothing comes.
             stop: asked after every token but an end token, once.
             memory: what was read of another model, a row for each prompt.
+            guides: which tokens may come, for each prompt.
 
         Raises:
             InputError: as `add`.
@@ -201,9 +201,10 @@ class Engine:
         memories = [None] * len(prompts) if memory is None else memory.rows()
         numbers: dict[int, int] = {}
         try:
-            for i, (ids, sampling, row) in enumerate(zip(prompts, samplings, memories, strict=True)):
+            guided = guides or [None] * len(prompts)
+            for i, (ids, sampling, row, guide) in enumerate(zip(prompts, samplings, memories, guided, strict=True)):
                 if sampling.max_new_tokens:
-                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row)
+                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
                     numbers[self.add(request)] = i
                 else:
                     self.check(ids, 0)
@@ -246,6 +247,7 @@ class Engine:
 
     def _pass(self, turns: Turns) -> list[Step]:
         """One pass of the model over those whose turn it is, and what came of it."""
+        assert turns, "requests wait, and none of them can run"
         self._guess(turns)
         pieces = [self.tables.piece(one.held, one.next(count), one.wanted(count)) for one, count in turns.items()]
         rows = self.reader.read(pieces).split([piece.wanted for piece in pieces])

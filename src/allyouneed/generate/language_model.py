@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite
@@ -45,6 +46,8 @@ class Sampling(Config):
     seed: int | None = None  # None: a new one each time
     stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
     ignore_eos: bool = False
+    json_schema: str = ""  # the text is JSON that satisfies this schema, itself JSON (`generate.guides`)
+    regex: str = ""  # the text matches this as a whole
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -59,6 +62,7 @@ class Sampling(Config):
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("regex", not (self.regex and self.json_schema), "alone, without json_schema"),
         ):
             if not valid:
                 raise InputError(f"sampling: {name}={getattr(self, name)!r}; it must be {right}")
@@ -69,7 +73,7 @@ class Completion:
     """What came back for one prompt; of a conversation, the assistant's answer."""
 
     text: str
-    finish_reason: str  # "stop" (end token or stop string) or "length"
+    finish_reason: str  # "stop" (end token, stop string, guided text whole), "length", or "error": a guide gave up
     prompt_tokens: int
     completion_tokens: int
     token_ids: tuple[int, ...] = ()
@@ -135,7 +139,9 @@ def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sa
 
 
 def sampling_from(keywords: dict[str, object]) -> Sampling:
-    """`Sampling` from the keywords of `generate` and `chat`; `stop` may be one string or a list."""
+    """`Sampling` from the keywords of `generate` and `chat`; `stop` may be one string or a list, `json_schema` a JSON
+    value or its text.
+    """
 
     names = [f.name for f in fields(Sampling)]
     for name in keywords:
@@ -143,4 +149,6 @@ def sampling_from(keywords: dict[str, object]) -> Sampling:
             raise unknown("sampling option", name, names)
     stop = keywords.get("stop", ())
     keywords = keywords | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}  # type: ignore[arg-type]
+    if not isinstance(schema := keywords.get("json_schema", ""), str):
+        keywords = keywords | {"json_schema": json.dumps(schema)}
     return Sampling(**keywords)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from allyouneed.core.errors import InputError
 from allyouneed.data import chat
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
+from allyouneed.generate.guides import Guides
 from allyouneed.generate.language_model import Completion, Message, Sampling, Turns, sampling_from, samplings_of
+from allyouneed.generate.requests import Guide
 from allyouneed.generate.speculation import Speculator
 from allyouneed.generate.stopping import StopStrings
 from allyouneed.models.decoder import Decoder
@@ -117,6 +120,16 @@ class LocalModel:
         stacked = torch.stack(vectors) if vectors else torch.zeros(0, self.module.config.dim)
         return torch.nn.functional.normalize(stacked, dim=-1).float().numpy()
 
+    @cached_property
+    def guides(self) -> Guides:
+        """Makes guides for this model's vocabulary."""
+        return Guides(self.tokenizer)
+
+    def _guide(self, sampling: Sampling) -> Guide | None:
+        if sampling.json_schema:
+            return self.guides.json_schema(sampling.json_schema)
+        return self.guides.regex(sampling.regex) if sampling.regex else None
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, without any that a prompt is given in front."""
         return [len(self.tokenizer.encode(text)) for text in texts]
@@ -152,7 +165,9 @@ class LocalModel:
         tokens: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         reasons = ["length"] * len(prompts)
-        for step in self.engine.steps(prompts, samplings, stop=lambda request, token: texts[request].push(token)):
+        guides = [self._guide(sampling) for sampling in samplings]
+        steps = self.engine.steps(prompts, samplings, lambda request, token: texts[request].push(token), guides=guides)
+        for step in steps:
             tokens[step.request].append(step.token)
             logprobs[step.request].append(step.logprob)
             reasons[step.request] = step.finish_reason or "length"
@@ -170,7 +185,8 @@ class LocalModel:
 
     def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         text = StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens)
-        for _ in self.engine.steps([prompt], [sampling], stop=lambda request, token: text.push(token)):
+        guides = [self._guide(sampling)]
+        for _ in self.engine.steps([prompt], [sampling], lambda request, token: text.push(token), guides=guides):
             if piece := text.take():
                 yield piece
         text.finish()

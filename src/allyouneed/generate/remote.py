@@ -6,6 +6,7 @@ Holds what is asked for and what the answers mean. Connections and errors are `e
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -213,6 +214,11 @@ def _fields(sampling: Sampling) -> dict[str, Any]:
         body["stop"] = list(sampling.stop)
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if sampling.json_schema:
+        schema = {"name": "answer", "schema": json.loads(sampling.json_schema), "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if sampling.regex:
+        raise InputError("regex: endpoints have no common field for it, and would pass over it; give a json_schema")
     extras = {name: getattr(sampling, name) for name in (*PENALTIES, *EXTRAS)}
     return body | {name: value for name, value in extras.items() if value != getattr(Sampling, name)}
 

@@ -24,26 +24,30 @@ from allyouneed.generate.sampling import Sampler
 from allyouneed.generate.tables import BlockTable
 from allyouneed.nn.paged import Storage
 
-MOST_REST = 64  # passes without drafts after a long series of failures
+MOST_REST = 16  # passes without drafts after a series of failures
 
 
 @dataclass(eq=False)
 class Pace:
-    """How many drafts one request tries at a time: more after all were kept, none for a while after none was.
+    """How many drafts one request tries at a time: twice as many after all were kept, none for a while after none was.
 
     It follows from what became of the request's own drafts alone, so that with a seed its tokens do not depend on what
     else runs.
 
-    >>> pace = Pace(most=8, length=4)
+    >>> pace = Pace(first=4, most=8)
     >>> pace.hear(4, 4)
     >>> pace.count
     8
     """
 
+    first: int
     most: int
-    length: int
+    length: int = 0
     rest: int = 0  # passes to sit out
     failures: int = 0  # in a row
+
+    def __post_init__(self) -> None:
+        self.length = self.length or self.first
 
     @property
     def count(self) -> int:
@@ -55,11 +59,11 @@ class Pace:
         self.rest = max(0, self.rest - 1)
         if not tried:
             return
-        self.failures = 0 if kept else self.failures + 1
         if kept == tried:
-            self.length = min(2 * max(self.length, 1), self.most)
+            self.length = min(max(self.length, 2 * tried), self.most)
         else:
-            self.length = max(kept + 1, self.length // 2)
+            self.length = max(self.first, kept + 1)
+        self.failures = 0 if kept else self.failures + 1
         if not kept:
             self.rest = min(2**self.failures - 1, MOST_REST)
 
@@ -109,7 +113,7 @@ class _Found:
 
 class PromptLookup:
     """Guesses that what followed the last tokens where they stood before follows again (Saxena 2023; Yang et al. 2023):
-    for texts that copy, summaries and edits of code.
+    for texts that copy, summaries and edits of code. No more is guessed than tokens agree (Oliaro et al. 2024, sec. 4).
 
     >>> lookup = PromptLookup()
     >>> lookup.found(0, [1, 2, 3, 4, 5, 1, 2, 3], count=2)
@@ -120,10 +124,10 @@ class PromptLookup:
     class Config(core.Config):
         """How much must agree, and how much is guessed."""
 
-        longest: int = 4  # tokens that are looked for first
-        shortest: int = 2  # and last; one token alone is too often followed by another
-        most: int = 16  # drafts in a pass
-        first: int = 4  # drafts in the first pass
+        longest: int = 5  # tokens that are looked for first
+        shortest: int = 3  # and last; fewer are too often followed by something else
+        first: int = 2  # drafts in the first pass, and after some were not kept
+        most: int = 8  # drafts in a pass
 
         def __post_init__(self) -> None:
             """Refuse numbers that nothing is found with."""
@@ -139,14 +143,14 @@ class PromptLookup:
 
     def pace(self) -> Pace:
         """Of a new request."""
-        return Pace(self.config.most, self.config.first)
+        return Pace(self.config.first, self.config.most)
 
     def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
         """Guesses for each, where its last tokens stood before."""
         return [Drafts(self.found(one.number, one.tokens, one.count)) for one in asked]
 
     def found(self, number: int, tokens: Sequence[int], count: int) -> list[int]:
-        """What followed the last tokens of text `number`, which only grows, where they stood before."""
+        """What followed the last tokens of text `number`, which only grows, where they stood last."""
         text, sizes = self._texts.setdefault(number, _Found()), range(self.config.shortest, self.config.longest + 1)
         for end in range(text.seen + 1, len(tokens)):
             for size in sizes[: max(0, end - self.config.shortest + 1)]:
@@ -155,7 +159,8 @@ class PromptLookup:
         for size in reversed(sizes):
             place = text.places.get(tuple(tokens[-size:]))
             if place is not None:
-                return list(tokens[place : place + count])
+                alike = (i for i in range(size, count) if i >= place or tokens[place - i - 1] != tokens[-i - 1])
+                return list(tokens[place : place + min(count, next(alike, count))])
         return []
 
     def forget(self, number: int) -> None:

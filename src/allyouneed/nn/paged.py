@@ -23,12 +23,26 @@ from allyouneed.nn.memories import Memories
 INT8 = 127.0
 
 
+class Room:
+    """Memory for what is gathered, used again by every layer: the system takes longer to hand out new than to copy."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0)
+
+    def of(self, rows: int, width: int, like: Tensor) -> Tensor:
+        """(rows, width), of the type and on the device of `like`."""
+        if len(self._kept) < rows * width or self._kept.dtype != like.dtype:
+            self._kept = torch.empty(rows * width, dtype=like.dtype, device=like.device)
+        return self._kept[: rows * width].view(rows, width)
+
+
 class Bank:
     """Keys or values of one layer: `data` (N, H, S, D), in 8 bits with `scales` (N, H, S), one a token and head.
 
     >>> bank = Bank((4, 1, 2, 3), torch.float32, torch.device("cpu"), eight_bits=True)
     >>> bank.write(torch.tensor([2, 3]), torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]))
-    >>> bank.read(torch.tensor([[[1]]])).shape, round(bank.read(torch.tensor([[[1]]]))[0, 0, 0, 2].item(), 3)
+    >>> found = bank.read(torch.tensor([[[1]]]), Room())
+    >>> found.shape, round(found[0, 0, 0, 2].item(), 3)
     (torch.Size([1, 1, 2, 3]), 4.0)
     """
 
@@ -47,11 +61,14 @@ class Bank:
             x = (x / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
         self.data.view(-1, self.data.shape[-1]).index_copy_(0, places, x.to(self.data.dtype))
 
-    def read(self, index: Tensor) -> Tensor:
-        """Blocks of rows one after another, `index` (B, H, n) counted over blocks and heads: (B, H, n·S, D)."""
+    def read(self, index: Tensor, room: Room) -> Tensor:
+        """Blocks of rows one after another, `index` (B, H, n) counted over blocks and heads: (B, H, n·S, D). It lies in
+        `room` until that is used again.
+        """
         _, _, size, width = self.data.shape
         batch, heads, count = index.shape
-        found = self.data.view(-1, size * width).index_select(0, index.flatten())
+        found = room.of(index.numel(), size * width, self.data)
+        torch.index_select(self.data.view(-1, size * width), 0, index.flatten(), out=found)
         found = found.view(batch, heads, count * size, width)
         if self.scales is None:
             return found
@@ -96,17 +113,19 @@ class Places:
 class PagedKeyValues(KeyValues):
     """One layer's keys and values of the rows of one pass."""
 
-    def __init__(self, rows: Rows, banks: tuple[Bank, Bank], places: Places) -> None:
+    def __init__(self, rows: Rows, banks: tuple[Bank, Bank], places: Places, rooms: tuple[Room, Room]) -> None:
         super().__init__(rows)
-        self.banks, self.places = banks, places
+        self.banks, self.places, self.rooms = banks, places, rooms
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values (B, H, T, D) after each row's last; everything up to the longest row's end."""
+        """Write new keys and values (B, H, T, D) after each row's last; everything up to the longest row's end, through
+        which no gradient flows.
+        """
         total = self.rows.longest + keys.shape[2]
         read, written = (x.to(keys.device) for x in self.places.of(keys.shape[1]))
         for bank, new in zip(self.banks, (keys, values), strict=True):
-            bank.write(written, self.places.real(new))
-        found = [bank.read(read)[:, :, :total] for bank in self.banks]
+            bank.write(written, self.places.real(new.detach()))
+        found = [bank.read(read, room)[:, :, :total] for bank, room in zip(self.banks, self.rooms, strict=True)]
         return found[0], found[1]
 
 
@@ -145,7 +164,7 @@ class Storage:
         self.blocks, self.size, self.device = blocks, size, like.lengths.device
         self.banks: dict[int, tuple[Bank, Bank]] = {}
         self.states: dict[int, list[Tensor]] = {}
-        self.memories, self._layers = Memories(), len(like.layers)
+        self.memories, self.rooms, self._layers = Memories(), (Room(), Room()), len(like.layers)
         for i, layer in enumerate(like.layers):
             if isinstance(layer, OwnKeyValues):
                 _, heads, _, width = layer.keys.shape
@@ -212,7 +231,7 @@ class Storage:
                 layers.append(SlotState(rows, where, self.states[i]))
             else:
                 assert places is not None
-                layers.append(PagedKeyValues(rows, self.banks[i], places))
+                layers.append(PagedKeyValues(rows, self.banks[i], places, self.rooms))
             if together is not None:
                 layers[i].recalling = partial(together.recall, i)
         return Cache(rows, layers, memory=None if together is None else together.memory)

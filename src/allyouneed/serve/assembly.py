@@ -24,10 +24,10 @@ def assemble(lm: LocalModel | LocalEncoder, settings: Settings, embedder: LocalE
     models = {}
     for one in (lm, *([embedder] if embedder else [])):
         if isinstance(one, LocalEncoder):
-            models[one.name] = Served(one, one.name, None, one.reading.most, settings.most_seconds)
+            models[one.name] = Served(one, one.name, None, one.reading.most, settings.timeout)
         else:
             driver = Driver(one.engine, metrics.take)
-            models[one.name] = Served(one, one.name, driver, _context(one, settings), settings.most_seconds)
+            models[one.name] = Served(one, one.name, driver, _context(one, settings), settings.timeout)
     return create_app(models, settings, metrics)
 
 

@@ -1,4 +1,4 @@
-"""What holds a model to calls of its tools: the JSON schema of a call, the grammar of a text that calls may stand in."""
+"""What holds a model to calls of its tools: the JSON schema of a call, and the grammar of a text with calls in it."""
 
 from __future__ import annotations
 

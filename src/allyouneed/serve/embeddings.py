@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,8 @@ async def embeddings(fields: EmbeddingFields, request: Request, service: Here) -
     """A vector for each text: a decoder's is the mean of its last hidden states, an encoder's as it was trained."""
     served, headers = service.find_embedder(fields.model), warned(ignored(fields))
     try:
-        return JSONResponse(await unless_gone(request, _answer(served, fields)), headers=headers)
+        async with asyncio.timeout(service.settings.timeout):
+            return JSONResponse(await unless_gone(request, _answer(served, fields)), headers=headers)
     except HungUpError:
         return Response(status_code=HUNG_UP)
 

@@ -94,6 +94,7 @@ def install(app: FastAPI) -> None:
     """Let every error of `app` leave in this shape."""
     app.add_exception_handler(ApiError, _api)
     app.add_exception_handler(InputError, _api)
+    app.add_exception_handler(TimeoutError, _api)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _api)

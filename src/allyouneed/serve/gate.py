@@ -57,7 +57,7 @@ class Gate:
         if scope["path"] in ALONE:
             await self.app(scope, receive, send)
             return
-        if self.under_way >= self.settings.most_requests:
+        if self.under_way >= self.settings.max_requests:
             raise _busy(f"{self.under_way} requests are under way, as many as this server takes; come again soon")
         self.under_way += 1
         try:
@@ -70,7 +70,7 @@ class Gate:
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client hung up."""
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.settings.most_bytes:
+        if length.isdigit() and int(length) > self.settings.max_body:
             raise self._too_large()
         pieces: list[bytes] = []
         size = 0
@@ -94,13 +94,13 @@ class Gate:
             self.received -= size
 
     def _check_size(self, size: int) -> None:
-        if size > self.settings.most_bytes:
+        if size > self.settings.max_body:
             raise self._too_large()
         if self.received > self.settings.most_body_bytes:
             raise _busy("too many large bodies arrive at once; come again soon")
 
     def _too_large(self) -> ApiError:
-        said = f"the body is larger than the {self.settings.most_bytes} bytes that this server takes"
+        said = f"the body is larger than the {self.settings.max_body} bytes that this server takes"
         return ApiError(said, status=413, code="body_too_large", headers={"Connection": "close"})
 
     def _counting(self, scope: Scope, send: Send) -> Send:

@@ -14,6 +14,7 @@ import anyio
 import numpy as np
 
 from allyouneed.core.errors import InputError
+from allyouneed.generate.guides import Guides
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.local import LocalModel
 from allyouneed.generate.local_encoder import LocalEncoder
@@ -87,14 +88,16 @@ class Served:
         length = sum(len(str(one)) for one in (*messages, variables))
         return await self.aside(lambda: self.tokenizer.encode(lm.chat_prompt(messages, **variables)), length)
 
-    async def guide(self, make: Callable[[Any], Guide], param: str) -> Guide:
+    async def guide(self, make: Callable[[Guides], Guide], param: str) -> Guide:
         """What `make` makes of the model's guides.
 
         Raises:
             ApiError: the guide cannot be made; `param` is at fault.
         """
+        lm = self.lm
+        assert isinstance(lm, LocalModel)
         try:
-            return await anyio.to_thread.run_sync(lambda: make(self._guides), limiter=self._grammars)
+            return await anyio.to_thread.run_sync(lambda: make(lm.guides), limiter=self._grammars)
         except InputError as error:
             raise refused(param, error) from None
 
@@ -143,12 +146,6 @@ class Served:
             return written.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
-
-    @functools.cached_property
-    def _guides(self) -> Any:
-        from allyouneed.generate.guides import Guides
-
-        return Guides(self.tokenizer)
 
     @functools.cached_property
     def _writes(self) -> Sequence[bytes | None]:

@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self.service: Service = app.state.service
         protocol = type("Protocol", (PatientProtocol,), {"head_seconds": settings.header_seconds})
-        self.drain_seconds = settings.drain_seconds
+        self.drain_seconds = settings.drain
         super().__init__(
             uvicorn.Config(
                 app,
@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 timeout_keep_alive=15,
                 limit_concurrency=BACKSTOP,
-                timeout_graceful_shutdown=round(settings.drain_seconds + LAST_SECONDS),
+                timeout_graceful_shutdown=round(settings.drain + LAST_SECONDS),
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from math import inf
 
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError
@@ -22,14 +23,14 @@ class Settings(Config):
     port: int = 8000
     api_key: str | None = None
     context: int | None = None  # the most tokens of one request, prompt and answer; None: what the model holds
-    most_requests: int = 256  # under way at once, waiting ones included; more are sent away
-    most_bytes: int = 4 << 20  # of one body
+    max_requests: int = 256  # under way at once, waiting ones included; more are sent away
+    max_body: int = 4 << 20  # of one body
     most_body_bytes: int = 256 << 20  # of all bodies that are being received
     body_seconds: float = 30.0  # until a body is there
     header_seconds: float = 10.0  # until a request's head is there
-    most_seconds: float = 600.0  # until an answer is whole
+    timeout: float = 600.0  # until an answer is whole
     send_seconds: float = 60.0  # until a client has taken what it is sent
-    drain_seconds: float = 30.0  # for answers under way when the server is told to stop
+    drain: float = 30.0  # for answers under way when the server is told to stop
 
     def __post_init__(self) -> None:
         """Refuse what is unsafe or has no meaning."""
@@ -39,9 +40,11 @@ class Settings(Config):
             raise InputError(f"--host {self.host} is open to other machines; set --api-key, or listen on 127.0.0.1")
         if not 0 <= self.port < 65536:
             raise InputError(f"--port {self.port}: it must be between 0 (any free one) and 65535")
-        for name in ("most_requests", "most_bytes", "body_seconds", "header_seconds", "most_seconds", "context"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+        for name in ("max_requests", "max_body", "body_seconds", "header_seconds", "timeout", "context"):
+            if (value := getattr(self, name)) is not None and not 0 < value < inf:
                 raise InputError(f"--{name.replace('_', '-')} {value}: it must be above 0")
+        if not 0 <= self.drain < inf:
+            raise InputError(f"--drain {self.drain}: it must be 0 or more")
 
     def __repr__(self) -> str:
         key = None if self.api_key is None else "…"
