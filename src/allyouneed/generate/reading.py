@@ -138,8 +138,9 @@ class TorchReader:
             yield group
 
     def _alike(self, pieces: Sequence[Piece], first: int, other: int, rows: int, total: int) -> bool:
-        fresh = self.storage.memories.fresh
-        width = len(pieces[first].ids)
+        fresh, width = self.storage.memories.fresh, len(pieces[first].ids)
         if fresh(pieces[first].slot) != fresh(pieces[other].slot) or (width > 1) != (len(pieces[other].ids) > 1):
             return False
+        if self.module.limit is not None and pieces[other].length + width > self.module.limit:
+            return False  # its padding would stand where there are no positions
         return width * rows <= PADDED * total
