@@ -2,8 +2,8 @@
 
     python benchmarks/speculation.py [--json FILE] [--rounds N]
 
-Tasks that copy (code edits, corrections, summaries by quotation) and tasks that cannot. Tokens must be the same. Prompts
-are read once, before the turns that count: what is compared is writing.
+Tasks that copy (code edits, corrections, summaries by quotation) and tasks that cannot. Tokens must be the same.
+Prompts are read once, before the turns that count: what is compared is writing.
 """
 
 from __future__ import annotations
