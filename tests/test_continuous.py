@@ -11,9 +11,11 @@ import transformers
 
 import allyouneed as ayn
 from allyouneed.data import materials
+from allyouneed.generate.drafting import Draft, EarlyExit
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.requests import Request
+from allyouneed.generate.speculation import PromptLookup, Speculator
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder_decoder import Answering
@@ -125,8 +127,29 @@ def arriving(module: Decoder, prompts: list[list[int]], new: int) -> list[list[i
     return [found[number] for number in numbers]
 
 
+def guessed(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Drafts of every kind, in mixed batches, chunks and after interruptions: all give the same."""
+    found = [judged(module, prompts, new, one) for one in (PromptLookup(), Draft(module), EarlyExit(1))]
+    assert found[0] == found[1] == found[2]
+    return found[0]
+
+
+def exited(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Two thirds of the layers guess."""
+    return judged(module, prompts, new, EarlyExit(2 * module.config.num_layers // 3))
+
+
+def judged(module: Decoder, prompts: list[list[int]], new: int, speculator: Speculator) -> list[list[int]]:
+    longest = max(map(len, prompts)) + new
+    config = Engine.Config(block_size=4, blocks=-(-longest // 4) + 8, max_batch=7, chunk=16)
+    engine = Engine(module, config=config, speculator=speculator)
+    found = collect(engine, [engine.add(Request(ids=ids, sampling=greedy(new))) for ids in prompts])
+    assert freed(engine) and engine.statistics().drafts > 0
+    return found
+
+
 Path = Callable[[Decoder, list[list[int]], int], list[list[int]]]
-PATHS: list[Path] = [alone, mixed, chunked, preempted, shared, forked, arriving]
+PATHS: list[Path] = [alone, mixed, chunked, preempted, shared, forked, arriving, guessed]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "gpt_neo", "bloom"])
@@ -182,7 +205,7 @@ def smollm2():
     return lm.module, prompts, expected(theirs.eval(), prompts, 6)
 
 
-@pytest.mark.parametrize("path", [mixed, chunked, preempted, forked], ids=lambda path: path.__name__)
+@pytest.mark.parametrize("path", [mixed, chunked, preempted, forked, exited], ids=lambda path: path.__name__)
 def test_the_real_models_tokens_equal_theirs(smollm2, path):
     module, prompts, wanted = smollm2
     assert len(prompts) >= 80

@@ -15,6 +15,7 @@ from typing import Any
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, read_text, write_json, write_text
 from allyouneed.data import vocabularies
+from allyouneed.data.spelling import Spelling, spelling
 from allyouneed.data.tokenizer_json import build, guarded
 
 END_OF_TEXT = "<|endoftext|>"
@@ -201,6 +202,19 @@ class Tokenizer:
     def stream(self, *, skip_special_tokens: bool = True) -> Stream:
         """A decoder that takes ids one by one."""
         return Stream(self, skip_special_tokens=skip_special_tokens)
+
+    def spelling(self) -> Spelling:
+        """What each token writes, in bytes; those with a role of their own write nothing.
+
+        >>> byte_tokenizer().spelling().writes[72]
+        b'H'
+
+        Raises:
+            InputError: that depends on other tokens.
+        """
+        roles = (self.bos_id, *self.eos_ids, self.pad_id, self.cls_id, self.sep_id, self.mask_id)
+        with guarded(self.name):
+            return spelling(self._backend, self._special.union(i for i in roles if i is not None))
 
     def token(self, i: int) -> str:
         """How the vocabulary spells token `i`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from allyouneed.generate.blocks import Key
 from allyouneed.generate.requests import Request, Step, Top
 from allyouneed.generate.sampling import Sampler
+from allyouneed.generate.speculation import Drafts, Pace
 from allyouneed.generate.tables import BlockTable
 
 
@@ -25,6 +26,8 @@ class Continuation:
     whole: Key  # of the whole prompt, and of what is read besides it
     table: BlockTable | None = None
     echoed: list[tuple[float | None, Top]] = field(default_factory=lambda: [(None, ())])  # of the prompt so far
+    pace: Pace | None = None  # of drafts, where there is a speculator
+    drafts: Drafts = field(default_factory=Drafts)  # judged in the next pass
 
     @property
     def prompt(self) -> int:
@@ -48,15 +51,29 @@ class Continuation:
         return len(self.tokens) - (0 if self.table is None else self.table.length)
 
     @property
+    def ahead(self) -> int:
+        """How many drafts to try once only its last token is unread. None with the first token, so that they do not
+        depend on how the prompt was read.
+        """
+        if self.pace is None or not self.made:
+            return 0
+        return min(self.pace.count, self.request.sampling.max_new_tokens - self.made - 1)
+
+    @property
     def echoing(self) -> bool:
         """Whether log-probabilities of its prompt are still to be found."""
         return self.request.prompt_logprobs and len(self.echoed) < self.prompt
+
+    def next(self, count: int) -> list[int]:
+        """The next `count` tokens to be read, and the drafts after them."""
+        start = self.held.length
+        return [*self.tokens[start : start + count], *self.drafts.tokens]
 
     def wanted(self, count: int) -> int:
         """Of how many of the next `count` tokens logits are wanted."""
         if self.echoing:
             return count
-        return int(count == self.unread)
+        return int(count == self.unread) + len(self.drafts.tokens)
 
     def echo(self, logprobs: Tensor, start: int) -> None:
         """Take the log-probabilities (T, V) after the prompt's tokens from `start` on, for those that follow them."""

@@ -21,9 +21,10 @@ from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.reading import Continues, reader_of
-from allyouneed.generate.requests import Request, Step
+from allyouneed.generate.requests import Guide, Request, Step
 from allyouneed.generate.sampling import Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
+from allyouneed.generate.speculation import Asked, Drafts, Speculator
 from allyouneed.generate.tables import Tables
 from allyouneed.nn.paged import Storage, bytes_per_block
 from allyouneed.nn.sight import Memory
@@ -47,6 +48,8 @@ class Statistics:
     read: int  # tokens that the model read
     shared: int  # tokens of prompts that were found instead of read
     made: int  # tokens that were told of in a `Step`
+    drafts: int  # tokens that were guessed
+    kept: int  # of them, those that the model said, too
 
 
 class Engine:
@@ -81,7 +84,18 @@ class Engine:
             if self.blocks is not None and self.blocks < 1:
                 raise InputError(f"engine: blocks={self.blocks}; at least 1 is needed")
 
-    def __init__(self, module: Continues, eos_ids: Sequence[int] = (), config: Config | None = None) -> None:
+    def __init__(
+        self,
+        module: Continues,
+        eos_ids: Sequence[int] = (),
+        config: Config | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
+        """`speculator` guesses the next tokens, so that one pass may give several.
+
+        Raises:
+            InputError: the speculator does not fit the module, or drafts could not be taken back from its state.
+        """
         self.module, self.eos_ids, self.config = module, frozenset(eos_ids), config or Engine.Config()
         like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
         storage = Storage(like, self._count(bytes_per_block(like, size, eight_bits=eight)), size, eight_bits=eight)
@@ -90,7 +104,12 @@ class Engine:
         self._scheduler = Scheduler(self.tables, max_batch=self.config.max_batch, chunk=self.config.chunk)
         self._under_way: dict[int, Continuation] = {}
         self._letters: dict[int, deque[Step]] = {}  # steps that came while another call of `steps` was served
-        self._added = self._read = self._made = 0
+        self._added = self._read = self._made = self._drafts = self._kept = 0
+        self._speculator = speculator
+        if speculator is not None:
+            if storage.states:
+                raise InputError("speculation: drafts cannot be taken back from a recurrent state; go without")
+            speculator.attach(module, storage)
 
     @property
     def idle(self) -> bool:
@@ -121,6 +140,8 @@ class Engine:
             read=self._read,
             shared=scheduler.shared,
             made=self._made,
+            drafts=self._drafts,
+            kept=self._kept,
         )
 
     def add(self, request: Request) -> int:
@@ -137,7 +158,8 @@ class Engine:
         whole = chained((keys[-1] if keys else b"") + repr(id(request.memory)).encode(), ids)
         vocab_size = self.module.config.vocab_size
         sampler = Sampler(request.sampling, ids, vocab_size, self.eos_ids, request.guide)
-        self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole)
+        pace = self._speculator.pace() if self._speculator else None
+        self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole, pace=pace)
         self._scheduler.add(self._under_way[number])
         return number
 
@@ -146,6 +168,8 @@ class Engine:
         one = self._under_way.pop(number, None)
         if one is not None:
             self._scheduler.remove(one)
+            if self._speculator:
+                self._speculator.forget(number)
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
@@ -160,6 +184,7 @@ class Engine:
         samplings: Sequence[Sampling],
         stop: Stop = lambda request, token: False,
         memory: Memory | None = None,
+        guides: Sequence[Guide | None] | None = None,
     ) -> Iterator[Step]:
         """Tokens as they come, numbers being places in `prompts`; several such calls may take turns on one engine.
 
@@ -168,6 +193,7 @@ class Engine:
             samplings: one for each prompt; where nothing is to be generated, nothing comes.
             stop: asked after every token but an end token, once.
             memory: what was read of another model, a row for each prompt.
+            guides: which tokens may come, for each prompt.
 
         Raises:
             InputError: as `add`.
@@ -175,9 +201,10 @@ class Engine:
         memories = [None] * len(prompts) if memory is None else memory.rows()
         numbers: dict[int, int] = {}
         try:
-            for i, (ids, sampling, row) in enumerate(zip(prompts, samplings, memories, strict=True)):
+            guided = guides or [None] * len(prompts)
+            for i, (ids, sampling, row, guide) in enumerate(zip(prompts, samplings, memories, guided, strict=True)):
                 if sampling.max_new_tokens:
-                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row)
+                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
                     numbers[self.add(request)] = i
                 else:
                     self.check(ids, 0)
@@ -221,47 +248,86 @@ class Engine:
     def _pass(self, turns: Turns) -> list[Step]:
         """One pass of the model over those whose turn it is, and what came of it."""
         assert turns, "requests wait, and none of them can run"
-        pieces = [
-            self.tables.piece(one.held, one.tokens[one.held.length : one.held.length + count], one.wanted(count))
-            for one, count in turns.items()
-        ]
+        self._guess(turns)
+        pieces = [self.tables.piece(one.held, one.next(count), one.wanted(count)) for one, count in turns.items()]
         rows = self.reader.read(pieces).split([piece.wanted for piece in pieces])
         due: list[tuple[Continuation, Tensor]] = []
         for (one, count), logits in zip(turns.items(), rows, strict=True):
             start = one.held.length
-            self._read += count
+            self._read += count + len(one.drafts.tokens)
             self.tables.commit(one.held, one.tokens, start + count)
             if one.echoing:
                 one.echo(logits.log_softmax(-1), start)
             if one.unread == 0:
                 alike = self._scheduler.fork(one) if not one.made else []
-                due += [(each, logits[-1]) for each in (one, *alike)]
+                due += [(one, logits[-1 - len(one.drafts.tokens) :]), *((each, logits[-1:]) for each in alike)]
         return self._chosen(due)
 
+    def _guess(self, turns: Turns) -> None:
+        """Have drafts made for those that read their last token."""
+        if self._speculator is None:
+            return
+        able = [one for one in turns if one.unread == 1 and one.ahead > 0]
+        asked = [Asked(one.number, one.tokens, one.ahead, one.sampler, one.held) for one in able]
+        for one, drafts in zip(able, self._speculator.propose(asked) if asked else (), strict=True):
+            one.drafts = drafts
+            self._drafts += len(drafts.tokens)
+
     def _chosen(self, due: Sequence[tuple[Continuation, Tensor]]) -> list[Step]:
-        """Choose a token for each, given logits (V,)."""
+        """Choose a token for each, given logits (1, V), and with drafts (n + 1, V) as many as follow kept ones."""
         if not due:
             return []
-        logits = torch.stack([row for _, row in due])
-        logprobs = logits.log_softmax(-1)
-        likeliest = logits.argmax(-1).tolist()
-        steps = []
-        for row, (one, _) in enumerate(due):
-            token = likeliest[row] if one.sampler.plain else one.sampler.choose(logits[row])
-            one.tokens.append(token)
-            reason = self._finished(one, token)
-            steps.append(one.step(token, logprobs[row], reason))
-            if reason:
-                self.cancel(one.number)
+        logits = torch.cat([rows for _, rows in due])
+        logprobs, likeliest = logits.log_softmax(-1), logits.argmax(-1).tolist()
+        steps: list[Step] = []
+        start = 0
+        for one, rows in due:
+            found = self._followed(one, rows, logprobs[start:], likeliest[start:])
+            self._settle(one, found)
+            steps += found
+            start += len(rows)
         self._made += len(steps)
         return steps
+
+    def _followed(self, one: Continuation, rows: Tensor, logprobs: Tensor, likeliest: Sequence[int]) -> list[Step]:
+        """The tokens that come, as long as they are those that were guessed."""
+        steps: list[Step] = []
+        drafts = one.drafts
+        for i, logits in enumerate(rows):
+            if one.sampler.plain:
+                token = likeliest[i]
+            elif i < len(drafts.odds) and not one.sampler.greedy:
+                token = one.sampler.judge(logits, drafts.tokens[i], drafts.odds[i])
+            else:
+                token = one.sampler.choose(logits)
+            one.tokens.append(token)
+            reason = self._finished(one, token)
+            steps.append(one.step(token, logprobs[i], reason))
+            if reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
+                break
+        return steps
+
+    def _settle(self, one: Continuation, steps: Sequence[Step]) -> None:
+        """Hold the drafts that were kept, and no others."""
+        tried, kept = len(one.drafts.tokens), len(steps) - 1
+        self._kept += kept
+        if steps[-1].finish_reason:
+            self.cancel(one.number)
+        elif one.pace is not None:
+            self.tables.commit(one.held, one.tokens, one.held.length + kept)
+            self.tables.trim(one.held)
+            one.pace.hear(tried, kept)
+            one.drafts = Drafts()
 
     def _finished(self, one: Continuation, token: int) -> str | None:
         """Why the request ends with this token, if it does."""
         sampling, guide = one.request.sampling, one.request.guide
         if token in self.eos_ids and not sampling.ignore_eos:
             return "stop"
-        one.sampler.take(token)
+        try:
+            one.sampler.take(token)
+        except InputError:  # the guide gives up
+            return "error"
         if one.request.stop(token) and one.made >= sampling.min_tokens:
             return "stop"
         if guide is not None and guide.finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite
@@ -14,11 +15,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class AccessError(InputError):
+    """Not what is asked is wrong but who asks, or whom: a key is refused, a model unknown. All else will fail alike."""
+
+
 class Message(TypedDict):
     """One turn of a conversation: `role` is system, user or assistant."""
 
     role: str
     content: str
+
+
+Turns = str | Sequence[Message]  # a text to continue, or a conversation to answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,8 @@ class Sampling(Config):
     seed: int | None = None  # None: a new one each time
     stop: tuple[str, ...] = ()  # strings that end the text; they are not part of it
     ignore_eos: bool = False
+    json_schema: str = ""  # the text is JSON that satisfies this schema, itself JSON (`generate.guides`)
+    regex: str = ""  # the text matches this as a whole
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -52,6 +62,7 @@ class Sampling(Config):
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("regex", not (self.regex and self.json_schema), "alone, without json_schema"),
         ):
             if not valid:
                 raise InputError(f"sampling: {name}={getattr(self, name)!r}; it must be {right}")
@@ -59,10 +70,10 @@ class Sampling(Config):
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back for one prompt."""
+    """What came back for one prompt; of a conversation, the assistant's answer."""
 
     text: str
-    finish_reason: str  # "stop" (end token or stop string) or "length"
+    finish_reason: str  # "stop" (end token, stop string, guided text whole), "length", or "error": a guide gave up
     prompt_tokens: int
     completion_tokens: int
     token_ids: tuple[int, ...] = ()
@@ -75,8 +86,13 @@ class LanguageModel(Protocol):
 
     name: str
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order."""
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order: a text is continued, a conversation answered.
+
+        Args:
+            prompts: any number.
+            sampling: one for each prompt; or one for all, prompt i then drawing from `seed + i`.
+        """
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of the completion's text as they come; joined they equal `complete`'s text."""
@@ -97,8 +113,35 @@ class LanguageModel(Protocol):
         """(n, dim) float32 vectors of unit length."""
 
 
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A language model that can say how many tokens a text has."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text alone has, none added in front."""
+
+
+def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
+    """One for each of `count` prompts, as `complete` has them.
+
+    >>> [one.seed for one in samplings_of(Sampling(seed=5), 3)]
+    [5, 6, 7]
+
+    Raises:
+        InputError: their number is not that of the prompts.
+    """
+    if isinstance(sampling, Sampling):
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(count)]
+        return [sampling.replace(seed=seed) for seed in seeds]
+    if len(sampling) != count:
+        raise InputError(f"complete: {count} prompts but {len(sampling)} samplings; give one for each, or one for all")
+    return list(sampling)
+
+
 def sampling_from(keywords: dict[str, object]) -> Sampling:
-    """`Sampling` from the keywords of `generate` and `chat`; `stop` may be one string or a list."""
+    """`Sampling` from the keywords of `generate` and `chat`; `stop` may be one string or a list, `json_schema` a JSON
+    value or its text.
+    """
 
     names = [f.name for f in fields(Sampling)]
     for name in keywords:
@@ -106,4 +149,6 @@ def sampling_from(keywords: dict[str, object]) -> Sampling:
             raise unknown("sampling option", name, names)
     stop = keywords.get("stop", ())
     keywords = keywords | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}  # type: ignore[arg-type]
+    if not isinstance(schema := keywords.get("json_schema", ""), str):
+        keywords = keywords | {"json_schema": json.dumps(schema)}
     return Sampling(**keywords)  # type: ignore[arg-type]

@@ -64,8 +64,10 @@ class Reader(Protocol):
 
 
 def reader_of(module: Continues, storage: Storage) -> Reader:
-    """The fastest reader there is for a module."""
-    return TorchReader(module, storage)
+    """The fastest reader there is for a module: of its native program where it has one that can use the storage."""
+    from allyouneed.generate.native_reader import native_reader
+
+    return native_reader(module, storage) or TorchReader(module, storage)
 
 
 class TorchReader:

@@ -35,10 +35,14 @@ class Guide(Protocol):
         """Which tokens may come next: (V,) bool on the CPU, at least one of them true unless `finished`."""
 
     def take(self, token: int) -> None:
-        """Go on past an allowed token."""
+        """Go on past an allowed token.
 
-    def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens."""
+        Raises:
+            InputError: no text can go on from there; the request ends with reason "error".
+        """
+
+    def copy(self) -> Guide:
+        """Another guide at the same place, which guesses are made with."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,6 +71,6 @@ class Step:
     request: int  # the number that `Engine.add` gave
     token: int
     logprob: float  # natural, under the model's own distribution, before any filter
-    finish_reason: str | None  # "stop" or "length" with a request's last token
+    finish_reason: str | None  # "stop", "length" or "error" (the guide gave up) with a request's last token
     top: Top = ()  # as many as `top_logprobs`
     prompt: tuple[tuple[float | None, Top], ...] | None = None  # of each prompt token; the first has no log-probability

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Sequence
 
@@ -61,6 +62,17 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.where(logits >= logits.max() + torch.tensor(p).log(), NEVER)
 
 
+def guided(logits: Tensor, allowed: Tensor) -> Tensor:
+    """All but the tokens `allowed` (n,) made impossible, those from n on included.
+
+    >>> guided(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False])).tolist()
+    [1.0, -inf, -inf]
+    """
+    kept = torch.full_like(logits, NEVER)
+    kept[: len(allowed)] = logits[: len(allowed)].where(allowed, NEVER)
+    return kept
+
+
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (V,) divided by the temperature, with what top-k, top-p and min-p leave out made impossible."""
     logits = logits / sampling.temperature
@@ -78,6 +90,21 @@ def draw(logits: Tensor, source: random.Random) -> int:
     cumulative = logits.double().softmax(-1).cumsum(-1)
     place = torch.searchsorted(cumulative, source.random() * cumulative[-1].item(), right=True)
     return int(place.clamp(max=len(logits) - 1))
+
+
+def judged(p: Tensor, q: Tensor, draft: int, source: random.Random) -> int:
+    """The next token, given a `draft` that was drawn from q (V,): the draft with probability min(1, p/q), else one
+    drawn from what p (V,) has more of. So it is distributed as p.
+
+    Source: Leviathan et al. 2023, alg. 1 and app. A.1; Chen et al. 2023, theorem 1.
+
+    >>> judged(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), 0, random.Random(0))
+    1
+    """
+    if source.random() * q[draft].item() < p[draft].item():
+        return draft
+    more = (p - q).clamp(min=0)
+    return draw(more.log(), source) if bool(more.any()) else draft  # nothing is left where they differ by rounding only
 
 
 class Sampler:
@@ -129,6 +156,14 @@ class Sampler:
             return int(logits.argmax())
         return draw(filtered(logits, self.sampling), self.source)
 
+    def judge(self, logits: Tensor, draft: int, odds: Tensor) -> int:
+        """The next token, from logits (V,), where a `draft` was drawn from `odds` (V,); `take` it to go on."""
+        return judged(self.odds(logits), odds, draft, self.source)
+
+    def odds(self, logits: Tensor) -> Tensor:
+        """The distribution that `choose` draws from, (V,) float64."""
+        return filtered(self.adjusted(logits), self.sampling).double().softmax(-1)
+
     def take(self, token: int) -> None:
         """Go on past a token that was chosen."""
         self.made += 1
@@ -138,6 +173,15 @@ class Sampler:
             self.seen[token] = True
         if self.guide is not None:
             self.guide.take(token)
+
+    def fork(self, source: random.Random) -> Sampler:
+        """Another at the same place, which draws from `source`: guesses are made with it."""
+        other = copy.copy(self)
+        other.source = source
+        other.counts = None if self.counts is None else self.counts.clone()
+        other.seen = None if self.seen is None else self.seen.clone()
+        other.guide = None if self.guide is None else self.guide.copy()
+        return other
 
     def adjusted(self, logits: Tensor) -> Tensor:
         """Logits (V,) with penalties, biases, and what must not come next made impossible."""
@@ -150,7 +194,8 @@ class Sampler:
             tokens, biases = zip(*sampling.logit_bias, strict=True)
             logits = logits.index_add(0, torch.tensor(tokens), torch.tensor(biases, dtype=logits.dtype))
         if self.guide is not None:
-            logits = logits.where(self.guide.allowed(), NEVER)
+            logits = guided(logits, self.guide.allowed())
         if self.made < sampling.min_tokens and self.ends:
-            logits = logits.index_fill(0, torch.tensor(self.ends), NEVER)
+            longer = logits.index_fill(0, torch.tensor(self.ends), NEVER)
+            logits = longer if self.guide is None or bool(longer.isfinite().any()) else logits  # the guide decides
         return logits

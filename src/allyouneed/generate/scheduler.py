@@ -79,7 +79,7 @@ class Scheduler:
     def _continue(self) -> None:
         """A turn for those that have one token to read, after room was made for it."""
         for one in sorted(self.running, key=_order):
-            while one.table is not None and one.unread == 1 and not self.tables.reserve(one.table, 1):
+            while one.table is not None and one.unread == 1 and not self.tables.reserve(one.table, 1 + one.ahead):
                 self._interrupt(max(self.running, key=_order))
             if one.table is not None and one.unread == 1:
                 self._give(one, 1)
@@ -92,7 +92,10 @@ class Scheduler:
         return budget
 
     def _give(self, one: Continuation, most: int) -> int:
-        count = min(most, one.unread, ECHOED if one.echoing else most)
+        unread = (
+            one.unread - 1 if one.pace and one.made and one.unread > 1 else one.unread
+        )  # drafts follow the last one
+        count = min(most, unread, ECHOED if one.echoing else most)
         self._turns[one] = count
         self._served[one.request.client] += count
         return count

@@ -106,6 +106,11 @@ class Tables:
             self.pool.name(table.blocks[table.named], table.key)
             table.named += 1
 
+    def trim(self, table: BlockTable) -> None:
+        """Give back the blocks beyond what is held: drafts that were not kept."""
+        while len(table.blocks) > self.count(table.length):
+            self.pool.release(table.blocks.pop())
+
     def fork(self, table: BlockTable) -> BlockTable:
         """Another table that holds the same; what it shares is copied when one of them writes on."""
         other = BlockTable(self._slot(), table.blocks[: self.count(table.length)], table.length, table.named, table.key)
