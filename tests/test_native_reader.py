@@ -220,6 +220,12 @@ def test_no_logits_wanted() -> None:
     assert (found - whole(module, ids)[8:]).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize(("ids", "length"), [([3, 53], 0), ([-1], 0), ([3], 48)])
+def test_tokens_and_positions_without_a_vector_are_refused(ids: list[int], length: int) -> None:
+    with pytest.raises(IndexError, match="the model knows 0 to"):
+        reader(model_of("gpt2")).read([Piece(ids, table(0, 60), length, wanted=1)])
+
+
 def test_a_weight_changed_in_place_is_seen() -> None:
     module, ids = model_of("llama"), tokens(9)
     one = reader(module)

@@ -65,18 +65,36 @@ class NativeReader:
         self._workspace = torch.empty(0)
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
-        """(sum of `wanted`, V)."""
+        """(sum of `wanted`, V).
+
+        Raises:
+            IndexError: a token or a position of which the model has no vector.
+        """
         rows, wanted = sum(len(piece.ids) for piece in pieces), sum(piece.wanted for piece in pieces)
         logits = torch.empty(wanted, self.program.width(self.program.output))
         floats = self.program.floats(rows, wanted)
         if len(self._workspace) < floats:
             self._workspace = torch.empty(floats)
         arrays = _arrays(pieces)
+        self._check(pieces, arrays)
         places = (array.ctypes.data for array in arrays)
         numbers = rows, len(pieces), wanted, self.storage.size, torch.get_num_threads()
         memory = ctypes.addressof(self._layers), self._workspace.data_ptr(), logits.data_ptr()
         self._run(ctypes.byref(self._records), ctypes.byref(_Pass(*places, *memory, *numbers)))
         return logits
+
+    def _check(self, pieces: Sequence[Piece], arrays: Sequence[np.ndarray]) -> None:
+        """The library would read and write beyond its memory."""
+        ids, positions, tables = arrays[0], arrays[1], arrays[4]
+        size = self.storage.size
+        assert all(len(piece.blocks) * size >= piece.length + len(piece.ids) for piece in pieces), "no room in a table"
+        assert not len(tables) or 0 <= tables.min() <= tables.max() < self.storage.blocks, "no such block"
+        for named, numbers, end in (
+            ("token", ids, self.program.vocabulary),
+            ("position", positions, self.program.places),
+        ):
+            if end is not None and len(numbers) and not 0 <= numbers.min() <= numbers.max() < end:
+                raise IndexError(f"{named}s from {numbers.min()} to {numbers.max()}; the model knows 0 to {end - 1}")
 
 
 def _layers(storage: Storage) -> Any:

@@ -105,6 +105,8 @@ class Program:
     def __init__(self) -> None:
         self.layers: list[tuple[int, int]] = []  # of each that keeps keys and values: its heads and their size
         self.output = 0
+        self.vocabulary: int | None = None  # rows of the table of tokens, and of positions where there is one
+        self.places: int | None = None
         self._ops: list[_Op] = []
         self._weights: list[_Weight] = []
         self._slots: list[_Slot] = []
@@ -121,12 +123,13 @@ class Program:
 
     def embed(self, table: Weight, scale: float = 1.0) -> int:
         """The rows of a table that the ids say."""
-        to = self._slot(table.features)
+        to, self.vocabulary = self._slot(table.features), table.rows
         self._add(_Code.EMBED, to=to, first=self._weight(table), width=table.features, number=scale)
         return to
 
     def place(self, x: int, table: Weight) -> None:
         """x grows by the rows of a table that the positions say."""
+        self.places = table.rows
         self._add(_Code.PLACE, to=x, first=self._weight(table), width=table.features)
 
     def pick(self, x: int) -> int:

@@ -201,13 +201,13 @@ class Run {
 
     static size_t groups_of(const Weight& weight) { return (weight.rows + ROWS - 1) / ROWS; }
 
-    // Units are a few tokens of one piece and the heads that share keys; single heads where there are few tokens.
+    // Units are a few tokens of one piece and the heads that share keys; single heads where those are too few to share.
     void attend(const Op& op, Work& work, Thread& thread) const {
         const Attention attention(op, pass, row(op.from, 0), stride(op.from), row(op.to, 0), stride(op.to));
         const int64_t sharing = op.heads / op.kv_heads, tokens = std::max<int64_t>(QUERIES / sharing, 1);
-        const int64_t heads = pass.rows < 4 * pass.threads ? 1 : sharing;
         int64_t tiles = 0;
         for (int64_t i = 0; i < pass.pieces; i++) tiles += tiles_of(i, tokens);
+        const int64_t heads = tiles * op.kv_heads < (int64_t)thread.of ? 1 : sharing;
         const size_t groups = op.heads / heads;
         share(work, tiles * groups, 1, thread, [&](size_t unit) {
             int64_t tile = tiles - 1 - (int64_t)(unit / groups), piece = 0;  // the longest rows first
