@@ -117,4 +117,5 @@ def listen(settings: Settings) -> socket.socket:
 def run(app: FastAPI, settings: Settings, listening: socket.socket) -> None:
     """Serve until told to stop, by SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up
     Server(app, settings).run(sockets=[listening])
