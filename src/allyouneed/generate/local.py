@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from allyouneed.data import chat
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.guides import Guides
-from allyouneed.generate.language_model import Completion, Message, Sampling, sampling_from
+from allyouneed.generate.language_model import Completion, Message, Sampling, Turns, sampling_from, samplings_of
 from allyouneed.generate.requests import Guide
+from allyouneed.generate.speculation import Speculator
 from allyouneed.generate.stopping import StopStrings
 from allyouneed.models.decoder import Decoder
 
@@ -28,21 +30,28 @@ class LocalModel:
 
     Args:
         config: of the engine: how many prompts are generated for at once, and what is kept of them.
+        speculator: guesses the engine's next tokens.
     """
 
     def __init__(
-        self, module: Decoder, tokenizer: Tokenizer, name: str, *, config: Engine.Config | None = None
+        self,
+        module: Decoder,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        config: Engine.Config | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         if tokenizer.vocab_size > module.config.vocab_size:
             sizes = f"{tokenizer.vocab_size} tokens, the model {module.config.vocab_size}"
             raise InputError(f"{name}: the tokenizer has {sizes}; they do not belong together")
         self.module, self.tokenizer, self.name = module, tokenizer, name
-        self.engine = Engine(module, tokenizer.eos_ids, config)
+        self.engine = Engine(module, tokenizer.eos_ids, config, speculator)
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order. With a seed, prompt i draws from `seed + i`."""
-        samplings = [_seeded(sampling, i) for i in range(len(prompts))]
-        return self._complete([self._encode(prompt) for prompt in prompts], samplings)
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
+        samplings = samplings_of(sampling, len(prompts))
+        return self._complete([self.prompt_ids(prompt) for prompt in prompts], samplings)
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
         """The completions' texts; keywords are fields of `Sampling`."""
@@ -50,7 +59,7 @@ class LocalModel:
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of the completion's text as they come."""
-        return self._stream(self._encode(prompt), sampling)
+        return self._stream(self.prompt_ids(prompt), sampling)
 
     def chat(self, messages: Sequence[Message], **sampling: object) -> str:
         """The assistant's answer, through the checkpoint's own chat template."""
@@ -58,10 +67,14 @@ class LocalModel:
 
     def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         """Pieces of the assistant's answer as they come."""
-        return self._stream(self.tokenizer.encode(self.chat_prompt(messages)), sampling)
+        return self._stream(self.prompt_ids(messages), sampling)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation as the text that the model was trained to continue."""
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **extras: Any) -> str:
+        """The conversation as the text that the model was trained to continue; `extras` (`tools` …) go to the template.
+
+        Raises:
+            InputError: the model has no template, or the template refuses the conversation.
+        """
         if self.tokenizer.chat_template is None:
             raise InputError(f"{self.name} has no chat template; use generate, or a model tuned for conversation")
         return chat.render(
@@ -69,6 +82,7 @@ class LocalModel:
             messages,
             bos_token=self.tokenizer.bos_token or "",
             eos_token=self.tokenizer.eos_token or "",
+            **extras,
         )
 
     @torch.inference_mode()
@@ -98,7 +112,7 @@ class LocalModel:
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32: the mean of the last hidden states over a text's tokens, scaled to unit length."""
-        rows = [self._encode(text) for text in texts]
+        rows = [self.prompt_ids(text) for text in texts]
         for row in rows:
             self.engine.check(row, 0)
         device = self.module.device
@@ -120,8 +134,10 @@ class LocalModel:
         """How many tokens each text has, without any that a prompt is given in front."""
         return [len(self.tokenizer.encode(text)) for text in texts]
 
-    def _encode(self, prompt: str) -> list[int]:
-        """A prompt's ids; an empty one is the token that begins or separates documents."""
+    def prompt_ids(self, prompt: Turns) -> list[int]:
+        """A prompt's ids; an empty text is the token that begins or separates documents."""
+        if not isinstance(prompt, str):
+            return self.tokenizer.encode(self.chat_prompt(prompt))
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
         return ids or [self._first_token()]
 
@@ -137,8 +153,8 @@ class LocalModel:
         spaces = len(prompt) - len(prompt.rstrip())
         if spaces:
             prompt, continuation = prompt[:-spaces], prompt[-spaces:] + continuation
-        context = self._encode(prompt)
-        whole = self._encode(prompt + continuation) if prompt else context + self.tokenizer.encode(continuation)
+        context = self.prompt_ids(prompt)
+        whole = self.prompt_ids(prompt + continuation) if prompt else context + self.tokenizer.encode(continuation)
         shared = min(_common(context, whole), len(whole) - bool(continuation))
         if shared == 0:  # the first token bridges the two: it must be predicted from something
             return (self._first_token(),), tuple(whole)
@@ -237,7 +253,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _seeded(sampling: Sampling, i: int) -> Sampling:
-    return sampling if sampling.seed is None else sampling.replace(seed=sampling.seed + i)

@@ -1,0 +1,41 @@
+"""A server from its parts: models, an engine, settings."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from allyouneed.core.errors import InputError
+from allyouneed.generate.local import LocalModel
+from allyouneed.generate.local_encoder import LocalEncoder
+from allyouneed.serve.app import create_app
+from allyouneed.serve.driver import Driver
+from allyouneed.serve.metrics import Metrics
+from allyouneed.serve.served import Served
+from allyouneed.serve.settings import Settings
+
+
+def assemble(lm: LocalModel | LocalEncoder, settings: Settings, embedder: LocalEncoder | None = None) -> FastAPI:
+    """The application that serves `lm`, whose engine it takes over, and beside it an encoder.
+
+    Raises:
+        InputError: `settings.context` is more than the model holds.
+    """
+    metrics = Metrics()
+    models = {}
+    for one in (lm, *([embedder] if embedder else [])):
+        if isinstance(one, LocalEncoder):
+            models[one.name] = Served(one, one.name, None, one.reading.most, settings.timeout)
+        else:
+            driver = Driver(one.engine, metrics.take)
+            models[one.name] = Served(one, one.name, driver, _context(one, settings), settings.timeout)
+    return create_app(models, settings, metrics)
+
+
+def _context(lm: LocalModel, settings: Settings) -> int | None:
+    """The most tokens of one request."""
+    limit: int | None = lm.module.limit
+    if settings.context is None or limit is None:
+        return settings.context or limit
+    if settings.context > limit:
+        raise InputError(f"--context {settings.context}: {lm.name} holds {limit} tokens at most")
+    return settings.context
