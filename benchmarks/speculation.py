@@ -2,8 +2,8 @@
 
     python benchmarks/speculation.py [--json FILE] [--rounds N]
 
-Tasks that copy (code edits, corrections, summaries by quotation) and tasks that cannot. Tokens must be the same. Prompts
-are read once, before the turns that count: what is compared is writing.
+Tasks that copy (code edits, corrections, summaries by quotation) and tasks that cannot. Tokens must be the same.
+Prompts are read once, before the turns that count: what is compared is writing.
 """
 
 from __future__ import annotations
@@ -96,10 +96,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="ways of guessing whose name begins so")
     arguments = parser.parse_args()
     lm, rows = ayn.load(NAME), []
     assert isinstance(lm, LocalModel)
-    for name, make in speculators(lm).items():
+    chosen = {name: make for name, make in speculators(lm).items() if name.startswith(arguments.only)}
+    for name, make in chosen.items():
         for kind, tasks in (("copying", COPYING), ("free", FREE)):
             found = {task: compared(lm, make, prompt, arguments.rounds) for task, prompt in tasks.items()}
             rows += [{"how": name, "kind": kind, "task": task} | one for task, one in found.items()]

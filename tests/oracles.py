@@ -251,3 +251,13 @@ def _random(cls: type, config: transformers.PretrainedConfig) -> transformers.Pr
             norm = "norm" in name.lower() or "ln_" in name
             parameter.normal_(1.0 if norm and name.endswith("weight") else 0.0, 0.2 if norm else 0.1)
     return model
+
+
+def headed(name: str) -> transformers.PreTrainedModel:
+    """The class of `transformers` of that name: a head, with three labels for classes, over one of the models above."""
+    config = next(make for kind, make in _BASES.items() if name.startswith(kind))().config
+    config.num_labels = 3 if name.endswith("Classification") else 2
+    return _random(getattr(transformers, name), config)
+
+
+_BASES = {"GPT2": gpt2, "Llama": llama, "GPTNeoX": gpt_neox, "Bloom": bloom, "Bert": bert_encoder}

@@ -156,7 +156,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_chat_keeps_what_was_said_and_unsays_what_was_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from allyouneed.commands import models
+    from allyouneed.commands import chatting
     from allyouneed.generate import load
 
     class Model:
@@ -169,7 +169,7 @@ def test_chat_keeps_what_was_said_and_unsays_what_was_refused(
             yield from ("yes", "!")
 
     monkeypatch.setattr(load, "load", lambda name: Model())
-    monkeypatch.setattr(models, "_messages", lambda: iter(["hello", "too long", "again"]))
+    monkeypatch.setattr(chatting, "messages", lambda: iter(["hello", "too long", "again"]))
     code, out, err = run("chat", "--system", "be brief", capsys=capsys)
     assert (code, err) == (0, "error: prompt exceeds the context by 7\n") and out.count("yes!") == 2
     assert Model.asked[-1] == ["be brief", "hello", "yes!", "again"]

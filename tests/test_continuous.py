@@ -170,6 +170,27 @@ def test_tokens_equal_theirs(case, path):
     assert path(module, prompts, NEW) == wanted
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rows_that_end_with_the_context_are_padded_no_further(family, tmp_path):
+    """Rows read together begin at different places; what pads one of them must not stand beyond all positions."""
+    theirs = oracles.ALL[family]()
+    theirs.save_pretrained(tmp_path)
+    module, source = huggingface.load(tmp_path), torch.Generator().manual_seed(4)
+    prompts = [
+        torch.randint(3, 97, (n,), generator=source).tolist() for n in (*range(38, 63), *range(10, 35)) for _ in "ab"
+    ]
+    wanted = expected(theirs, prompts, 2)
+    for chunk in (30, 64, 200):
+        engine = engine_of(module, chunk=chunk, max_batch=50, share_prefixes=False)
+        found = dict[int, list[int]]()
+        numbers = []
+        while len(numbers) < len(prompts) or not engine.idle:
+            numbers += [engine.add(Request(ids=ids, sampling=greedy(2))) for ids in prompts[len(numbers) :][:3]]
+            for step in engine.step():
+                found.setdefault(step.request, []).append(step.token)
+        assert [found[number] for number in numbers] == wanted
+
+
 WORDS = "river under an old bridge carried boats of salt and copper while children counted 17 stones in 2031"
 
 

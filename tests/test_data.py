@@ -90,9 +90,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 2: byte 11 is not UTF-8"):
         list(jsonl.read(tmp_path / "latin.jsonl"))
     (tmp_path / "endless.jsonl").write_bytes(b" " * (jsonl.LONGEST + 1))
-    for read in (jsonl.Lines, lambda path: list(jsonl.read(path))):
+    for read in (lambda path: jsonl.Lines(path)[0], lambda path: list(jsonl.read(path))):
         with pytest.raises(InputError, match="line 1: longer than"):
             read(tmp_path / "endless.jsonl")
+    (tmp_path / "endless.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * (3 * jsonl.LONGEST) + b'\n\n{"text": "b"}')
+    lines = jsonl.Lines(tmp_path / "endless.jsonl")
+    assert (lines[0], lines[2]) == (jsonl.Text("a"), jsonl.Text("b")) and list(lines.numbers) == [1, 2, 4]
+    with pytest.raises(InputError, match="line 2: longer than"):
+        lines[1]
 
 
 def test_mutated_files_are_read_or_refused_in_one_line(tmp_path: Path) -> None:

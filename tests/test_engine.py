@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 import torch
 
+from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError
 from allyouneed.data.tokenizer_training import train_bpe
 from allyouneed.data.tokenizers import byte_tokenizer
@@ -226,3 +228,17 @@ def test_the_smallest_temperatures_are_greedy(lm):
     greedy = lm.complete(["abc"], Sampling(max_new_tokens=8, ignore_eos=True, temperature=0))[0].text
     almost = lm.complete(["abc"], Sampling(max_new_tokens=8, ignore_eos=True, temperature=1e-30, seed=1))[0].text
     assert almost == greedy
+
+
+def test_biases_survive_files_and_the_command_line():
+    sampling = Sampling(logit_bias=((3, -1.5), (7, 2.0)))
+    assert Config.from_json(json.loads(json.dumps(sampling.to_json()))) == sampling
+    assert Sampling().override("logit_bias=((3, -1.5), (7, 2))") == sampling
+    with pytest.raises(InputError, match="logit_bias"):
+        Config.from_json(sampling.to_json() | {"logit_bias": [[3, -1.5, 7]]})
+    with pytest.raises(InputError, match="logit_bias"):
+        Sampling().override("logit_bias=((3, -1.5, 7),)")
+    with pytest.raises(InputError, match="logit_bias"):
+        Sampling(logit_bias=((3, float("nan")),))
+    with pytest.raises(InputError, match="min_tokens=5; it must be 0 to max_new_tokens=4"):
+        Sampling(min_tokens=5, max_new_tokens=4)

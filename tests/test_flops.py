@@ -12,7 +12,7 @@ from allyouneed.models.encoder_decoder import EncoderDecoder
 from allyouneed.models.stack import Stack
 from allyouneed.nn.flops import TRAINING, Reading
 from allyouneed.nn.kernels import Tiled
-from allyouneed.nn.routers import Hierarchical, NoisyTopK
+from allyouneed.nn.noisy_routers import Hierarchical, NoisyTopK
 
 ROWS, LENGTH, SOURCE = 3, 21, 13
 SMALL = {"vocab_size": 53, "context": 48, "dim": 24, "num_layers": 3, "num_heads": 6}

@@ -16,7 +16,9 @@ from allyouneed.models import mixtral
 from allyouneed.nn import grouped
 from allyouneed.nn.capacity import Factor, PerRow, Unlimited, places
 from allyouneed.nn.moe import Experts, GatedExperts, MoE, active_parameters
-from allyouneed.nn.routers import Hierarchical, NoisyTopK, Router, Routing, Top1, Top2, TopK, noisy_top_k
+from allyouneed.nn.noisy_routers import Hierarchical, NoisyTopK, noisy_top_k
+from allyouneed.nn.routers import Router, Top1, Top2, TopK
+from allyouneed.nn.routing import Routing
 from allyouneed.objectives.balanced import LOSSES, Tally, balanced, tallied
 from allyouneed.objectives.loss import Loss
 from allyouneed.objectives.next_token import next_token

@@ -12,9 +12,9 @@ from allyouneed.data.batches import Windows
 from allyouneed.models.recurrent import RecurrentModel
 from allyouneed.nn.ffn import MLP
 from allyouneed.nn.moe import Experts, MoE
+from allyouneed.nn.noisy_routers import Hierarchical, NoisyTopK
 from allyouneed.nn.norms import BatchNorm, LayerNorm, NoNorm, RMSNorm
 from allyouneed.nn.recurrent import GRU, LSTM, Recurrent
-from allyouneed.nn.routers import Hierarchical, NoisyTopK
 from allyouneed.nn.sandwich import Sandwich
 from allyouneed.objectives.balanced import balanced
 from allyouneed.objectives.next_token import next_token

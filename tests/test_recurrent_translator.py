@@ -8,6 +8,7 @@ from allyouneed.core.seeds import seed_everything
 from allyouneed.generate.beams import beam_search
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.requests import Request
 from allyouneed.generate.translations import greedy, with_beams
 from allyouneed.models.recurrent_translator import Answering, RecurrentTranslator
 
@@ -92,3 +93,24 @@ def test_beams_find_what_is_likelier_than_greedy():
     tokens = torch.tensor([[1, *best[0].tokens]])
     logprobs = module(source, tokens[:, :-1]).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
     assert abs(logprobs.sum().item() - best[0].logprob) < 1e-4
+
+
+@torch.inference_mode()
+def test_beginnings_of_unequal_length_and_interruptions():
+    """What was written so far is read again with its own source, in one batch with others."""
+    module, sources = model(), [ids(1, n, seed=n) for n in (4, 9, 6, 5)]
+    begun = [[1], [1, 5, 9, 11], [1, 7], [1, 5, 9]]
+    engine = Engine(Answering(module), config=Engine.Config(max_batch=3))
+    sampling, found = Sampling(max_new_tokens=6, temperature=0), dict[int, list[int]]()
+    for i in (0, 1, 2):
+        engine.add(Request(ids=begun[i], sampling=sampling, memory=module.remember(sources[i])))
+    steps = [*engine.step(), *engine.step()]
+    engine.add(Request(ids=begun[3], sampling=sampling, memory=module.remember(sources[3]), priority=1))
+    while not engine.idle:
+        steps += engine.step()
+    assert engine.statistics().preemptions == 1
+    for step in steps:
+        found.setdefault(step.request, []).append(step.token)
+    for i, source in enumerate(sources):
+        logits = module(source, torch.tensor([begun[i] + found[i]])).logits[0]
+        assert logits[len(begun[i]) - 1 : -1].argmax(-1).tolist() == found[i]

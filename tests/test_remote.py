@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from allyouneed.core.errors import InputError
-from allyouneed.generate.endpoint import RemoteError, events
-from allyouneed.generate.language_model import LanguageModel, Sampling
+from allyouneed.core.errors import InputError, RemoteError
+from allyouneed.generate.endpoint import events
+from allyouneed.generate.language_model import AccessError, LanguageModel, Sampling
 from allyouneed.generate.remote import RemoteModel
 
 KEY = "sk-very-secret"
@@ -354,7 +354,7 @@ class TestRetries:
             assert len(server.requests) < 500
 
     def test_an_interrupt_drops_what_was_not_begun(self, monkeypatch):
-        from allyouneed.generate import endpoint
+        from allyouneed.generate import caller
 
         def interrupted(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
@@ -366,7 +366,7 @@ class TestRetries:
             return completion("")
 
         with asking(held, concurrency=1) as (lm, server):
-            monkeypatch.setattr(endpoint, "wait", interrupted)
+            monkeypatch.setattr(caller, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 lm.generate(["p"] * 50)
             gate.set()
@@ -420,10 +420,10 @@ class TestErrors:
         with asking(lambda path, body: echo, api_key=KEY, retries=1) as (lm, _):
             with pytest.raises((InputError, RemoteError), match=r"Incorrect key \[key\]\.") as caught:
                 lm.generate(["p"])
-            said = [str(caught.value), repr(caught.value), caplog.text, repr(lm), repr(lm.endpoint)]
+            said = [str(caught.value), repr(caught.value), caplog.text, repr(lm), repr(lm.caller)]
             said += [*capsys.readouterr(), str(caught.value.__cause__)]
             assert not any(KEY in text for text in said)
-            assert type(caught.value) is (InputError if status == 401 else RemoteError)
+            assert type(caught.value) is (AccessError if status == 401 else RemoteError)
 
     def test_a_key_no_header_can_hold(self):
         with pytest.raises(InputError, match="no HTTP header may") as caught:
@@ -444,7 +444,7 @@ class TestErrors:
     def test_refused_key(self):
         with (
             asking(lambda path, body: Reply({"error": {"message": "who?"}}, 401)) as (lm, server),
-            pytest.raises(InputError, match=r"401 who\?.*OPENAI_API_KEY"),
+            pytest.raises(AccessError, match=r"401 who\?.*OPENAI_API_KEY"),
         ):
             lm.generate(["p"])
         assert server.pauses == []
@@ -458,7 +458,7 @@ class TestErrors:
 
         with (
             asking(strict, model="smollm-135m") as (lm, _),
-            pytest.raises(InputError, match="unknown model 'smollm-135m'; did you mean 'smollm2-135m'"),
+            pytest.raises(AccessError, match="unknown model 'smollm-135m'; did you mean 'smollm2-135m'"),
         ):
             ask(lm)
 

@@ -125,7 +125,7 @@ def test_lookup_finds_what_the_slow_search_finds():
 
 
 def test_a_pace_slows_down_where_nothing_is_kept():
-    pace = Pace(first=4, most=16)
+    pace = Pace(first=4, most=16, most_rest=16)
     tried = 0
     for _ in range(1000):
         tried += bool(pace.count)

@@ -1,7 +1,8 @@
 """The command line: gathers the commands and turns what can go wrong into one line and an exit code.
 
-Exit codes: 0 done (a claim that fails is a result, not an error), 1 no space left, nobody reads our output any more, or
-another rank died, 2 something handed to us is wrong, 130 or 143 stopped by SIGINT (Ctrl-C) or SIGTERM.
+Exit codes: 0 done (a claim that fails is a result, not an error), 1 no space left, nobody reads our output any more,
+another rank died or an endpoint failed, 2 something handed to us is wrong, 130 or 143 stopped by SIGINT (Ctrl-C) or
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 
 import typer
 
-from allyouneed.commands import finetune, laws, materials, models, papers, planning, serving, training
-from allyouneed.core.errors import InputError, RankLostError
+from allyouneed.commands import chatting, finetune, laws, materials, models, papers, planning, serving, training
+from allyouneed.core.errors import InputError, RankLostError, RemoteError
 
 # what typer raises for a wrong command, option or argument; newer versions no longer import it from click
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (papers, models, serving, training, finetune, laws, planning, materials):
+for group in (papers, chatting, models, serving, training, finetune, laws, planning, materials):
     group.register(app)
 
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.exit_code
     except InputError as error:
         return _fail(str(error))
-    except RankLostError as error:
+    except (RankLostError, RemoteError) as error:
         return _fail(str(error), code=1)
     except _UsageError as error:
         return _fail(_usage(error))

@@ -1,10 +1,8 @@
-"""`chat`, `generate`, `score`, `eval`: asking a language model, local or remote."""
+"""`generate`, `score`, `eval`: asking a language model, local or remote."""
 
 from __future__ import annotations
 
 import json
-import os
-import select
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ import typer
 from allyouneed.core.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from allyouneed.generate.language_model import LanguageModel, Message, Sampling
+    from allyouneed.generate.language_model import LanguageModel, Sampling
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A material, a folder, a hub id, a .gguf file or an endpoint's URL.")
@@ -33,50 +31,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command("chat")(chat)
     app.command("generate")(generate)
     app.command("score")(score)
     app.command("eval")(evaluate)
 
 
-def chat(
-    model: Model = "smollm2-135m-instruct",
-    system: Annotated[str | None, typer.Option(help="A standing instruction.")] = None,
-    max_new_tokens: Tokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.95,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.1,
-    seed: Seed = None,
-) -> None:
-    """Talk with a model; it remembers the conversation. What is pasted at once is one message. Ctrl-D ends."""
-    from allyouneed.generate.language_model import Sampling
-    from allyouneed.generate.load import load
-
-    lm = load(model)
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    history: list[Message] = [{"role": "system", "content": system}] if system else []
-    for message in _messages():
-        history.append({"role": "user", "content": message})
-        answer = _answer(lm, history, sampling)
-        if answer:
-            history.append({"role": "assistant", "content": answer})
-        else:  # it was refused or cut short at once: what was said is unsaid
-            history.pop()
-
-
 def generate(
     model: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, standard input is one.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts, or IN.jsonl OUT.jsonl; without any, standard input is one.")
+    ] = None,
     max_new_tokens: Tokens = 128,
     temperature: Temperature = 0.7,
     top_p: TopP = 1.0,
@@ -89,7 +53,11 @@ def generate(
     regex: Annotated[str, typer.Option(help="What the text matches as a whole.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Continue prompts: one is written as it comes, several one after the other."""
+    """Continue prompts: one is written as it comes, several one after the other.
+
+    IN.jsonl OUT.jsonl answers each row of a file, {"prompt": "…"} or {"messages": […]} with sampling fields of its own,
+    in another; a row that is wrong gets a line that says so. Run again, it goes on where it was.
+    """
     from dataclasses import asdict
 
     from allyouneed.core.files import read_json
@@ -109,12 +77,15 @@ def generate(
         json_schema="" if schema is None else json.dumps(read_json(schema)),
         regex=regex,
     )
+    files = _files(prompts)
     lm = load(model)
-    if as_json:
+    if files:
+        _answer_rows(lm, *files, sampling, as_json)
+    elif as_json:
         for prompt, completion in zip(prompts, lm.complete(prompts, sampling), strict=True):
             print(json.dumps({"prompt": prompt} | asdict(completion), ensure_ascii=False))
     elif len(prompts) == 1:
-        _write(lm.stream(prompts[0], sampling))
+        write(lm.stream(prompts[0], sampling))
     else:
         for completion in lm.complete(prompts, sampling):
             print(completion.text)
@@ -172,53 +143,35 @@ def evaluate(
             print(f"{name:<12} chance {task.chance:.2f}   {shown}")
 
 
-def _messages() -> Iterator[str]:
-    """What a person types or pastes, until Ctrl-D."""
-    terminal = sys.stdin.isatty()
-    while True:
-        if terminal:
-            print("\n> ", end="", flush=True)
-        message = _read_paste(sys.stdin.fileno())
-        if message is None:
-            if terminal:
-                print()
-            return
-        if message.strip():
-            yield message.strip()
+def _files(prompts: list[str]) -> tuple[Path, Path] | None:
+    """The two files of a batch job, told by their names from prompts."""
+    named = [prompt for prompt in prompts if prompt.endswith(".jsonl")]
+    if len(named) == len(prompts) == 2:
+        return Path(named[0]), Path(named[1])
+    if any(Path(name).is_file() for name in named):
+        raise InputError(f"{named[0]} is a file: write IN.jsonl OUT.jsonl, the rows and where their answers go")
+    return None
 
 
-def _read_paste(descriptor: int, pause: float = 0.05) -> str | None:
-    """One line, and those that arrive within a `pause` of it, as pasted ones do; None at the end of the input."""
-    read = os.read(descriptor, 1 << 16)
-    if not read:
-        return None
-    while select.select([descriptor], [], [], pause)[0]:
-        more = os.read(descriptor, 1 << 16)
-        if not more:
-            break
-        read += more
-    return read.decode("utf-8", errors="replace")
+def _answer_rows(lm: LanguageModel, source: Path, target: Path, sampling: Sampling, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from allyouneed.core.progress import clock
+    from allyouneed.generate.job import run
+
+    done = run(lm, source, target, sampling)
+    if as_json:
+        print(json.dumps({"out": str(target)} | asdict(done)))
+    else:
+        before = f", {done.resumed} of them before" if done.resumed else ""
+        print(
+            f"{target}: {done.rows} rows{before}, {done.errors} with an error; "
+            f"{done.completion_tokens} tokens in {clock(done.seconds)}"
+        )
 
 
-def _answer(lm: LanguageModel, history: list[Message], sampling: Sampling) -> str:
-    """The answer, written as it comes; Ctrl-C cuts it short and the conversation goes on."""
-    pieces: list[str] = []
-
-    def kept() -> Iterator[str]:
-        for piece in lm.chat_stream(history, sampling):
-            pieces.append(piece)
-            yield piece
-
-    try:
-        _write(kept())
-    except KeyboardInterrupt:
-        print(" …")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-    return "".join(pieces)
-
-
-def _write(pieces: Iterator[str]) -> None:
+def write(pieces: Iterator[str]) -> None:
+    """Write a text as it comes."""
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class InputError(ValueError):
@@ -18,6 +19,19 @@ class RankLostError(RuntimeError):
     """Another process of a run is gone, and with it the run: nobody's mistake, and one line. `torchrun --max-restarts`
     starts all of them anew.
     """
+
+
+class RemoteError(RuntimeError):
+    """An endpoint failed: one line with the status and the server's own words.
+
+    Attributes:
+        status: the HTTP status, None where there was no answer or the answer made no sense.
+        done: what came back for the other requests of the same call, by their index.
+    """
+
+    def __init__(self, message: str, status: int | None = None, done: Mapping[int, Any] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.done = status, dict(done or {})
 
 
 @contextmanager

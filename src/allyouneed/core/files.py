@@ -26,11 +26,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:  # a folder's names need it as much as its files' bytes
-            _fsync(file)
+            sync(file)
         if path.is_dir() and temporary.is_dir():  # rename cannot replace a folder that holds something
             shutil.rmtree(path)
         temporary.replace(path)
-        _fsync(path.parent)
+        sync(path.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -97,7 +97,8 @@ def read_text(path: Path, *, limit: int = 64 << 20) -> str:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

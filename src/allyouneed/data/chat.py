@@ -33,7 +33,7 @@ def render(
     Raises:
         InputError: a message is malformed, or the template is, refuses the conversation, or takes too much.
     """
-    _check_messages(messages)
+    check(messages)
     # Through JSON and back: the template sees data, never an object's methods.
     plain = json.loads(_dump({"messages": [dict(message) for message in messages]} | extras))
     variables = {"tools": None, "documents": None} | plain
@@ -41,7 +41,12 @@ def render(
     return run(template, variables, "chat template")
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+def check(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what is no conversation.
+
+    Raises:
+        InputError: names the message, and what one has.
+    """
     if isinstance(messages, str | Mapping):
         raise InputError(f"messages: a list of messages is accepted, not one {type(messages).__name__}")
     accepted = ", ".join(KEYS)

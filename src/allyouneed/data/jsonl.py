@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -118,7 +118,7 @@ def read(path: Path | str, kinds: Sequence[Kind] = KINDS) -> Iterator[Record]:
         InputError: names the file, the line, what was found there and what is accepted.
     """
     path = Path(path)
-    for number, _, line in _lines(path):
+    for number, _, line in lines(path):
         yield parse(line, kinds, f"{path}: line {number}")
 
 
@@ -137,7 +137,7 @@ def made(
         InputError: as of `read`, or what `make` raised.
     """
     path, found = Path(path), []
-    for number, _, line in _lines(path):
+    for number, _, line in lines(path):
         where = f"{path}: line {number}"
         try:
             with about(where):
@@ -155,7 +155,7 @@ class Lines(Sequence[Record]):
     def __init__(self, path: Path | str, kinds: Sequence[Kind] = KINDS) -> None:
         self.path, self.kinds = Path(path), kinds
         self.offsets, self.numbers = array("q"), array("q")
-        for number, offset, _ in _lines(self.path):
+        for number, offset, _ in lines(self.path):
             self.numbers.append(number)
             self.offsets.append(offset)
 
@@ -167,7 +167,7 @@ class Lines(Sequence[Record]):
             return [self[i] for i in range(*index.indices(len(self)))]
         with _opened(self.path) as file:
             file.seek(self.offsets[index])
-            return parse(file.readline(), self.kinds, f"{self.path}: line {self.numbers[index]}")
+            return parse(file.readline(LONGEST + 1), self.kinds, f"{self.path}: line {self.numbers[index]}")
 
 
 def parse(line: bytes, kinds: Sequence[Kind], where: str) -> Record:
@@ -179,7 +179,7 @@ def parse(line: bytes, kinds: Sequence[Kind], where: str) -> Record:
     Traceback (most recent call last):
     allyouneed.core.errors.InputError: data.jsonl: line 1: keys 'promt'; accepted: prompt + completion
     """
-    found = _object(line, where)
+    found = parse_object(line, where)
     for kind in sorted(kinds, key=lambda kind: -len(fields(kind))):  # prompt + chosen + rejected before prompt + …
         names = [field.name for field in fields(kind)]
         if all(name in found for name in names):
@@ -187,7 +187,36 @@ def parse(line: bytes, kinds: Sequence[Kind], where: str) -> Record:
                 _check(name, found[name], where)
             return kind(**{name: found[name] for name in names})
     accepted = ", or ".join(" + ".join(field.name for field in fields(kind)) for kind in kinds)
-    raise InputError(f"{where}: keys {_shown(found)}; accepted: {accepted}")
+    raise InputError(f"{where}: keys {shown(found)}; accepted: {accepted}")
+
+
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in one line; `where` opens the message of an error.
+
+    Raises:
+        InputError: too long, not UTF-8, not JSON, a key twice, or no object.
+    """
+    if len(line) > LONGEST:
+        raise InputError(f"{where}: longer than {LONGEST} bytes")
+    text = _decoded(line, where)
+    try:
+        found = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error.msg} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON that can be read: {str(error)[:100]}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: of type {type(found).__name__}; accepted: an object")
+    return found
+
+
+def shown(keys: Iterable[str]) -> str:
+    """Keys as a message names them, the first few.
+
+    >>> shown({"a": 1, "b": 2})
+    "'a', 'b'"
+    """
+    return ", ".join(repr(key[:40]) for key in list(keys)[:8]) or "none"
 
 
 def texts(path: Path | str, *, whole: bool = False) -> Iterator[str]:
@@ -210,17 +239,20 @@ def texts(path: Path | str, *, whole: bool = False) -> Iterator[str]:
         yield "".join(gathered)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset in bytes and text of each line that is not blank."""
+def lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, offset in bytes and text of each line that is not blank; of one that `parse_object` will refuse for its
+    length, only as much as shows it.
+    """
     number = offset = 0
     with _opened(path) as file:
         while line := file.readline(LONGEST + 1):
             number += 1
-            if len(line) > LONGEST:
-                raise InputError(f"{path}: line {number}: longer than {LONGEST} bytes")
-            if line.strip():
+            if len(line) > LONGEST or line.strip():
                 yield number, offset, line
             offset += len(line)
+            while len(line) > LONGEST and not line.endswith(b"\n"):
+                line = file.readline(LONGEST + 1)
+                offset += len(line)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -237,19 +269,6 @@ def _decoded(line: bytes, where: str) -> str:
         raise InputError(f"{where}: byte {error.start + 1} is not UTF-8 text") from None
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    text = _decoded(line, where)
-    try:
-        found = json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error.msg} at character {error.pos + 1}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON that can be read: {str(error)[:100]}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{where}: of type {type(found).__name__}; accepted: an object")
-    return found
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
@@ -257,10 +276,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"key {name[:40]!r} twice")
         found[name] = value
     return found
-
-
-def _shown(found: dict[str, Any]) -> str:
-    return ", ".join(repr(key[:40]) for key in list(found)[:8]) or "none"
 
 
 def _check(name: str, value: Any, where: str) -> None:
@@ -285,8 +300,8 @@ def _check(name: str, value: Any, where: str) -> None:
 
 
 def _not_accepted(name: str, value: Any, accepted: str, where: str) -> InputError:
-    shown = "an empty list" if value == [] else f"of type {type(value).__name__}"
-    return InputError(f"{where}: field {name!r} is {shown}; accepted: {accepted}")
+    found = "an empty list" if value == [] else f"of type {type(value).__name__}"
+    return InputError(f"{where}: field {name!r} is {found}; accepted: {accepted}")
 
 
 def _is_label(value: Any) -> bool:
@@ -326,7 +341,7 @@ _PLAIN: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _check_message(name: str, message: Any, where: str) -> None:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        found = _shown(message) if isinstance(message, dict) else f"type {type(message).__name__}"
+        found = shown(message) if isinstance(message, dict) else f"type {type(message).__name__}"
         raise InputError(f"{where}: {name} has {found}; accepted: an object of role and content")
     if message["role"] not in ROLES:
         raise InputError(f"{where}: {name}.role is {str(message['role'])[:40]!r}; accepted: {', '.join(ROLES)}")

@@ -75,7 +75,7 @@ def envelope(curves: Sequence[Curve], *, least: float = 0.0, points: int = POINT
     losses = np.stack([np.interp(budgets, c, losses, left=np.inf, right=np.inf) for c, losses in known])
     best = sizes[losses.argmin(0)]
     inner = np.isfinite(losses.min(0)) & (best > sizes.min()) & (best < sizes.max())
-    different("envelope, sizes that are best somewhere between smallest and largest:", parameters=best[inner])
+    different("envelope, sizes that are best somewhere between smallest and largest", parameters=best[inner])
     return Envelope(np.exp(budgets[inner]), best[inner])
 
 

@@ -8,26 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import derive
 from allyouneed.evaluate.statistics import Interval, wilson
-from allyouneed.generate.language_model import LanguageModel
+from allyouneed.generate.language_model import CountsTokens, LanguageModel
 
 ANSWER_CONTEXT = "Answer:"  # prompts that an answer follows, and is otherwise generic (sec. 2.4)
 
 ENCLOSING = ".,;:!?\"'()“”‘’"
-
-
-@runtime_checkable
-class CountsTokens(Protocol):
-    """A language model that can say how many tokens a text has. Without it there are no scores per token."""
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text alone has, none added in front."""
 
 
 @dataclass(frozen=True)

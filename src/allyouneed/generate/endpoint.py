@@ -1,6 +1,6 @@
-"""One OpenAI-compatible endpoint over HTTP: requests, retries, server-sent events, and errors of one line.
+"""One OpenAI-compatible endpoint over HTTP: requests, server-sent events, and errors of one line.
 
-Knows URLs, statuses and JSON. What is asked for, and what the answers mean, `remote` knows.
+Knows URLs, statuses and JSON, and asks once. Who asks again is `caller`; what is asked for, `remote` knows.
 """
 
 from __future__ import annotations
@@ -8,103 +8,84 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import mktime_tz, parsedate_tz
 from typing import Any, TypeVar
 
 import httpx
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, RemoteError
+from allyouneed.generate.language_model import AccessError
 
-Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
 
 PASSING = {408, 409, 429}  # besides 5xx: statuses after which the same request may succeed
-FIRST_PAUSE = 0.5  # seconds, doubled at each further try
 LONGEST_PAUSE = 120.0  # seconds; a server that asks for more is not waited for
 
 
-class RemoteError(RuntimeError):
-    """The endpoint failed: one line with the status and the server's own words.
-
-    Attributes:
-        status: the HTTP status, None where there was no answer or the answer made no sense.
-        done: what came back for the other requests of the same call, by their index.
-    """
-
-    def __init__(self, message: str, status: int | None = None, done: Mapping[int, Any] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.done = status, dict(done or {})
-
-
-class _PassingError(RemoteError):
+class PassingError(RemoteError):
     """A failure that may pass; the server asks for a pause of `pause` seconds."""
 
     pause = 0.0
 
 
 class Endpoint:
-    """Sends requests, at most `concurrency` at once from `map`, and tries again what may succeed.
+    """Sends each request once.
 
     Args:
         url: `http(s)://host[:port][/path]`; without a path `/v1` is meant.
         api_key: sent as a bearer token and shown nowhere; None: the environment's OPENAI_API_KEY.
+        concurrency: how many requests it should be given at once.
         timeout: seconds without a byte from the server.
-        retries: further tries after a connection error, 408, 409, 429 or 5xx.
-        sleep: how to wait between tries.
 
     Raises:
         InputError: no such URL, or a key that no header can hold.
     """
 
-    def __init__(
-        self,
-        url: str,
-        api_key: str | None = None,
-        *,
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        retries: int = 5,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, concurrency: int = 8, timeout: float = 120.0) -> None:
         base, key = _base(url), (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
         if not (key.isascii() and key.isprintable()):
             raise InputError("the API key holds characters that no HTTP header may; copy it again")
-        self.name, self.retries, self._key, self._sleep = _shown(str(base)), retries, key, sleep
-        self._jitter = random.Random(0)
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint")
+        self.name, self.concurrency, self.timeout, self._key = _shown(str(base)), concurrency, timeout, key
         self._client = httpx.Client(
             base_url=base.copy_with(userinfo=b""),  # httpx logs addresses whole
             auth=(base.username, base.password) if base.username else None,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
         )
 
-    def get(self, path: str, read: Callable[[Any], Answered]) -> Answered:
-        """What `read` takes out of the JSON at `path`."""
-        return self._read(self._open("GET", path).text, read)
+    def models(self, timeout: float | None = None) -> list[str]:
+        """The names that it lists, asked for with a time-out of its own where one is given."""
+        text = self._open("GET", "models", timeout=timeout).text
+        return self._read(text, lambda answer: [str(entry["id"]) for entry in answer["data"]])
 
     def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], Answered]) -> Answered:
         """What `read` takes out of the JSON that answers `body`.
 
         Raises:
-            InputError: the key was refused.
-            RemoteError: any other failure that did not pass, no JSON, or JSON that `read` makes no sense of.
+            AccessError: the key was refused.
+            PassingError: a connection error, 408, 409, 429 or 5xx.
+            RemoteError: any other failure, no JSON, or JSON that `read` makes no sense of.
         """
         return self._read(self._open("POST", path, body).text, read)
 
     def stream(self, path: str, body: Mapping[str, Any], read: Callable[[Any], Answered]) -> Iterator[Answered]:
-        """What `read` takes out of each event that answers `body`. Only the opening is tried again.
+        """What `read` takes out of each event that answers `body`. It is opened when this is called.
 
         Raises:
+            AccessError: as `post`, at the opening.
+            PassingError: as `post`, at the opening.
             RemoteError: as `post`; the stream broke off, or ended without the closing `[DONE]`.
         """
-        response = self._open("POST", path, body, stream=True)
+        return self._events(self._open("POST", path, body, stream=True), read)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _events(self, response: httpx.Response, read: Callable[[Any], Answered]) -> Iterator[Answered]:
         try:
             for data in events(response.iter_bytes()):
                 if data == "[DONE]":
@@ -116,52 +97,24 @@ class Endpoint:
             response.close()
         raise RemoteError(f"{self.name}: the stream ended without [DONE]; what came is not the whole text")
 
-    def map(self, ask: Callable[[Asked], Answered], requests: Mapping[int, Asked]) -> dict[int, Answered]:
-        """`ask` for each request; the keys, the caller's indices, name the one that fails.
-
-        Raises:
-            RemoteError: one failed; those not yet begun are dropped, answers that came are in its `done`.
-        """
-        futures = {i: self._pool.submit(ask, request) for i, request in requests.items()}
-        try:
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
-        finally:  # also on Ctrl-C
-            for future in futures.values():
-                future.cancel()
-        begun = {i: future for i, future in futures.items() if not future.cancelled()}
-        errors = {i: error for i, future in begun.items() if (error := future.exception())}
-        done = {i: future.result() for i, future in begun.items() if i not in errors}
-        for i, error in errors.items():
-            if isinstance(error, RemoteError):
-                raise RemoteError(f"request {i}: {error}", error.status, done) from None
-            raise error
-        return done
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._pool.shutdown(cancel_futures=True)
-        self._client.close()
-
     def _open(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, stream: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        stream: bool = False,
+        timeout: float | None = None,
     ) -> httpx.Response:
-        for attempt in range(self.retries):
-            try:
-                return self._try(method, path, body, stream)
-            except _PassingError as failure:
-                if failure.pause > LONGEST_PAUSE:
-                    raise
-                backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * self._jitter.uniform(0.5, 1.0)
-                self._sleep(max(failure.pause, backoff))
-        return self._try(method, path, body, stream)
-
-    def _try(self, method: str, path: str, body: Mapping[str, Any] | None, stream: bool) -> httpx.Response:
+        patience = self.timeout if timeout is None else timeout
+        limits = httpx.Timeout(patience, connect=min(patience, 10.0))
         try:
-            response = self._client.send(self._client.build_request(method, path, json=body), stream=stream)
+            request = self._client.build_request(method, path, json=body, timeout=limits)
+            response = self._client.send(request, stream=stream)
             if not response.is_success:
                 response.read()
         except httpx.RequestError as error:
-            raise _PassingError(f"{self.name}: {_reason(error)}") from None
+            raise PassingError(f"{self.name}: {_reason(error)}") from None
         if response.is_success:
             return response
         raise self._failure(response)
@@ -170,12 +123,12 @@ class Endpoint:
         status = response.status_code
         line = f"{self.name}: {status} {self._message(response.text) or response.reason_phrase}"
         if status == 401:
-            return InputError(f"{line}; set OPENAI_API_KEY, or pass api_key")
+            return AccessError(f"{line}; set OPENAI_API_KEY, or pass api_key")
         if status not in PASSING and status < 500:
             return RemoteError(line, status)
         pause = _retry_after(response.headers.get("Retry-After", ""))
         asked = f" (asks to wait {pause:.0f} s)" if pause > LONGEST_PAUSE else ""
-        failure = _PassingError(line + asked, status)
+        failure = PassingError(line + asked, status)
         failure.pause = pause
         return failure
 

@@ -342,9 +342,10 @@ class Engine:
         for token in (min(ids), max(ids), *(token for token, _ in sampling.logit_bias)):
             if not 0 <= token < vocab_size:
                 raise InputError(f"token {token} is none of the model's; they are 0 to {vocab_size - 1}")
-        if (request.memory is not None) != self.module.answers:
+        rows = 0 if request.memory is None else len(request.memory.states)
+        if rows != int(self.module.answers):
             wanted = "needs one, of what it answers" if self.module.answers else "reads none"
-            raise InputError(f"request with memory={request.memory}: this model {wanted}")
+            raise InputError(f"request with a memory of {rows} rows: this model {wanted}")
         needed = self.tables.count(len(ids) + sampling.max_new_tokens)
         if needed > self.tables.pool.total:
             raise InputError(

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+class AccessError(InputError):
+    """Not what is asked is wrong but who asks, or whom: a key is refused, a model unknown. All else will fail alike."""
+
+
 class Message(TypedDict):
     """One turn of a conversation: `role` is system, user or assistant."""
 
     role: str
     content: str
+
+
+Turns = str | Sequence[Message]  # a text to continue, or a conversation to answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ class Sampling(Config):
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back for one prompt."""
+    """What came back for one prompt; of a conversation, the assistant's answer."""
 
     text: str
     finish_reason: str  # "stop" (end token, stop string, guided text whole), "length", or "error": a guide gave up
@@ -79,8 +86,13 @@ class LanguageModel(Protocol):
 
     name: str
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order."""
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order: a text is continued, a conversation answered.
+
+        Args:
+            prompts: any number.
+            sampling: one for each prompt; or one for all, prompt i then drawing from `seed + i`.
+        """
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of the completion's text as they come; joined they equal `complete`'s text."""
@@ -99,6 +111,31 @@ class LanguageModel(Protocol):
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32 vectors of unit length."""
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A language model that can say how many tokens a text has."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text alone has, none added in front."""
+
+
+def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
+    """One for each of `count` prompts, as `complete` has them.
+
+    >>> [one.seed for one in samplings_of(Sampling(seed=5), 3)]
+    [5, 6, 7]
+
+    Raises:
+        InputError: their number is not that of the prompts.
+    """
+    if isinstance(sampling, Sampling):
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(count)]
+        return [sampling.replace(seed=seed) for seed in seeds]
+    if len(sampling) != count:
+        raise InputError(f"complete: {count} prompts but {len(sampling)} samplings; give one for each, or one for all")
+    return list(sampling)
 
 
 def sampling_from(keywords: dict[str, object]) -> Sampling:

@@ -15,7 +15,7 @@ from allyouneed.data import chat
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.guides import Guides
-from allyouneed.generate.language_model import Completion, Message, Sampling, sampling_from
+from allyouneed.generate.language_model import Completion, Message, Sampling, Turns, sampling_from, samplings_of
 from allyouneed.generate.requests import Guide
 from allyouneed.generate.speculation import Speculator
 from allyouneed.generate.stopping import StopStrings
@@ -48,9 +48,9 @@ class LocalModel:
         self.module, self.tokenizer, self.name = module, tokenizer, name
         self.engine = Engine(module, tokenizer.eos_ids, config, speculator)
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order. With a seed, prompt i draws from `seed + i`."""
-        samplings = [_seeded(sampling, i) for i in range(len(prompts))]
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
+        samplings = samplings_of(sampling, len(prompts))
         return self._complete([self.prompt_ids(prompt) for prompt in prompts], samplings)
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
@@ -67,7 +67,7 @@ class LocalModel:
 
     def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         """Pieces of the assistant's answer as they come."""
-        return self._stream(self.tokenizer.encode(self.chat_prompt(messages)), sampling)
+        return self._stream(self.prompt_ids(messages), sampling)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **extras: Any) -> str:
         """The conversation as the text that the model was trained to continue; `extras` (`tools` …) go to the template.
@@ -134,8 +134,10 @@ class LocalModel:
         """How many tokens each text has, without any that a prompt is given in front."""
         return [len(self.tokenizer.encode(text)) for text in texts]
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """A prompt's ids; an empty one is the token that begins or separates documents."""
+    def prompt_ids(self, prompt: Turns) -> list[int]:
+        """A prompt's ids; an empty text is the token that begins or separates documents."""
+        if not isinstance(prompt, str):
+            return self.tokenizer.encode(self.chat_prompt(prompt))
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
         return ids or [self._first_token()]
 
@@ -251,7 +253,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _seeded(sampling: Sampling, i: int) -> Sampling:
-    return sampling if sampling.seed is None else sampling.replace(seed=sampling.seed + i)

@@ -64,8 +64,10 @@ class Reader(Protocol):
 
 
 def reader_of(module: Continues, storage: Storage) -> Reader:
-    """The fastest reader there is for a module."""
-    return TorchReader(module, storage)
+    """The fastest reader there is for a module: of its native program where it has one that can use the storage."""
+    from allyouneed.generate.native_reader import native_reader
+
+    return native_reader(module, storage) or TorchReader(module, storage)
 
 
 class TorchReader:
@@ -88,15 +90,22 @@ class TorchReader:
         found: list[Tensor] = []
         places: list[int] = []
         for group in self._groups(pieces):
-            hidden = self._hidden([pieces[i] for i in group])
-            for row, i in enumerate(group):
-                end = len(pieces[i].ids)
-                found.append(hidden[row, end - pieces[i].wanted : end])
-                places += range(starts[i], starts[i] + pieces[i].wanted)
+            found.append(self._wanted([pieces[i] for i in group]))
+            places += [starts[i] + n for i in group for n in range(pieces[i].wanted)]
         if not total:
             return torch.zeros(0, self.module.config.vocab_size)
-        order = torch.tensor(places).argsort().to(found[0].device)
-        return self.module.head(torch.cat(found)[order]).float().cpu()
+        hidden = torch.cat(found)
+        if places != list(range(total)):
+            hidden = hidden[torch.tensor(places).argsort().to(hidden.device)]
+        return self.module.head(hidden).float().cpu()
+
+    def _wanted(self, pieces: Sequence[Piece]) -> Tensor:
+        """What the head sees where logits are wanted, (sum of `wanted`, dim)."""
+        hidden = self._hidden(pieces)
+        width, rows = hidden.shape[1], hidden.flatten(0, 1)
+        ends = [row * width + len(piece.ids) for row, piece in enumerate(pieces)]
+        chosen = [n for end, piece in zip(ends, pieces, strict=True) for n in range(end - piece.wanted, end)]
+        return rows if len(chosen) == len(rows) else rows[torch.tensor(chosen, dtype=torch.long).to(rows.device)]
 
     def _hidden(self, pieces: Sequence[Piece]) -> Tensor:
         """(B, T, dim), rows padded on the right."""
@@ -131,8 +140,9 @@ class TorchReader:
             yield group
 
     def _alike(self, pieces: Sequence[Piece], first: int, other: int, rows: int, total: int) -> bool:
-        fresh = self.storage.memories.fresh
-        width = len(pieces[first].ids)
+        fresh, width = self.storage.memories.fresh, len(pieces[first].ids)
         if fresh(pieces[first].slot) != fresh(pieces[other].slot) or (width > 1) != (len(pieces[other].ids) > 1):
             return False
+        if self.module.limit is not None and pieces[other].length + width > self.module.limit:
+            return False  # its padding would stand where there are no positions
         return width * rows <= PADDED * total

@@ -1,6 +1,7 @@
-"""A language model behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, our own server, or a hosted one.
+"""A language model behind OpenAI-compatible endpoints: vLLM, SGLang, llama.cpp, our own server, or hosted ones.
 
-Holds what is asked for and what the answers mean. Connections, retries and errors are `endpoint`'s.
+Holds what is asked for and what the answers mean. Connections and errors are `endpoint`'s, the choice between several
+`fleet`'s, retries and order `caller`'s.
 """
 
 from __future__ import annotations
@@ -12,9 +13,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from allyouneed.core.errors import InputError, unknown
-from allyouneed.generate.endpoint import Endpoint, RemoteError
-from allyouneed.generate.language_model import Completion, Message, Sampling, sampling_from
+from allyouneed.core.errors import InputError, RemoteError, unknown
+from allyouneed.generate.caller import Caller
+from allyouneed.generate.endpoint import Endpoint
+from allyouneed.generate.fleet import Fleet
+from allyouneed.generate.language_model import (
+    AccessError,
+    Completion,
+    Message,
+    Sampling,
+    Turns,
+    sampling_from,
+    samplings_of,
+)
 
 Answered = TypeVar("Answered")
 
@@ -28,22 +39,24 @@ class RemoteModel:
     """Satisfies `LanguageModel` over HTTP.
 
     Args:
-        base_url: `http(s)://host[:port][/path]`; without a path `/v1` is meant.
-        model: its name there; None: the first that the endpoint lists.
+        base_url: `http(s)://host[:port][/path]`; without a path `/v1` is meant. Several, in a list or with commas
+            between, are a fleet that serves one model.
+        model: its name there; None: the first that the endpoint lists, or all of the fleet do.
         api_key: None: the environment's OPENAI_API_KEY.
-        concurrency: requests under way at once.
+        concurrency: requests under way at once, at each endpoint.
         timeout: seconds without a byte from the server.
-        retries: further tries, ever further apart, after connection errors, 408, 409, 429 and 5xx.
+        retries: further tries, ever further apart, after connection errors, 408, 409, 429 and 5xx; a fleet's other
+            endpoints are tried before.
         sleep: how to wait between tries.
 
-    Every method raises `InputError` for a bad address, a refused key or an unknown model, and `RemoteError` for what
+    Every method raises `AccessError` for a refused key or an unknown model, and `RemoteError` for what
     else goes wrong at the other end. When one request of many fails for good, the error names its index and holds in
     `done` what came back for others.
     """
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         model: str | None = None,
         api_key: str | None = None,
         *,
@@ -52,20 +65,21 @@ class RemoteModel:
         retries: int = 5,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.endpoint = Endpoint(
-            base_url, api_key, concurrency=concurrency, timeout=timeout, retries=retries, sleep=sleep
-        )
+        urls = base_url.split(",") if isinstance(base_url, str) else base_url
+        endpoints = [Endpoint(url, api_key, concurrency=concurrency, timeout=timeout) for url in urls]
+        service = endpoints[0] if len(endpoints) == 1 else Fleet(endpoints)
+        self.caller = Caller(service, retries=retries, sleep=sleep)
         self.name = model or self._first_model()
 
     def models(self) -> list[str]:
-        """The names that the endpoint lists."""
-        return self.endpoint.get("models", lambda answer: [str(entry["id"]) for entry in answer["data"]])
+        """The names that the endpoint lists, or all endpoints of the fleet."""
+        return self.caller.models()
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order. With a seed, prompt i is drawn with `seed + i`."""
-        bodies = {i: {"prompt": prompt, **_fields(sampling, i)} for i, prompt in enumerate(prompts)}
-        answers = self.endpoint.map(lambda body: self._ask("completions", body, _completion), bodies)
-        return [answers[i] for i in bodies]
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order; conversations by the server's chat template."""
+        requests = dict(enumerate(zip(prompts, samplings_of(sampling, len(prompts)), strict=True)))
+        answers = self.caller.map(lambda request: self._complete(*request), requests)
+        return [answers[i] for i in requests]
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
         """The completions' texts; keywords are fields of `Sampling`."""
@@ -77,8 +91,7 @@ class RemoteModel:
 
     def chat(self, messages: Sequence[Message], **sampling: object) -> str:
         """The assistant's answer, through the server's chat template."""
-        body = {"messages": list(messages), **_fields(sampling_from(sampling))}
-        return self._ask("chat/completions", body, lambda answer: answer["choices"][0]["message"]["content"] or "")
+        return self._complete(messages, sampling_from(sampling)).text
 
     def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         """Pieces of the assistant's answer as they come."""
@@ -109,19 +122,24 @@ class RemoteModel:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32 vectors of unit length."""
         parts = {i: list(texts[i : i + EMBEDDED_AT_ONCE]) for i in range(0, len(texts), EMBEDDED_AT_ONCE)}
-        answers = self.endpoint.map(self._embed, parts)
+        answers = self.caller.map(self._embed, parts)
         vectors = np.concatenate([answers[i] for i in parts]) if parts else np.zeros((0, 0), np.float32)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def close(self) -> None:
         """Close the connections."""
-        self.endpoint.close()
+        self.caller.close()
+
+    def _complete(self, prompt: Turns, sampling: Sampling) -> Completion:
+        if isinstance(prompt, str):
+            return self._ask("completions", {"prompt": prompt, **_fields(sampling)}, _completion)
+        return self._ask("chat/completions", {"messages": list(prompt), **_fields(sampling)}, _chat_completion)
 
     def _first_model(self) -> str:
         try:
             names = self.models()
             if not names:
-                raise InputError(f"{self.endpoint.name} lists no model; name one")
+                raise InputError(f"{self.caller.name} lists no model; name one")
         except Exception:
             self.close()
             raise
@@ -129,7 +147,7 @@ class RemoteModel:
 
     def _ask(self, path: str, body: dict[str, Any], read: Callable[[Any], Answered]) -> Answered:
         try:
-            return self.endpoint.post(path, {"model": self.name, **body}, read)
+            return self.caller.post(path, {"model": self.name, **body}, read)
         except RemoteError as error:
             raise self._explained(error) from None
 
@@ -138,7 +156,7 @@ class RemoteModel:
             return "".join(read(choice) or "" for choice in event["choices"][:1])  # an event may only count tokens
 
         try:
-            yield from filter(None, self.endpoint.stream(path, {"model": self.name, "stream": True, **body}, piece))
+            yield from filter(None, self.caller.stream(path, {"model": self.name, "stream": True, **body}, piece))
         except RemoteError as error:
             raise self._explained(error) from None
 
@@ -150,14 +168,14 @@ class RemoteModel:
             names = self.models()
         except (RemoteError, InputError):
             return error
-        return error if self.name in names else unknown("model", self.name, names)
+        return error if self.name in names else AccessError(str(unknown("model", self.name, names)))
 
     def _once(self, ask: Callable[[str], Answered], texts: Sequence[str]) -> dict[str, Answered]:
         """What `ask` says of each text, equal ones asked once."""
         first: dict[str, int] = {}
         for i, text in enumerate(texts):
             first.setdefault(text, i)
-        answers = self.endpoint.map(ask, {i: text for text, i in first.items()})
+        answers = self.caller.map(ask, {i: text for text, i in first.items()})
         return {text: answers[i] for text, i in first.items()}
 
     def _length(self, text: str) -> int:
@@ -183,7 +201,7 @@ class RemoteModel:
         return self._ask("embeddings", {"input": texts, "encoding_format": "float"}, vectors)
 
 
-def _fields(sampling: Sampling, i: int = 0) -> dict[str, Any]:
+def _fields(sampling: Sampling) -> dict[str, Any]:
     """The request's fields; those that only some servers know are left out where they change nothing."""
     body: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
@@ -191,7 +209,7 @@ def _fields(sampling: Sampling, i: int = 0) -> dict[str, Any]:
         "top_p": sampling.top_p,
     }
     if sampling.seed is not None:
-        body["seed"] = sampling.seed + i
+        body["seed"] = sampling.seed
     if sampling.stop:
         body["stop"] = list(sampling.stop)
     if sampling.logit_bias:
@@ -206,9 +224,17 @@ def _fields(sampling: Sampling, i: int = 0) -> dict[str, Any]:
 
 
 def _completion(answer: Any) -> Completion:
+    return _completed(answer, answer["choices"][0]["text"])
+
+
+def _chat_completion(answer: Any) -> Completion:
+    return _completed(answer, answer["choices"][0]["message"]["content"] or "")
+
+
+def _completed(answer: Any, text: str) -> Completion:
     choice, usage = answer["choices"][0], answer.get("usage") or {}
     return Completion(
-        text=choice["text"],
+        text=text,
         finish_reason=choice.get("finish_reason") or "stop",
         prompt_tokens=usage.get("prompt_tokens", 0),
         completion_tokens=usage.get("completion_tokens", 0),

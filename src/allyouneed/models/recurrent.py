@@ -17,7 +17,7 @@ from allyouneed.models.decoder import Output
 from allyouneed.nn import recurrent
 from allyouneed.nn.caches import Cache, RecurrentState, Rows
 from allyouneed.nn.moe import Experts, MoE
-from allyouneed.nn.routers import Hierarchical, NoisyTopK
+from allyouneed.nn.noisy_routers import Hierarchical, NoisyTopK
 from allyouneed.nn.sandwich import Sandwich
 from allyouneed.nn.sight import Memory, last
 

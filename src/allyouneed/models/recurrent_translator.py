@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.core.outline import outlined
 from allyouneed.models.decoder import Output
 from allyouneed.nn.caches import Cache, Recalled, RecurrentState, Rows
 from allyouneed.nn.sight import Memory
@@ -35,7 +36,7 @@ class RecurrentTranslator(core.Configured, nn.Module):
 
         def num_parameters(self) -> int:
             """Counted on the meta device."""
-            with torch.device("meta"):
+            with outlined():
                 return sum(p.numel() for p in self.build().parameters())
 
     def __init__(self, config: Config) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.core.outline import outlined
 from allyouneed.nn.block import AnyBlock, Block
 from allyouneed.nn.caches import Cache, Rows
 from allyouneed.nn.flops import Reading
@@ -51,13 +52,13 @@ class Stack(core.Configured, nn.Module):
             Without `embeddings`, those of vocabulary and positions, the head being one: N of Kaplan et al. 2020
             (sec. 1.3), of which alone their law of size is regular (fig. 6).
             """
-            with torch.device("meta"):
+            with outlined():
                 named = self.build().named_parameters()
             return sum(p.numel() for name, p in named if embeddings or not name.startswith(VOCABULARY))
 
         def flops(self, rows: int, length: int) -> int:
             """Of one forward pass over so many rows; training takes `nn.flops.TRAINING` times as many."""
-            with torch.device("meta"):
+            with outlined():
                 return int(self.build().flops(Reading.of(rows=rows, length=length)))
 
         def with_kernel(self, kernel: AnyKernel) -> Self:

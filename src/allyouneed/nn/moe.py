@@ -1,7 +1,7 @@
 """A mixture of experts: a router, and a bank of feed-forward networks of which each token passes a few.
 
-A channel part for `Block`, or between recurrent layers. Routers are in `routers`, what an expert may take in
-`capacity`, the products in `grouped`, the way to other ranks in `exchange`.
+A channel part for `Block`, or between recurrent layers. Routers are in `routers` and `noisy_routers`, what an expert
+may take in `capacity`, the products in `grouped`, the way to other ranks in `exchange`.
 
 Shapes: N tokens, k experts a token, E experts.
 """
@@ -21,7 +21,9 @@ from allyouneed.nn.exchange import announced, exchanged
 from allyouneed.nn.ffn import activation_of
 from allyouneed.nn.flops import Reading
 from allyouneed.nn.grouped import Order, feed_forward
-from allyouneed.nn.routers import AnyRouter, Router, Routing
+from allyouneed.nn.noisy_routers import Hierarchical, NoisyTopK
+from allyouneed.nn.routers import Router, Top1, Top2, TopK
+from allyouneed.nn.routing import Routing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -170,7 +172,7 @@ class MoE(core.Configured, nn.Module):
     class Config(core.Config):
         """The router and the bank."""
 
-        router: AnyRouter
+        router: TopK.Config | Top1.Config | Top2.Config | NoisyTopK.Config | Hierarchical.Config
         experts: Experts.Config | GatedExperts.Config
 
         @property

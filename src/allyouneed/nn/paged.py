@@ -21,6 +21,7 @@ from allyouneed.nn.caches import Cache, KeyValues, LayerCache, OwnKeyValues, Rec
 from allyouneed.nn.memories import Memories
 
 INT8 = 127.0
+ALIGNED = 64  # bytes
 
 
 class Room:
@@ -260,8 +261,12 @@ def _doubled(x: Tensor, least: int) -> Tensor:
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU memory that the system hands out page by page as it is written, which PyTorch's are not."""
+    """Zeros; on the CPU memory that the system hands out page by page as it is written, which PyTorch's are not, and
+    that begins where a vector of the processor may.
+    """
     if device.type != "cpu":
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     size = prod(shape) * torch.empty((), dtype=dtype).element_size()
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(tuple(shape))
+    raw = np.zeros(size + ALIGNED, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNED
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(tuple(shape))

@@ -153,6 +153,10 @@ class Rotary(Positions):
                 f"rotary positions turn pairs, but {self.rotated} of head_dim={head_dim} are to be turned"
             )
 
+    def frequencies(self) -> Tensor:
+        """base^(−2i/rotated) of each pair, (rotated/2), in float32."""
+        return _frequencies(self.rotated, self.base)
+
     def rotation(self, positions: Tensor) -> Rotation:
         """cos and sin of position · base^(−2i/rotated), in float32."""
         angles = _angles(positions, self.rotated, self.base)[:, None]
@@ -282,8 +286,11 @@ def _bucket(distance: Tensor, count: int, max_distance: int) -> Tensor:
 
 def _angles(positions: Tensor, dim: int, base: float) -> Tensor:
     """position · base^(−2i/dim) for i < dim/2: (B, T) -> (B, T, dim/2), float32."""
-    frequencies = base ** -(torch.arange(0, dim, 2, device=positions.device).float() / dim)
-    return positions[..., None].float() * frequencies
+    return positions[..., None].float() * _frequencies(dim, base, positions.device)
+
+
+def _frequencies(dim: int, base: float, device: torch.device | str = "cpu") -> Tensor:
+    return base ** -(torch.arange(0, dim, 2, device=device).float() / dim)
 
 
 class Turned(torch.autograd.Function):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from allyouneed.core.errors import InputError, unknown
-from allyouneed.nn.routers import Router, Routing
+from allyouneed.nn.routers import Router
+from allyouneed.nn.routing import Routing
 from allyouneed.objectives.loss import Loss
 
 Objective = Callable[[Any, Mapping[str, Tensor]], Loss]

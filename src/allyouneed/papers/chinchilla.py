@@ -268,6 +268,8 @@ def _figure(report: Report, runs: _Runs, profiles: list[frontiers.Profile], esti
         right.plot(compute, kaplan, "--", color=figures.CONTROL, label="Kaplan's slope: a = 0.73")
     right.set_xscale("log")
     right.set_yscale("log")
+    right.set_xticks(compute, [f"{ladder.short(c)}FLOP" for c in compute])
+    right.minorticks_off()
     figures.describe(right, title="The best size", x="training FLOPs C", y="N_opt")
     right.legend(fontsize=8)
     report.figure(figure, "Left: runs of one budget each, parabola and minimum. Right: the minima and three estimates.")
@@ -299,7 +301,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 28},
+    minutes={"smoke": 0.2, "laptop": 63},
     sizes={
         "smoke": Config(
             sizes=tuple(ladders.small(dim, 1, vocab_size=8, length=12) for dim in (8, 12, 16, 24, 32, 48)),

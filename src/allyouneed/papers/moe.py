@@ -38,8 +38,8 @@ from allyouneed.models.recurrent import RecurrentModel
 from allyouneed.nn.ffn import MLP
 from allyouneed.nn.flops import Reading, width_for
 from allyouneed.nn.moe import Experts, MoE, active_parameters
+from allyouneed.nn.noisy_routers import NoisyTopK
 from allyouneed.nn.recurrent import LSTM
-from allyouneed.nn.routers import NoisyTopK
 from allyouneed.nn.sandwich import Sandwich
 from allyouneed.objectives.balanced import balanced, statistics, tallied
 from allyouneed.objectives.next_token import next_token

@@ -312,7 +312,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 28},
+    minutes={"smoke": 0.2, "laptop": 69},
     sizes={
         "smoke": Config(
             sizes=tuple(ladders.small(dim, 1, vocab_size=8, length=12) for dim in (4, 12, 32)),

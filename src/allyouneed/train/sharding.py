@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from allyouneed.core.errors import InputError
+from allyouneed.core.outline import outlined
 from allyouneed.train.mesh import blocks
 from allyouneed.train.ranks import Ranks, join
 
@@ -46,7 +47,7 @@ def deferred(build: Callable[[], nn.Module]) -> nn.Module:
     """The module of `build`, for `train`: on rank 0 with its weights, in host memory, elsewhere on the meta device."""
     if join().rank == 0:
         return build()
-    with torch.device("meta"):
+    with outlined():
         return build()
 
 

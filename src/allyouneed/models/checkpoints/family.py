@@ -32,6 +32,7 @@ class Family(Generic[C]):
     write: Callable[[C], dict[str, Any]]
     rules: Callable[[C], Sequence[Rule]]
     example: C  # a small one of odd sizes, which the contract tests hold to what every model must do
+    not_computed: tuple[str, ...] = NOT_COMPUTED
 
     def fits(self, config: Any) -> bool:
         """Whether this layout can say all of `config`: what it writes, it reads back."""
@@ -39,14 +40,13 @@ class Family(Generic[C]):
             again = self.read(Fields(self.write(config), self.model_type))
         except (ValueError, AttributeError, KeyError, TypeError):  # a part that this family has no field for
             return False
-        return _computation(again.to_json()) == _computation(config.to_json())
+        return self._computation(again.to_json()) == self._computation(config.to_json())
 
-
-def _computation(value: Any) -> Any:
-    """A config's JSON without what makes no difference to it; defaults that mean the same are made the same."""
-    if isinstance(value, dict):
-        return {k: _computation(v) for k, v in value.items() if k not in NOT_COMPUTED}
-    return [_computation(v) for v in value] if isinstance(value, list) else value
+    def _computation(self, value: Any) -> Any:
+        """A config's JSON without what makes no difference to it; defaults that mean the same are made the same."""
+        if isinstance(value, dict):
+            return {k: self._computation(v) for k, v in value.items() if k not in self.not_computed}
+        return [self._computation(v) for v in value] if isinstance(value, list) else value
 
 
 def one_kind_of_block(config: Stack.Config) -> Any:

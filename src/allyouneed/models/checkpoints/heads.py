@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from allyouneed.models.checkpoints.family import HEAD_STORED, Family
+from allyouneed.models.checkpoints.family import HEAD_STORED, NOT_COMPUTED, Family
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.checkpoints.names import Rule, both, same
 from allyouneed.models.heads import Chooser, Classifier, Head, SpanReader, Tagger
@@ -68,7 +68,9 @@ def _headed(base: Family[Any], architecture: str, kind: type[Head], layer: str) 
             "id2label": {str(i): label for i, label in enumerate(config.labels)},
             "label2id": {label: i for i, label in enumerate(config.labels)},
         }
-        return base.write(model) | (names if named else {}) | {"pad_token_id": config.pad_id}
+        # without a language model's head nothing is tied; vLLM 0.19 cannot build a tied GPT-NeoX under a classifier
+        tied = {"tie_word_embeddings": False} if not encoder and model.tied else {}
+        return base.write(model) | (names if named else {}) | {"pad_token_id": config.pad_id} | tied
 
     def rules(config: Any) -> tuple[Rule, ...]:
         kept = [rule for rule in base.rules(config.model) if not (unpooled and rule.ours[0].startswith("pooler."))]
@@ -81,7 +83,7 @@ def _headed(base: Family[Any], architecture: str, kind: type[Head], layer: str) 
     example = kind.Config(
         model=of(base.example), labels=("no", "perhaps", "yes") if named else (), bias=bias, dropout=0.0, pad_id=0
     )
-    return Family(base.model_type, architecture, read, write, rules, example)
+    return Family(base.model_type, architecture, read, write, rules, example, (*NOT_COMPUTED, "tied"))
 
 
 def _labels(fields: Fields) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from allyouneed.core import files
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, about, unknown
+from allyouneed.core.outline import outlined
 from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, mixtral, rwkv, switch, t5
 from allyouneed.models.checkpoints import heads, weights
 from allyouneed.models.checkpoints.family import HEAD_STORED, Family
@@ -125,7 +126,7 @@ def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> No
 def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:
     """The model of `config` with the tensors of `state`; nothing is allocated before every shape agrees."""
     try:
-        with about(source), torch.device("meta"):
+        with about(source), outlined():
             model = config.build()
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{source}: no such model can be built: {str(error).splitlines()[0]}") from None

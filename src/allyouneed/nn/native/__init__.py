@@ -2,7 +2,7 @@
 
 The sources ask nothing of torch's headers, so any g++ or clang++ builds them in a few seconds. Their OpenMP runtime is
 the one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in `packed.cpp`
-(packed weights) and `wkv.cpp` (RWKV's weighted sums).
+(packed weights), `program.cpp` (whole passes of decoders) and `wkv.cpp` (RWKV's weighted sums).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch  # noqa: F401  # its OpenMP runtime must be in the process before o
 
 from allyouneed.core.files import replacing
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "wkv.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "program.cpp", "wkv.cpp"))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O3", "-march=native")
 ALWAYS = ("-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
 THREADED = "-fopenmp"  # Apple's clang has none: without it the kernels run on one thread
@@ -64,7 +65,9 @@ def built(flags: tuple[str, ...] = FLAGS) -> Path:
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     options = repr((compiler, flags, ALWAYS, THREADED, _processor())).encode()
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES) + version + options).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(source.read_bytes() for source in SOURCES + HEADERS) + version + options
+    ).hexdigest()
     target = folder() / f"{digest[:32]}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.parent.chmod(0o700)  # only its owner may: code is loaded from here, never from a folder of somebody else's
@@ -78,9 +81,11 @@ def declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     kernels.packed_linear.argtypes = [number, address, address, address, size, size, size, number]
     kernels.packed_unpack.argtypes = [number, address, address, size, number]
+    kernels.program_run.argtypes = [address, address]
     kernels.wkv_read.argtypes = [size] * 3 + [address] * 10 + [number]
     kernels.wkv_differentiate.argtypes = [size] * 3 + [address] * 12 + [number]
-    for kernel in (kernels.packed_linear, kernels.packed_unpack, kernels.wkv_read, kernels.wkv_differentiate):
+    linear, rwkv = (kernels.packed_linear, kernels.packed_unpack), (kernels.wkv_read, kernels.wkv_differentiate)
+    for kernel in (*linear, *rwkv, kernels.program_run):
         kernel.restype = None
     return kernels
 

@@ -4,153 +4,18 @@
 // A weight becomes exactly the fp32 number its format defines, and every output is one chain of multiply-adds over K in
 // one order, whether its row comes alone or in a batch: a row's bits do not depend on what else is computed with it.
 //
-// Shapes: x (M, K), weight (N, K) in blocks of 32 along K, y (M, N), all contiguous. R rows of the weight and C rows of
-// x make a tile, whose totals stay in registers.
+// Shapes: x (M, K), weight (N, K) in blocks of 32 along K, y (M, N). R rows of the weight and C rows of x make a tile,
+// whose totals stay in registers.
 
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
+#include "products.h"
 
 namespace {
 
-// Vectors as wide as the machine's registers (compilers make poor code of wider ones), and as many rows of x in a tile
-// as leave room for weights.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, COLUMNS = 5;
-#elif defined(__AVX2__)
-constexpr int LANES = 8, COLUMNS = 2;
-#else
-constexpr int LANES = 4, COLUMNS = 4;
-#endif
-constexpr int PARTS = 32 / LANES;  // vectors in a block
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef float Four __attribute__((vector_size(16)));
-
-struct Block {  // 32 weights, unpacked
-    Floats part[PARTS];
-};
-
-template <class Part>
-inline Block block_of(Part part) {
-    Block block;
-    for (int p = 0; p < PARTS; p++) block.part[p] = part(p);
-    return block;
-}
-
-template <class V>
-inline V load(const void* from) {
-    V value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-template <class Narrow>
-inline Ints integers(const void* from) {  // a loop, because GCC turns __builtin_convertvector into scalar code
-    Narrow narrow[LANES];
-    std::memcpy(narrow, from, sizeof narrow);
-    int32_t wide[LANES];
-    for (int i = 0; i < LANES; i++) wide[i] = narrow[i];
-    return load<Ints>(wide);
-}
-
-inline Floats floats(Ints whole) { return __builtin_convertvector(whole, Floats); }
-
-// ---- formats ----
-
-// A finite IEEE half to single: exponent and mantissa moved into place, then scaled by the difference of the biases.
-inline Floats from_half(Ints bits) {
-    const Floats size = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
-    return (Floats)((Ints)size | ((bits & 0x8000) << 16));
-}
-
-inline Floats scale(const uint8_t* at) {  // one half, in every lane
-    const uint16_t bits = load<uint16_t>(at);
-#if defined(__AVX512F__)
-    return (Floats)_mm512_cvtph_ps(_mm256_set1_epi16((short)bits));
-#elif defined(__F16C__)
-    return _cvtsh_ss(bits) + Floats{};
-#else
-    return from_half(bits + Ints{});
-#endif
-}
-
-inline Block nibbles(const uint8_t* at, Floats d, Floats m) {  // d * q + m, q the low, then the high halves of 16 bytes
-#if defined(__AVX512F__)
-    const Floats count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512 values = (__m512)(d * count + m);  // all sixteen there are; a lane's low four bits pick one
-    const Ints both = integers<uint8_t>(at);
-    return {(Floats)_mm512_permutexvar_ps((__m512i)both, values),
-            (Floats)_mm512_permutexvar_ps((__m512i)(both >> 4), values)};
-#else
-    return block_of([&](int p) {
-        const Ints both = integers<uint8_t>(at + p % (PARTS / 2) * LANES);
-        return d * floats(p < PARTS / 2 ? both & 15 : both >> 4) + m;
-    });
-#endif
-}
-
-struct F32 {
-    static constexpr size_t bytes = 128;
-    static Block unpack(const uint8_t* b) {
-        return block_of([&](int p) { return load<Floats>(b + 4 * LANES * p); });
-    }
-};
-
-struct F16 {
-    static constexpr size_t bytes = 64;
-    static Block unpack(const uint8_t* b) {
-        return block_of([&](int p) { return from_half(integers<uint16_t>(b + 2 * LANES * p)); });
-    }
-};
-
-struct BF16 {
-    static constexpr size_t bytes = 64;
-    static Block unpack(const uint8_t* b) {
-        return block_of([&](int p) { return (Floats)(integers<uint16_t>(b + 2 * LANES * p) << 16); });
-    }
-};
-
-struct Q4_0 {
-    static constexpr size_t bytes = 18;
-    static Block unpack(const uint8_t* b) {
-        const Floats d = scale(b);
-        return nibbles(b + 2, d, d * -8.0f);
-    }
-};
-
-struct Q4_1 {
-    static constexpr size_t bytes = 20;
-    static Block unpack(const uint8_t* b) { return nibbles(b + 4, scale(b), scale(b + 2)); }
-};
-
-struct Q8_0 {
-    static constexpr size_t bytes = 34;
-    static Block unpack(const uint8_t* b) {
-        const Floats d = scale(b);
-        return block_of([&](int p) { return d * floats(integers<int8_t>(b + 2 + LANES * p)); });
-    }
-};
-
-// ---- products ----
-
-constexpr int ROWS = 4;
-constexpr int DIRECT = 4;          // rows of x in a tile whose weights go from block to register
+constexpr int DIRECT = 4;          // rows of x in a tile of ROWS rows whose weights go from block to register
+constexpr int WIDE = LANES == 16 ? 8 : 4;  // the same of half as many rows, for more rows of x
 constexpr size_t FEW = 16;         // rows of x up to which that beats unpacking to memory first, to share among more
-constexpr size_t CHUNK = 256;      // rows of x gone through with one group of unpacked weights: about a cache's worth
 constexpr size_t SMALL = 1 << 16;  // multiply-adds that are not worth waking a second thread for
 constexpr size_t AHEAD = 4096;     // bytes fetched before their turn: rows are too short for the processor to foresee
-
-struct Job {
-    const float* x;
-    float* y;
-    size_t M, N, K;
-};
 
 inline void fetch(const uint8_t* from, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i + AHEAD);
@@ -163,86 +28,113 @@ inline Floats held(Floats v) {
     return v;
 }
 
-inline Four fold(Floats v) {
-    Four part[LANES / 4];
-    std::memcpy(part, &v, sizeof v);
-    for (int half = LANES / 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+struct Rows {  // of a weight, `stride` bytes apart, and the columns of y that they make
+    const uint8_t* blocks;
+    size_t stride, K;
+    const float* bias;
+
+    Rows beyond(size_t n) const { return {blocks + n * stride, stride, K, bias ? bias + n : nullptr}; }
+};
+
+template <int COUNT>
+INLINE void sum_all(Floats* totals, float* to) {
+    constexpr int some = COUNT >= LANES ? LANES : COUNT >= 8 ? 8 : COUNT >= 4 ? 4 : COUNT >= 2 ? 2 : 1;
+    const Floats found = sums<some>(totals);
+    unrolled<some>([&](auto i) { to[i] = found[i * (LANES / some)]; });
+    if constexpr (COUNT > some) sum_all<COUNT - some>(totals + some, to + some);
 }
 
-inline Four sums(Four a, Four b, Four c, Four d) {  // over the lanes of each, all four in the same order
-    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+template <int R>
+inline void finish(const float* sums, const float* bias, float* y, bool add) {
+    float values[R];
+    std::memcpy(values, sums, sizeof values);
+    if (bias)
+        for (int r = 0; r < R; r++) values[r] += bias[r];
+    if (add)
+        for (int r = 0; r < R; r++) values[r] += y[r];
+    std::memcpy(y, values, sizeof values);
+}
+
+template <int R, int C>
+INLINE void step(Floats* total, const Block* w, const float* x, size_t stride) {
+    unrolled<PARTS>([&](auto p) {
+        unrolled<C>([&](auto c) {
+            const Floats some = held(at(x + c * stride + LANES * p));
+            unrolled<R>([&](auto r) { total[c * R + r] += w[r].part[p] * some; });
+        });
+    });
+}
+
+// What a row's length leaves over beyond blocks of 32.
+template <class Kind, int R, int C>
+void step_rest(Floats* total, const uint8_t* weight, size_t stride, const float* x, size_t x_stride, size_t left) {
+    Block w[R];
+    for (int r = 0; r < R; r++) w[r] = unpack_rest<Kind>(weight + r * stride, left);
+    float padded[C][32] = {};
+    for (int c = 0; c < C; c++) std::memcpy(padded[c], x + c * x_stride, left * sizeof(float));
+    step<R, C>(total, w, padded[0], 32);
 }
 
 template <class Kind, int R, int C>
-void tile(const uint8_t* weight, size_t stride, const float* x, float* y, const Job& job) {
+[[gnu::flatten]] void tile(const Rows& rows, const float* x, float* y, const Product& product) {
     Floats total[C * R] = {};
-    const uint8_t* next = weight;  // rows are taken together but lie one after the other: this walks them as they lie
-    for (size_t k = 0; k < job.K; k += 32, weight += Kind::bytes, next += R * Kind::bytes) {
+    const uint8_t *weight = rows.blocks, *next = weight;  // rows are taken together but lie one after the other:
+    size_t k = 0;                                         // `next` walks them as they lie
+    for (; k + 32 <= rows.K; k += 32, weight += Kind::bytes, next += R * Kind::bytes) {
         if constexpr (Kind::bytes < F32::bytes) fetch(next, R * Kind::bytes);
         Block w[R];
-        for (int r = 0; r < R; r++) w[r] = Kind::unpack(weight + r * stride);
-        for (int p = 0; p < PARTS; p++)
-            for (int c = 0; c < C; c++) {
-                const Floats some = held(load<Floats>(x + c * job.K + k + LANES * p));
-                for (int r = 0; r < R; r++) total[c * R + r] += w[r].part[p] * some;
-            }
+        Kind::template unpack_rows<R>(weight, rows.stride, w);
+        step<R, C>(total, w, x + k, product.x_stride);
     }
-    for (int i = 0; i < C * R; i += 4) {
-        const auto at = [&](int j) { return fold(total[j < C * R ? j : i]); };
-        const Four four = sums(at(i), at(i + 1), at(i + 2), at(i + 3));
-        for (int j = i; j < i + 4 && j < C * R; j++) y[j / R * job.N + j % R] = four[j - i];
-    }
+    if constexpr (Kind::plain)
+        if (k < rows.K) step_rest<Kind, R, C>(total, weight, rows.stride, x + k, product.x_stride, rows.K - k);
+    float found[C * R];
+    sum_all<C * R>(total, found);
+    for (int c = 0; c < C; c++) finish<R>(found + c * R, rows.bias, y + c * product.y_stride, product.add);
 }
 
 // R rows of the weight times `count` rows of x, C at a time and then what is left.
 template <class Kind, int R, int C>
-void sweep(const uint8_t* weight, size_t stride, const float* x, float* y, size_t count, const Job& job) {
-    for (; count >= C; count -= C, x += C * job.K, y += C * job.N) tile<Kind, R, C>(weight, stride, x, y, job);
+void sweep(const Rows& rows, const float* x, float* y, size_t count, const Product& product) {
+    for (; count >= C; count -= C, x += C * product.x_stride, y += C * product.y_stride)
+        tile<Kind, R, C>(rows, x, y, product);
     if constexpr (C > 1)
-        if (count) sweep<Kind, R, C - 1>(weight, stride, x, y, count, job);
+        if (count) sweep<Kind, R, C - 1>(rows, x, y, count, product);
 }
 
 template <class Kind>
-void unpack(const uint8_t* from, Block* to, size_t blocks) {
-    for (size_t b = 0; b < blocks; b++, from += Kind::bytes) {
+void unpack(const uint8_t* from, Block* to, size_t K) {
+    for (; K >= 32; K -= 32, from += Kind::bytes) {
         fetch(from, Kind::bytes);
-        to[b] = Kind::unpack(from);
+        *to++ = Kind::unpack(from);
     }
+    if constexpr (Kind::plain)
+        if (K) *to = unpack_rest<Kind>(from, K);
 }
 
-// Rows n .. n + R of the weight times rows m .. m + count of x.
+inline size_t blocks_of(size_t K) { return (K + 31) / 32; }
+
+// R rows of the weight times all rows of x.
 template <class Kind, int R>
-void group(const uint8_t* weight, size_t n, size_t m, size_t count, std::vector<Block>& unpacked, const Job& job) {
-    const size_t stride = job.K / 32 * Kind::bytes;
-    const float* x = job.x + m * job.K;
-    float* y = job.y + m * job.N + n;
-    weight += n * stride;
-    if (job.M <= FEW) return sweep<Kind, R, DIRECT>(weight, stride, x, y, count, job);
-    unpack<Kind>(weight, unpacked.data(), R * job.K / 32);
-    sweep<F32, R, COLUMNS>((const uint8_t*)unpacked.data(), job.K * sizeof(float), x, y, count, job);
+void group(const Rows& rows, float* y, const Product& product, Unpacked& unpacked) {
+    if (product.M <= DIRECT) return sweep<Kind, R, DIRECT>(rows, product.x, y, product.M, product);
+    if (product.M <= FEW) {
+        constexpr int H = R > 1 ? R / 2 : 1;
+        for (int r = 0; r < R; r += H) sweep<Kind, H, WIDE>(rows.beyond(r), product.x, y + r, product.M, product);
+        return;
+    }
+    const size_t blocks = blocks_of(rows.K);
+    for (int r = 0; r < R; r++) unpack<Kind>(rows.blocks + r * rows.stride, unpacked.data() + r * blocks, rows.K);
+    const Rows plain = {(const uint8_t*)unpacked.data(), blocks * F32::bytes, rows.K, rows.bias};
+    sweep<F32, R, COLUMNS>(plain, product.x, y, product.M, product);
 }
 
 template <class Kind>
-void linear(const uint8_t* weight, const Job& job, int threads) {
-    const long groups = (job.N + ROWS - 1) / ROWS, chunks = (job.M + CHUNK - 1) / CHUNK;
-#pragma omp parallel num_threads(threads) if (threads > 1 && job.M * job.N * job.K > SMALL)
-    {
-        std::vector<Block> unpacked(job.M > FEW ? ROWS * job.K / 32 : 0);
-#pragma omp for schedule(static) collapse(2) nowait
-        for (long c = 0; c < chunks; c++)
-            for (long g = 0; g < groups; g++) {
-                const size_t m = c * CHUNK, count = job.M - m < CHUNK ? job.M - m : CHUNK;
-                size_t n = g * ROWS;
-                if (n + ROWS <= job.N)
-                    group<Kind, ROWS>(weight, n, m, count, unpacked, job);
-                else
-                    for (; n < job.N; n++) group<Kind, 1>(weight, n, m, count, unpacked, job);
-            }
-    }
+void multiply(Rows rows, size_t count, float* y, const Product& product, Unpacked& unpacked) {
+    if (product.M > FEW && unpacked.size() < ROWS * blocks_of(rows.K)) unpacked.resize(ROWS * blocks_of(rows.K));
+    for (; count >= ROWS; count -= ROWS, rows = rows.beyond(ROWS), y += ROWS)
+        group<Kind, ROWS>(rows, y, product, unpacked);
+    for (; count; count--, rows = rows.beyond(1), y++) group<Kind, 1>(rows, y, product, unpacked);
 }
 
 template <class Kind>
@@ -254,24 +146,53 @@ void unpack_all(const uint8_t* weight, float* out, size_t blocks, int threads) {
     }
 }
 
-template <class Call>
-void with_kind(int kind, Call call) {  // numbered as in GGUF
-    switch (kind) {
-        case 0: return call(F32());
-        case 1: return call(F16());
-        case 2: return call(Q4_0());
-        case 3: return call(Q4_1());
-        case 8: return call(Q8_0());
-        case 30: return call(BF16());
-    }
-}
-
 }  // namespace
 
+void multiply(const Weight& weight, size_t n, size_t count, const Product& product, Unpacked& unpacked) {
+    with_kind((int)weight.kind, [&](auto of) {
+        typedef decltype(of) Kind;
+        const size_t K = weight.features;
+        const Rows rows = {weight.blocks, K * Kind::bytes / 32, K, weight.bias};
+        multiply<Kind>(rows.beyond(n), count, product.y + n, product, unpacked);
+    });
+}
+
+void multiply(const float* rows, size_t count, size_t K, const Product& product) {
+    Rows left = {(const uint8_t*)rows, K * sizeof(float), K, nullptr};
+    float* y = product.y;
+    for (; count >= ROWS; count -= ROWS, left = left.beyond(ROWS), y += ROWS)
+        sweep<F32, ROWS, COLUMNS>(left, product.x, y, product.M, product);
+    for (; count; count--, left = left.beyond(1), y++) sweep<F32, 1, COLUMNS>(left, product.x, y, product.M, product);
+}
+
+void unpack_row(const Weight& weight, size_t n, float* to) {
+    with_kind((int)weight.kind, [&](auto of) {
+        typedef decltype(of) Kind;
+        const uint8_t* from = weight.blocks + n * (weight.features * Kind::bytes / 32);
+        for (int64_t k = 0; k < weight.features; k += 32, from += Kind::bytes) {
+            const int64_t left = weight.features - k;
+            const Block block = left < 32 ? unpack_rest<Kind>(from, left) : Kind::unpack(from);
+            std::memcpy(to + k, &block, (left < 32 ? left : 32) * sizeof(float));
+        }
+    });
+}
+
 // y = x @ weight.T
-extern "C" void packed_linear(int kind, const uint8_t* weight, const float* x, float* y, size_t M, size_t N, size_t K,
+extern "C" void packed_linear(int kind, const uint8_t* blocks, const float* x, float* y, size_t M, size_t N, size_t K,
                               int threads) {
-    with_kind(kind, [&](auto of) { linear<decltype(of)>(weight, {x, y, M, N, K}, threads); });
+    const Weight weight = {blocks, nullptr, (int64_t)N, (int64_t)K, kind};
+    const long groups = (N + ROWS - 1) / ROWS, chunks = (M + CHUNK - 1) / CHUNK;
+#pragma omp parallel num_threads(threads) if (threads > 1 && M * N * K > SMALL)
+    {
+        Unpacked unpacked;
+#pragma omp for schedule(static) collapse(2) nowait
+        for (long c = 0; c < chunks; c++)
+            for (long g = 0; g < groups; g++) {
+                const size_t m = c * CHUNK, n = g * ROWS;
+                const Product product = {x + m * K, y + m * N, M - m < CHUNK ? M - m : CHUNK, K, N, false};
+                multiply(weight, n, N - n < ROWS ? N - n : ROWS, product, unpacked);
+            }
+    }
 }
 
 // out[32 b ...] = the 32 numbers in block b

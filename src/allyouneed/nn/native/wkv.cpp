@@ -11,36 +11,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "exponential.h"
+
 namespace {
 
 constexpr size_t GROUP = 256;        // channels of one thread: their sums stay in the nearest cache, their rows are read in long runs
-constexpr float LEAST = -50.0f;
 constexpr float NOTHING = -1e38f;   // the exponent of an empty sum; −∞ would make NaN of differences
 
-// e^x for x ≤ 0 to 2 units in the last place; below −50, where 10^−22 is added to sums with a term of 1, exactly 0: what
-// such weights make of small values would be denormal, with which processors are a hundred times slower.
-// 2^n e^r with n = round(x / ln 2), taken from the bits of x / ln 2 + 1.5·2^23, and Taylor's series for |r| ≤ ln 2 / 2.
-inline float exponential(float x) {
-    const bool nothing = x < LEAST;
-    x = nothing ? LEAST : x;
-    float n = x * 1.44269504f + 12582912.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &n, sizeof bits);
-    n -= 12582912.0f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact times n
-    float sum = 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    bits = (bits << 23) + (127u << 23);
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return nothing ? 0.0f : sum * power;
-}
+inline float exponential(float x) { return ::exponential<float, uint32_t>(x); }
 
 struct Pair {  // e^(x − max), e^(y − max): one of them is 1
     float x, y;
