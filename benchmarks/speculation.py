@@ -36,6 +36,12 @@ CODE = """def read_config(path):
         key, value = line.split("=", 1)
         values[key.strip()] = value.strip()
     return values
+
+
+def write_config(path, values):
+    with open(path, "w") as handle:
+        for key, value in values.items():
+            handle.write(key + " = " + value)
 """
 TEXT = (
     "The lighthouse at Cape Morrow was built in 1862 by the enginer Thomas Hale after three ships were lost on the "
