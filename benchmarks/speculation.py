@@ -36,6 +36,12 @@ CODE = """def read_config(path):
         key, value = line.split("=", 1)
         values[key.strip()] = value.strip()
     return values
+
+
+def write_config(path, values):
+    with open(path, "w") as handle:
+        for key, value in values.items():
+            handle.write(key + " = " + value)
 """
 TEXT = (
     "The lighthouse at Cape Morrow was built in 1862 by the enginer Thomas Hale after three ships were lost on the "
@@ -96,10 +102,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="ways of guessing whose name begins so")
     arguments = parser.parse_args()
     lm, rows = ayn.load(NAME), []
     assert isinstance(lm, LocalModel)
-    for name, make in speculators(lm).items():
+    chosen = {name: make for name, make in speculators(lm).items() if name.startswith(arguments.only)}
+    for name, make in chosen.items():
         for kind, tasks in (("copying", COPYING), ("free", FREE)):
             found = {task: compared(lm, make, prompt, arguments.rounds) for task, prompt in tasks.items()}
             rows += [{"how": name, "kind": kind, "task": task} | one for task, one in found.items()]

@@ -213,6 +213,9 @@ class TestCompletions:
             lm.complete(["a", "b"], Sampling(max_new_tokens=7, temperature=0.5, top_p=0.9, seed=40, stop=("\n",)))
             lm.complete(["c"], Sampling(top_k=4, min_p=0.1, repetition_penalty=1.2, ignore_eos=True))
             lm.complete(["d"], Sampling(logit_bias=((7, -1.5),), min_tokens=2, presence_penalty=0.5))
+            lm.complete(["e"], Sampling(json_schema='{"type": "null"}'))
+            with pytest.raises(InputError, match="regex"):
+                lm.complete(["f"], Sampling(regex="a"))
             bodies = {body["prompt"]: body for body in server.bodies()}
         usual = {"model": "m", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": ["\n"]}
         assert bodies["a"] == usual | {"prompt": "a", "seed": 40}
@@ -226,6 +229,8 @@ class TestCompletions:
             "min_tokens": 2,
             "presence_penalty": 0.5,
         }
+        asked = {"name": "answer", "schema": {"type": "null"}, "strict": True}
+        assert bodies["e"]["response_format"] == {"type": "json_schema", "json_schema": asked}
 
     def test_chat(self):
         messages = [{"role": "user", "content": "Grüß dich 🙂"}]

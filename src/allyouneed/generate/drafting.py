@@ -33,6 +33,12 @@ class Length(core.Config):
 
     first: int = 2  # in the first pass, and after some were not kept
     most: int = 8  # in a pass
+    most_rest: int = 256  # passes without drafts, after a series of failures: each costs passes of the guessing model
+    least: float = 0.5  # share of them that must be kept, lest it is a failure
+
+    def pace(self) -> Pace:
+        """Of a new request."""
+        return Pace(self.first, self.most, self.most_rest, self.least)
 
     def __post_init__(self) -> None:
         """Refuse lengths with which nothing is guessed."""
@@ -131,7 +137,7 @@ class EarlyExit:
 
     def pace(self) -> Pace:
         """Of a new request."""
-        return Pace(self.length.first, self.length.most)
+        return self.length.pace()
 
     def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
         """What the first layers say follows."""
@@ -205,7 +211,7 @@ class Draft:
 
     def pace(self) -> Pace:
         """Of a new request."""
-        return Pace(self.length.first, self.length.most)
+        return self.length.pace()
 
     def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
         """What the smaller model says follows; nothing for texts beyond its context or its cache."""

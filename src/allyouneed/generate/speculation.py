@@ -24,17 +24,16 @@ from allyouneed.generate.sampling import Sampler
 from allyouneed.generate.tables import BlockTable
 from allyouneed.nn.paged import Storage
 
-MOST_REST = 16  # passes without drafts after a series of failures
-
 
 @dataclass(eq=False)
 class Pace:
-    """How many drafts one request tries at a time: twice as many after all were kept, none for a while after none was.
+    """How many drafts one request tries at a time: twice as many after all were kept, none for a while after a failure,
+    the longer the more of them in a row.
 
     It follows from what became of the request's own drafts alone, so that with a seed its tokens do not depend on what
     else runs.
 
-    >>> pace = Pace(first=4, most=8)
+    >>> pace = Pace(first=4, most=8, most_rest=16)
     >>> pace.hear(4, 4)
     >>> pace.count
     8
@@ -42,6 +41,8 @@ class Pace:
 
     first: int
     most: int
+    most_rest: int  # passes without drafts
+    least: float = 0.0  # share of the drafts that must be kept; where fewer are, or none, that is a failure
     length: int = 0
     rest: int = 0  # passes to sit out
     failures: int = 0  # in a row
@@ -63,9 +64,11 @@ class Pace:
             self.length = min(max(self.length, 2 * tried), self.most)
         else:
             self.length = max(self.first, kept + 1)
-        self.failures = 0 if kept else self.failures + 1
-        if not kept:
-            self.rest = min(2**self.failures - 1, MOST_REST)
+        if kept and kept >= self.least * tried:
+            self.failures = 0
+        else:
+            self.failures += 1
+            self.rest = min(2**self.failures - 1, self.most_rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +131,7 @@ class PromptLookup:
         shortest: int = 3  # and last; fewer are too often followed by something else
         first: int = 2  # drafts in the first pass, and after some were not kept
         most: int = 8  # drafts in a pass
+        most_rest: int = 16  # passes without a look, after a series of failures
 
         def __post_init__(self) -> None:
             """Refuse numbers that nothing is found with."""
@@ -143,7 +147,7 @@ class PromptLookup:
 
     def pace(self) -> Pace:
         """Of a new request."""
-        return Pace(self.config.first, self.config.most)
+        return Pace(self.config.first, self.config.most, self.config.most_rest)
 
     def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
         """Guesses for each, where its last tokens stood before."""

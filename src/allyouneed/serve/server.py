@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import socket
 from typing import Any
@@ -16,6 +18,7 @@ from allyouneed.serve.errors import ApiError
 from allyouneed.serve.service import Service
 from allyouneed.serve.settings import Settings
 
+M_ARENA_MAX = -8  # of glibc's malloc.h
 BACKSTOP = 2048  # connections; beyond them uvicorn itself says 503
 LAST_SECONDS = 5.0  # for streams that were given up to tell their clients
 
@@ -116,5 +119,16 @@ def listen(settings: Settings) -> socket.socket:
 
 def run(app: FastAPI, settings: Settings, listening: socket.socket) -> None:
     """Serve until told to stop, by SIGTERM or Ctrl-C."""
+    _share_arenas()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that hangs up
     Server(app, settings).run(sockets=[listening])
+
+
+def _share_arenas() -> None:
+    """Let threads share two of malloc's arenas. With one for each, what over-long prompts took and gave back stays in
+    several: within 40 s of the soak a small model's server grew from 359 to 533 MB, and so from 361 to 368. Only glibc
+    has this knob.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
