@@ -46,7 +46,7 @@ class LocalModel:
             sizes = f"{tokenizer.vocab_size} tokens, the model {module.config.vocab_size}"
             raise InputError(f"{name}: the tokenizer has {sizes}; they do not belong together")
         self.module, self.tokenizer, self.name = module, tokenizer, name
-        self.engine = Engine(module, tokenizer.eos_ids, config, speculator)
+        self.engine = Engine(module, tokenizer.eos_ids, config, speculator, tokenizer.vocab_size)
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
