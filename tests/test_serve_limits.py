@@ -393,6 +393,54 @@ class TestFailures:
             refused(server.post("/v1/completions", json={"prompt": "x"}), None, 500)
             assert server.post("/v1/completions", json={"prompt": "x"}).is_success  # it goes on
 
+    @pytest.mark.parametrize("at", ["push", "finish"])
+    def test_a_text_that_cannot_be_made_ends_its_own_request_alone(self, at):
+        class Broken:
+            def push(self, token):
+                if at == "push":
+                    raise KeyError(token)
+                return "x"
+
+            def finish(self):
+                raise KeyError("finish")
+
+        def broken(generation):
+            for job in generation.jobs:
+                job.text.pieces = Broken()
+            return generation
+
+        with serving() as server:
+            fields = {"model": NAME, "prompt": "The", "max_tokens": 200, "temperature": 0}
+            expected = server.client.completions.create(**fields).choices[0].text
+            stream = server.client.completions.create(stream=True, **fields)
+            text = next(stream).choices[0].text
+            served = server.server.service.models[NAME]
+            made = served.generation
+            served.generation = lambda *args, **others: broken(made(*args, **others))
+            answer = server.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+            assert answer.status_code == 500 and answer.json()["error"]["code"] == "text_failed"
+            assert text + "".join(chunk.choices[0].text for chunk in stream) == expected
+            assert server.settles()
+
+    def test_an_engine_that_cannot_go_on_is_told(self):
+        class Dead(Scripted):
+            def step(self):
+                raise RuntimeError("out of luck")
+
+            def cancel(self, number):
+                raise RuntimeError("once more")
+
+        lm = tiny()
+        lm.engine = Dead([])
+        with serving(lm) as server:
+            assert httpx.get(f"{server.url}/health").is_success
+            refused(server.post("/v1/completions", json={"prompt": "x"}), None, 500)
+            end = time.monotonic() + 5
+            while httpx.get(f"{server.url}/health").is_success and time.monotonic() < end:
+                time.sleep(0.01)
+            refused(httpx.get(f"{server.url}/health"), None, 503)
+            refused(server.post("/v1/completions", json={"prompt": "x"}), None, 503)
+
     @pytest.mark.parametrize("stream", [True, False])
     def test_answers_that_take_too_long(self, stream):
         with serving(scripted("The quick brown fox jumps", seconds=0.3), timeout=0.5) as server:

@@ -13,7 +13,7 @@ FAILURES = {
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     429: "Too many requests are under way; `Retry-After` says when to come again.",
-    503: "The server is shutting down.",
+    503: "The server is shutting down, or its engine cannot go on.",
     504: "The answer took longer than this server allows.",
 }
 
