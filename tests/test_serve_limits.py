@@ -13,9 +13,10 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import NAME, Scripted, scripted, serving, tiny, tokenizer
+from serving import CONTEXT, NAME, Scripted, scripted, serving, tiny, tokenizer
 
 from allyouneed.core.errors import InputError
+from allyouneed.serve.assembly import assemble
 from allyouneed.serve.errors import ApiError
 from allyouneed.serve.settings import Settings
 
@@ -216,6 +217,31 @@ def test_other_streams_do_not_notice():
             done.set()
             pestering.join()
         assert text == expected and max(pauses) < 3
+
+
+def test_fewer_blocks_than_a_context():
+    """Answers without a limit fill what the blocks hold; what asks for more is told of the field."""
+    with serving(tiny(blocks=4)) as server:
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"] == 64
+        answer = server.post("/v1/chat/completions", json={"messages": ASK, "ignore_eos": True})
+        assert answer.is_success and answer.json()["usage"]["total_tokens"] == 64
+        refused(server.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 64}), "max_tokens")
+    assert tiny(blocks=1000).engine.room == CONTEXT
+    with pytest.raises(InputError, match="--context 100: the blocks of the cache hold 64 tokens; raise --blocks"):
+        assemble(tiny(blocks=4), Settings(context=100))
+
+
+def test_the_server_asks_as_the_model_in_process_does(server):
+    parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
+    messages = [{"role": "developer", "content": parts}, {"role": "user", "content": "Hi"}]
+    ids = server.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    assert ids == server.lm.prompt_ids(messages)
+
+
+@pytest.mark.parametrize("name", ["self", "template", "variables", "args", "tools_", "add", "x y"])
+def test_variables_of_any_name(server, name):
+    answer = server.post("/v1/chat/completions", json=CHAT | {"chat_template_kwargs": {name: 1}})
+    assert answer.status_code in (200, 400), answer.text
 
 
 class TestKeys:

@@ -120,6 +120,17 @@ class Engine:
         return not self._under_way
 
     @property
+    def room(self) -> int | None:
+        """The most tokens of one request, its answer included: the model's context, or fewer that all blocks hold; None
+        where there is no limit.
+        """
+        limit: int | None = self.module.limit
+        if not self.tables.storage.banks:
+            return limit
+        held = self.tables.pool.total * self.tables.size
+        return held if limit is None else min(limit, held)
+
+    @property
     def waiting(self) -> int:
         """How many requests wait."""
         return len(self._scheduler.waiting)

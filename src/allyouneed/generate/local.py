@@ -69,8 +69,8 @@ class LocalModel:
         """Pieces of the assistant's answer as they come."""
         return self._stream(self.prompt_ids(messages), sampling)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **extras: Any) -> str:
-        """The conversation as the text that the model was trained to continue; `extras` (`tools` …) go to the template.
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """The conversation as the text the model was trained to continue; `variables` (`tools` …) are the template's.
 
         Raises:
             InputError: the model has no template, or the template refuses the conversation.
@@ -79,10 +79,10 @@ class LocalModel:
             raise InputError(f"{self.name} has no chat template; use generate, or a model tuned for conversation")
         return chat.render(
             self.tokenizer.chat_template,
-            messages,
+            chat.plain(messages),
             bos_token=self.tokenizer.bos_token or "",
             eos_token=self.tokenizer.eos_token or "",
-            **extras,
+            variables=variables,
         )
 
     @torch.inference_mode()
