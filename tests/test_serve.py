@@ -457,6 +457,11 @@ class TestOthers:
         )
         ids = client.embeddings.create(model=NAME, input=[tokenizer().encode(text) for text in texts])
         assert np.allclose([entry.embedding for entry in ids.data], vectors, atol=1e-6)
+        odd = [tokenizer().encode(letter)[0] for letter in "The"]  # which the text itself is not written with
+        assert odd != tokenizer().encode("The")
+        found = client.embeddings.create(model=NAME, input=odd)
+        assert np.allclose(found.data[0].embedding, alone.embed_ids([odd])[0], atol=1e-6)
+        assert found.usage.prompt_tokens == 3
 
     def test_tokens(self, server):
         answer = server.post("/tokenize", json={"prompt": "The quick"}).json()

@@ -109,14 +109,17 @@ class LocalModel:
                     scores[i] = score
         return scores
 
-    @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32: the mean of the last hidden states over a text's tokens, scaled to unit length."""
-        rows = [self.prompt_ids(text) for text in texts]
+        return self.embed_ids([self.prompt_ids(text) for text in texts])
+
+    @torch.inference_mode()
+    def embed_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """(n, dim) float32: `embed` of texts that are ids already."""
         for row in rows:
             self.engine.check(row, 0)
         device = self.module.device
-        vectors = [self.module.hidden(torch.tensor([row], device=device))[0].mean(0).cpu() for row in rows]
+        vectors = [self.module.hidden(torch.tensor([list(row)], device=device))[0].mean(0).cpu() for row in rows]
         stacked = torch.stack(vectors) if vectors else torch.zeros(0, self.module.config.dim)
         return torch.nn.functional.normalize(stacked, dim=-1).float().numpy()
 

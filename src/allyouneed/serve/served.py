@@ -66,9 +66,9 @@ class Served:
         pieces = functools.partial(self.tokenizer.stream, skip_special_tokens=not special)
         return Generation(self.driver, requests, pieces, self.most_seconds)
 
-    async def embed(self, texts: list[str]) -> np.ndarray:
+    async def embed(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """(n, dim), of unit length."""
-        return await anyio.to_thread.run_sync(self.lm.embed, texts, limiter=self._vectors)
+        return await anyio.to_thread.run_sync(self.lm.embed_ids, rows, limiter=self._vectors)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text that may be long."""
