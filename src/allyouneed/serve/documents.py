@@ -9,6 +9,7 @@ from allyouneed.serve.errors import ErrorAnswer
 FAILURES = {
     400: "The request is wrong; `param` names the field.",
     401: "The key is missing or wrong.",
+    403: "Without a key the server answers this machine's own names only.",
     404: "No such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
