@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,6 +170,7 @@ async def _prompts(served: Served, fields: CompletionFields) -> list[Prompt]:
         raise ApiError("prompt: holds no text and no token", param="prompt")
     found = []
     for i, one in enumerate(given if several else [given]):
+        await asyncio.sleep(0)  # many short texts are one long one
         param = f"prompt[{i}]" if several else "prompt"
         if isinstance(one, str):
             found.append(Prompt(await _ids(served, one, param), one))
