@@ -369,6 +369,14 @@ class TestCrowds:
                 assert list(stream)
             assert server.post("/v1/completions", json={"prompt": "x"}).is_success
 
+    def test_answers_are_counted_not_requests(self):
+        with serving(scripted("The quick brown fox", seconds=0.2), max_requests=4) as server:
+            several = server.client.completions.create(model=NAME, prompt=["x", "y"], n=2, stream=True)
+            next(several)
+            assert "4 answers are under way" in refused(server.post("/v1/completions", json={"prompt": "x"}), None, 429)
+            assert list(several)
+            assert server.post("/v1/completions", json={"prompt": "x"}).is_success
+
     def test_the_official_client_waits(self):
         with serving(scripted("The", seconds=0.2), max_requests=1) as server:
             patient = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=5)

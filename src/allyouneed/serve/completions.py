@@ -16,7 +16,7 @@ from allyouneed.generate.requests import Step, Top
 from allyouneed.serve.answering import EventStream, warned, whole
 from allyouneed.serve.answers import FinishReason, TextAnswer, TextChoice, TextLogprobs, Usage, envelope, usage
 from allyouneed.serve.asked import client_of, text_sampling
-from allyouneed.serve.chat import check_stream, format_guide, started
+from allyouneed.serve.chat import check_stream, format_guide
 from allyouneed.serve.documents import described
 from allyouneed.serve.driver import Generation, News
 from allyouneed.serve.errors import ApiError, refused
@@ -38,8 +38,8 @@ async def completions(fields: CompletionFields, request: Request, service: Here)
     _check(fields)
     prompts = await _prompts(served, fields)
     requests = await _requests(served, fields, prompts)
-    generation = service.watched(served.generation(requests))
-    await started(generation, "prompt")
+    generation = served.generation(requests)
+    await service.start(generation, "prompt")
     job = Continuations(served, fields, prompts, generation)
     if fields.stream:
         return EventStream(job.chunks(), generation, headers=headers, send_seconds=service.settings.send_seconds)

@@ -289,6 +289,7 @@ class Generation:
         """`watch` hears the news too, the seconds since the last of the same request, and whether it is the first."""
         events: asyncio.Queue[Heard] = asyncio.Queue()
         self.driver, self.events, self.most_seconds, self.watch = driver, events, most_seconds, watch
+        self.started, self.left = False, set(range(len(requests)))  # those that have not ended
         self.jobs = [
             Job(i, one, StopStrings(pieces(), one.sampling.stop, one.sampling.min_tokens), events)
             for i, one in enumerate(requests)
@@ -302,8 +303,8 @@ class Generation:
         """
         self.began = asyncio.get_running_loop().time()
         self.last: dict[int, float] = {}
-        self.left = set(range(len(self.jobs)))
         await self.driver.submit(self.jobs)
+        self.started = True
 
     def end(self, index: int) -> None:
         """Give up one request: enough of it was heard."""
@@ -313,6 +314,7 @@ class Generation:
     def close(self) -> None:
         """Give up what has not ended. May be called at any time, and again."""
         self.driver.cancel(self.jobs)
+        self.left.clear()
 
     async def news(self) -> AsyncIterator[News]:
         """What is heard, until all requests have ended.

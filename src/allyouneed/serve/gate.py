@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from allyouneed.serve.errors import ApiError
+from allyouneed.serve.errors import ApiError, busy
 from allyouneed.serve.metrics import Metrics
 from allyouneed.serve.settings import Settings, is_loopback
 
@@ -88,12 +88,12 @@ class Gate:
     def _check_room(self) -> None:
         """Only requests that are whole take a place of these: slow bodies have places of their own."""
         if self.under_way >= self.settings.max_requests:
-            raise _busy(f"{self.under_way} requests are under way, as many as this server takes; come again soon")
+            raise busy(f"{self.under_way} requests are under way, as many as this server takes; come again soon")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client hung up."""
         if self.receiving >= self.settings.max_receiving:
-            raise _busy(f"{self.receiving} bodies are being received, as many as this server takes; come again soon")
+            raise busy(f"{self.receiving} bodies are being received, as many as this server takes; come again soon")
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.settings.max_body:
             raise self._too_large()
@@ -124,7 +124,7 @@ class Gate:
         if size > self.settings.max_body:
             raise self._too_large()
         if self.received > self.settings.most_body_bytes:
-            raise _busy("too many large bodies arrive at once; come again soon")
+            raise busy("too many large bodies arrive at once; come again soon")
 
     def _too_large(self) -> ApiError:
         said = f"the body is larger than the {self.settings.max_body} bytes that this server takes"
@@ -148,10 +148,6 @@ def _name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
-
-
-def _busy(message: str) -> ApiError:
-    return ApiError(message, status=429, code="overloaded", headers={"Retry-After": "1", "Connection": "close"})
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
