@@ -127,6 +127,17 @@ class TestBodies:
             ({"messages": ASK, "store": True}, "store"),
             ({"messages": ASK, "reasoning_effort": "high"}, "reasoning_effort"),
             ({"messages": ASK, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+            ({"messages": ASK, "best_of": 2}, "best_of"),
+            ({"messages": ASK, "echo": True}, "echo"),
+            ({"messages": ASK, "prompt": "x"}, "prompt"),
+            ({"messages": ASK, "allowed_token_ids": [1]}, "allowed_token_ids"),
+            ({"messages": ASK, "include_stop_str_in_output": True}, "include_stop_str_in_output"),
+            ({"messages": [ASK[0] | {"function_call": {"name": "f"}}]}, "messages[0].function_call"),
+            ({"messages": [ASK[0], ASK[0] | {"audio": {"id": "a"}}]}, "messages[1].audio"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "u"}}]}]},
+                "messages[0].content[0].image_url",
+            ),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -151,11 +162,39 @@ class TestBodies:
             ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
             ({"prompt": "x", "logprobs": 30}, "logprobs"),
             ({"prompt": "x", "suffix": "y"}, "suffix"),
+            ({"prompt": "x", "max_completion_tokens": 3}, "max_completion_tokens"),
+            ({"prompt": "x", "tools": [{"type": "function"}]}, "tools"),
+            ({"prompt": "x", "add_special_tokens": False}, "add_special_tokens"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_completions(self, server, sent, param):
         refused(server.post("/v1/completions", json=sent), param)
+
+    @pytest.mark.parametrize(
+        ("sent", "param"),
+        [
+            ({"prompt": {"id": "p"}}, "prompt"),
+            ({"stop": ["x"]}, "stop"),
+            ({"seed": 0}, "seed"),
+            ({"n": 2}, "n"),
+            ({"logit_bias": {"1": 1}}, "logit_bias"),
+            ({"max_tokens": 3}, "max_tokens"),
+            ({"frequency_penalty": 1.0}, "frequency_penalty"),
+            ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_responses(self, server, sent, param):
+        refused(server.post("/v1/responses", json={"input": "x", **sent}), param)
+
+    def test_what_asks_for_nothing_is_taken(self, server):
+        nothing = {"n": 1, "stop": [], "frequency_penalty": 0, "echo": False, "logit_bias": {}, "metadata": {"a": "b"}}
+        nothing |= {"reasoning": {"effort": None, "summary": None}, "stream_options": {"include_obfuscation": False}}
+        answer = server.post("/v1/responses", json={"input": "x", "max_output_tokens": 1, **nothing})
+        assert answer.is_success, answer.text
+        answer = server.post("/v1/chat/completions", json=CHAT | {"metadata": {"a": "b"}, "best_of": 1})
+        assert answer.is_success and "metadata" in answer.headers["X-Ignored-Fields"]
 
     @pytest.mark.parametrize("given", ["", [], [""], [[]], [["x"]], "x " * 2000, [10**6], ["x"] * 3000])
     def test_embeddings(self, server, given):
