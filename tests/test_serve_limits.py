@@ -161,6 +161,7 @@ class TestBodies:
             ({"prompt": "x", "best_of": 1, "n": 2}, "best_of"),
             ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
             ({"prompt": "x", "logprobs": 30}, "logprobs"),
+            ({"prompt": [[1] * 400] * 64, "echo": True, "logprobs": 20, "max_tokens": 1}, "logprobs"),
             ({"prompt": "x", "suffix": "y"}, "suffix"),
             ({"prompt": "x", "max_completion_tokens": 3}, "max_completion_tokens"),
             ({"prompt": "x", "tools": [{"type": "function"}]}, "tools"),

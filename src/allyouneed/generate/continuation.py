@@ -27,6 +27,7 @@ class Continuation:
     whole: Key  # of the whole prompt, and of what is read besides it
     table: BlockTable | None = None
     echoed: list[tuple[float | None, Top]] = field(default_factory=lambda: [(None, ())])  # of the prompt so far
+    cached: int = 0  # tokens of the prompt that were found or forked, not read
     pace: Pace | None = None  # of drafts, where there is a speculator
     drafts: Drafts = field(default_factory=Drafts)  # judged in the next pass
 
@@ -97,6 +98,7 @@ class Continuation:
             logprob=logprobs[token].item(),
             finish_reason=reason,
             top=likeliest(logprobs, self.request.top_logprobs),
+            cached=self.cached if self.made == 1 else 0,
             prompt=tuple(self.echoed) if first else None,
         )
 

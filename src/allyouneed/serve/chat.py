@@ -118,7 +118,8 @@ class Talk:
 
     def usage(self) -> Usage:
         """Tokens read and made so far."""
-        return usage(len(self.plan.requests[0].ids), sum(turn.tokens for turn in self.turns))
+        cached = min((turn.cached for turn in self.turns if turn.cached is not None), default=0)
+        return usage(len(self.plan.requests[0].ids), sum(turn.tokens for turn in self.turns), cached)
 
 
 async def planned(served: Served, fields: ChatFields) -> Plan:

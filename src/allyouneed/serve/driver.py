@@ -285,10 +285,14 @@ class Generation:
         pieces: Callable[[], Pieces],
         most_seconds: float,
         watch: Callable[[News, float, bool], None] = lambda news, seconds, first: None,
+        ended: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`watch` hears the news too, the seconds since the last of the same request, and whether it is the first."""
+        """`watch` hears the news too, the seconds since the last of the same request, and whether it is the first;
+        `ended` why each request ended.
+        """
         events: asyncio.Queue[Heard] = asyncio.Queue()
-        self.driver, self.events, self.most_seconds, self.watch = driver, events, most_seconds, watch
+        self.driver, self.events, self.most_seconds = driver, events, most_seconds
+        self.watch, self.ended = watch, ended
         self.started, self.left = False, set(range(len(requests)))  # those that have not ended
         self.jobs = [
             Job(i, one, StopStrings(pieces(), one.sampling.stop, one.sampling.min_tokens), events)
@@ -309,12 +313,19 @@ class Generation:
     def end(self, index: int) -> None:
         """Give up one request: enough of it was heard."""
         self.driver.cancel([self.jobs[index]])
-        self.left.discard(index)
+        self._end(index, "enough")
 
     def close(self) -> None:
         """Give up what has not ended. May be called at any time, and again."""
         self.driver.cancel(self.jobs)
-        self.left.clear()
+        for index in list(self.left):
+            self._end(index, "given up")
+
+    def _end(self, index: int, reason: str) -> None:
+        if index in self.left:
+            self.left.remove(index)
+            if self.started:
+                self.ended(reason)
 
     async def news(self) -> AsyncIterator[News]:
         """What is heard, until all requests have ended.
@@ -336,4 +347,4 @@ class Generation:
         self.watch(news, now - self.last.get(news.index, self.began), news.index not in self.last)
         self.last[news.index] = now
         if news.finish_reason is not None:
-            self.left.discard(news.index)
+            self._end(news.index, news.finish_reason)

@@ -53,7 +53,7 @@ class Service:
         if under_way >= self.settings.max_requests:
             raise busy(f"{under_way} answers are under way, as many as this server takes; come again soon")
         self.generations.add(generation)
-        generation.watch = self.metrics.watch
+        generation.watch, generation.ended = self.metrics.watch, self.metrics.end
         try:
             await generation.start()
         except InputError as error:
