@@ -90,13 +90,16 @@ class Engine:
         eos_ids: Sequence[int] = (),
         config: Config | None = None,
         speculator: Speculator | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        """`speculator` guesses the next tokens, so that one pass may give several.
+        """`speculator` guesses the next tokens, so that one pass may give several. Ids from `vocab_size` on only pad
+        the module's tables and never come; None: there are none.
 
         Raises:
             InputError: the speculator does not fit the module, or drafts could not be taken back from its state.
         """
         self.module, self.eos_ids, self.config = module, frozenset(eos_ids), config or Engine.Config()
+        self.vocab_size: int = vocab_size or module.config.vocab_size
         like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
         storage = Storage(like, self._count(bytes_per_block(like, size, eight_bits=eight)), size, eight_bits=eight)
         self.tables = Tables(module, storage, share=self.config.share_prefixes)
@@ -115,6 +118,17 @@ class Engine:
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
         return not self._under_way
+
+    @property
+    def room(self) -> int | None:
+        """The most tokens of one request, its answer included: the model's context, or fewer that all blocks hold; None
+        where there is no limit.
+        """
+        limit: int | None = self.module.limit
+        if not self.tables.storage.banks:
+            return limit
+        held = self.tables.pool.total * self.tables.size
+        return held if limit is None else min(limit, held)
 
     @property
     def waiting(self) -> int:
@@ -156,8 +170,7 @@ class Engine:
         number, self._added = self._added, self._added + 1
         keys = self.tables.keys(ids[:-1])
         whole = chained((keys[-1] if keys else b"") + repr(id(request.memory)).encode(), ids)
-        vocab_size = self.module.config.vocab_size
-        sampler = Sampler(request.sampling, ids, vocab_size, self.eos_ids, request.guide)
+        sampler = partial(Sampler, request.sampling, ids, self.vocab_size, self.eos_ids, request.guide)
         pace = self._speculator.pace() if self._speculator else None
         self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole, pace=pace)
         self._scheduler.add(self._under_way[number])
@@ -257,7 +270,7 @@ class Engine:
             self._read += count + len(one.drafts.tokens)
             self.tables.commit(one.held, one.tokens, start + count)
             if one.echoing:
-                one.echo(logits.log_softmax(-1), start)
+                one.echo(logits.log_softmax(-1)[:, : self.vocab_size], start)
             if one.unread == 0:
                 alike = self._scheduler.fork(one) if not one.made else []
                 due += [(one, logits[-1 - len(one.drafts.tokens) :]), *((each, logits[-1:]) for each in alike)]
@@ -278,8 +291,10 @@ class Engine:
         if not due:
             return []
         logits = torch.cat([rows for _, rows in due])
-        logprobs = logits.log_softmax(-1)
-        likeliest = logits.numpy().argmax(-1).tolist()  # in a tenth of the time of PyTorch's: 4 µs for 49 k logits
+        logprobs = logits.log_softmax(-1)[:, : self.vocab_size]
+        likeliest = (
+            logits[:, : self.vocab_size].numpy().argmax(-1).tolist()
+        )  # in a tenth of the time of PyTorch's: 4 µs for 49 k logits
         steps: list[Step] = []
         start = 0
         for one, rows in due:
@@ -336,13 +351,13 @@ class Engine:
         return "length" if one.made == sampling.max_new_tokens else None
 
     def _check(self, request: Request, ids: Sequence[int]) -> None:
-        sampling, vocab_size = request.sampling, self.module.config.vocab_size
+        sampling = request.sampling
         self.check(ids, sampling.max_new_tokens)
         if sampling.max_new_tokens < 1:
             raise InputError("max_new_tokens=0: a request generates at least one token")
         for token in (min(ids), max(ids), *(token for token, _ in sampling.logit_bias)):
-            if not 0 <= token < vocab_size:
-                raise InputError(f"token {token} is none of the model's; they are 0 to {vocab_size - 1}")
+            if not 0 <= token < self.vocab_size:
+                raise InputError(f"token {token} is none of the model's; they are 0 to {self.vocab_size - 1}")
         rows = 0 if request.memory is None else len(request.memory.states)
         if rows != int(self.module.answers):
             wanted = "needs one, of what it answers" if self.module.answers else "reads none"

@@ -46,7 +46,7 @@ class LocalModel:
             sizes = f"{tokenizer.vocab_size} tokens, the model {module.config.vocab_size}"
             raise InputError(f"{name}: the tokenizer has {sizes}; they do not belong together")
         self.module, self.tokenizer, self.name = module, tokenizer, name
-        self.engine = Engine(module, tokenizer.eos_ids, config, speculator)
+        self.engine = Engine(module, tokenizer.eos_ids, config, speculator, tokenizer.vocab_size)
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
@@ -69,8 +69,8 @@ class LocalModel:
         """Pieces of the assistant's answer as they come."""
         return self._stream(self.prompt_ids(messages), sampling)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **extras: Any) -> str:
-        """The conversation as the text that the model was trained to continue; `extras` (`tools` …) go to the template.
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """The conversation as the text the model was trained to continue; `variables` (`tools` …) are the template's.
 
         Raises:
             InputError: the model has no template, or the template refuses the conversation.
@@ -79,10 +79,10 @@ class LocalModel:
             raise InputError(f"{self.name} has no chat template; use generate, or a model tuned for conversation")
         return chat.render(
             self.tokenizer.chat_template,
-            messages,
+            chat.plain(messages),
             bos_token=self.tokenizer.bos_token or "",
             eos_token=self.tokenizer.eos_token or "",
-            **extras,
+            variables=variables,
         )
 
     @torch.inference_mode()
@@ -109,14 +109,17 @@ class LocalModel:
                     scores[i] = score
         return scores
 
-    @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32: the mean of the last hidden states over a text's tokens, scaled to unit length."""
-        rows = [self.prompt_ids(text) for text in texts]
+        return self.embed_ids([self.prompt_ids(text) for text in texts])
+
+    @torch.inference_mode()
+    def embed_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """(n, dim) float32: `embed` of texts that are ids already."""
         for row in rows:
             self.engine.check(row, 0)
         device = self.module.device
-        vectors = [self.module.hidden(torch.tensor([row], device=device))[0].mean(0).cpu() for row in rows]
+        vectors = [self.module.hidden(torch.tensor([list(row)], device=device))[0].mean(0).cpu() for row in rows]
         stacked = torch.stack(vectors) if vectors else torch.zeros(0, self.module.config.dim)
         return torch.nn.functional.normalize(stacked, dim=-1).float().numpy()
 

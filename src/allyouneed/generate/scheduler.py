@@ -72,6 +72,7 @@ class Scheduler:
         for one in found:
             one.table = self.tables.fork(leader.held)
             self.shared += one.table.length
+            one.cached = one.table.length
             self.waiting.remove(one)
             self.running.append(one)
         return found
@@ -147,7 +148,7 @@ class Scheduler:
             self.tables.close(table)
             return False
         self.shared += table.length
-        one.table = table
+        one.table, one.cached = table, one.cached if one.made else table.length
         return True
 
     def _being_read(self, one: Continuation) -> bool:
