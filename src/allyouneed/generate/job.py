@@ -22,7 +22,7 @@ from allyouneed.core.errors import InputError, RemoteError
 from allyouneed.core.files import read_json, replacing, sync, write_json
 from allyouneed.core.progress import Progress
 from allyouneed.data import jsonl
-from allyouneed.generate.language_model import AccessError, Completion, LanguageModel, Sampling
+from allyouneed.generate.language_model import AccessError, Completion, LanguageModel, Sampling, spread
 from allyouneed.generate.rows import Row, read
 
 AT_ONCE = 64  # rows asked for together and then written: as many are lost at most, and asked for again
@@ -67,7 +67,7 @@ def run(
         numbered = itertools.islice(enumerate(jsonl.lines(source)), resumed, None)
         with answers.open("ab") as file, Progress("generate", rows, unit="row", done=resumed, quiet=quiet) as progress:
             while part := list(itertools.islice(numbered, at_once)):
-                asked = {i: read(number, line, _seeded(sampling, i)) for i, (number, _, line) in part}
+                asked = {i: read(number, line, spread(sampling, i)) for i, (number, _, line) in part}
                 _append(file, _answered(lm, asked, summary))
                 progress.update(len(part), errors=summary.errors)
         _finish(answers, target)
@@ -171,7 +171,3 @@ def _finish(answers: Path, target: Path) -> None:
     answers.replace(target)
     sync(target.parent)
     shutil.rmtree(answers.parent)
-
-
-def _seeded(sampling: Sampling, i: int) -> Sampling:
-    return sampling if sampling.seed is None else sampling.replace(seed=sampling.seed + i)

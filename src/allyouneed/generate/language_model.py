@@ -121,6 +121,15 @@ class CountsTokens(Protocol):
         """How many tokens each text alone has, none added in front."""
 
 
+def spread(sampling: Sampling, i: int) -> Sampling:
+    """`sampling` as number `i` of several answers has it: with a seed it draws from `seed + i`.
+
+    >>> spread(Sampling(seed=5), 2).seed
+    7
+    """
+    return sampling if sampling.seed is None else sampling.replace(seed=sampling.seed + i)
+
+
 def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
     """One for each of `count` prompts, as `complete` has them.
 
@@ -131,8 +140,7 @@ def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sa
         InputError: their number is not that of the prompts.
     """
     if isinstance(sampling, Sampling):
-        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(count)]
-        return [sampling.replace(seed=seed) for seed in seeds]
+        return [spread(sampling, i) for i in range(count)]
     if len(sampling) != count:
         raise InputError(f"complete: {count} prompts but {len(sampling)} samplings; give one for each, or one for all")
     return list(sampling)
