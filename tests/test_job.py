@@ -162,6 +162,28 @@ BAD: dict[str, tuple[Any, str]] = {
     "no name": ({"body": {"prompt": "a"}}, "row 3: custom_id is None, body {'prompt': 'a'}; text and an object"),
     "no body": ({"custom_id": "a", "body": "b"}, "row 3: custom_id is 'a', body 'b'; text and an object"),
     "tools": ({"custom_id": "a", "body": {"messages": HELLO, "tools": []}}, "row 3: keys 'tools'; accepted: prompt or"),
+    "another route": (
+        {"custom_id": "a", "url": "/v1/embeddings", "body": {"prompt": "a"}},
+        "row 3: url is '/v1/embeddings'; accepted: /v1/chat/completions, /v1/completions",
+    ),
+    "no route": ({"custom_id": "a", "url": ["x"], "body": {"prompt": "a"}}, "row 3: url is ['x']; accepted"),
+    "other route": (
+        {"custom_id": "a", "url": "/v1/chat/completions", "body": {"prompt": "a"}},
+        "row 3: url is /v1/chat/completions, which asks with messages; body has none",
+    ),
+    "method": ({"custom_id": "a", "method": "GET", "body": {"prompt": "a"}}, "row 3: method is 'GET'; only POST"),
+    "format": (
+        {"custom_id": "a", "body": {"prompt": "a", "response_format": {"type": "json_schema"}}},
+        "row 3: response_format is {'type': 'json_schema'}; accepted: {",
+    ),
+    "no format": (
+        {"custom_id": "a", "body": {"prompt": "a", "response_format": 5}},
+        "row 3: response_format is 5; acc",
+    ),
+    "format and regex": (
+        {"custom_id": "a", "body": {"prompt": "a", "response_format": {"type": "json_object"}, "regex": "a"}},
+        "row 3: sampling: regex='a'; it must be alone",
+    ),
     "several": ({"custom_id": "a", "body": {"prompt": "a", "n": 2}}, "row 3: body.n is 2; only 1 is accepted"),
     "empty": ({"prompt": "a" * 90, "max_tokens": 50}, "row 3: prompt of 90 tokens and max_new_tokens=50 exceed"),
 }
@@ -180,6 +202,30 @@ def test_a_bad_row_gets_one_line_and_the_others_their_answers(lm: LocalModel, tm
     said = bad["error"]["message"] if "custom_id" in bad else bad["error"]
     assert said.startswith(message) and "\n" not in said and len(said) < 500
     assert bad.get("row", 3) == 3 and bad.get("custom_id", "a") == "a" and bad.get("response") is None
+
+
+def test_a_body_says_what_openais_says(lm: LocalModel, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "k", "strict": True, "schema": schema}}
+    asked = {"messages": HELLO, "response_format": form, "user": "me", "store": False, "max_tokens": 60}
+    plain = {"prompt": "a", "response_format": {"type": "text"}}
+    rows = [
+        {"custom_id": "a", "url": "/v1/chat/completions", "method": "POST", "body": asked},
+        {"custom_id": "b", "url": "/v1/completions", "body": plain},
+    ]
+    held, free = answers(lm, tmp_path, rows)
+    (choice,) = held["response"]["body"]["choices"]
+    assert json.loads(choice["message"]["content"]) == {"k": 1}
+    assert free["response"]["body"]["choices"][0]["text"] == lm.complete(["a"], SAMPLING.replace(seed=11))[0].text
+    row = read(
+        1,
+        json.dumps({"custom_id": "c", "body": plain | {"response_format": {"type": "json_object"}}}).encode(),
+        SAMPLING,
+    )
+    assert not isinstance(row, dict) and json.loads(row.sampling.json_schema) == {"type": "object"}
+    for held_all in (SAMPLING.replace(json_schema="{}"), SAMPLING.replace(regex="a")):  # what a row says goes before
+        row = read(1, json.dumps({"custom_id": "c", "body": plain}).encode(), held_all)
+        assert not isinstance(row, dict) and row.sampling == SAMPLING
 
 
 def test_a_line_of_many_megabytes_is_refused_alone(lm: LocalModel, tmp_path: Path) -> None:
