@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from allyouneed.core.errors import InputError, RemoteError
-from allyouneed.generate.endpoint import LateError, events
-from allyouneed.generate.language_model import AccessError, LanguageModel, Sampling
+from allyouneed.generate.endpoint import events
+from allyouneed.generate.language_model import AccessError, LanguageModel, LateError, Sampling
 from allyouneed.generate.remote import RemoteModel
 
 KEY = "sk-very-secret"

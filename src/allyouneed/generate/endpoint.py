@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import httpx
 
 from allyouneed.core.errors import InputError, RemoteError
-from allyouneed.generate.language_model import AccessError
+from allyouneed.generate.language_model import AccessError, LateError
 
 Answered = TypeVar("Answered")
 
@@ -30,10 +30,6 @@ class PassingError(RemoteError):
     """A failure that may pass; the server asks for a pause of `pause` seconds."""
 
     pause = 0.0
-
-
-class LateError(RemoteError):
-    """No answer came in time from a server that is well: asked again, it would work as long, and be paid once more."""
 
 
 class Endpoint:

@@ -26,6 +26,7 @@ from allyouneed.generate.language_model import (
     sampling_from,
     samplings_of,
 )
+from allyouneed.generate.remote_queue import RemoteQueue
 
 Answered = TypeVar("Answered")
 Request = tuple[str, dict[str, Any]]  # a path, and what is sent there
@@ -85,6 +86,10 @@ class RemoteModel:
                 requests[i] = _request(*pair)
         answers = self.caller.map(self._answer, requests)
         return [answers[i] for i in requests]
+
+    def queue(self) -> RemoteQueue[Request]:
+        """Answers prompts as they come, as many at once as the endpoints should be given."""
+        return RemoteQueue(self.caller, _request, self._answer)
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
         """The completions' texts; keywords are fields of `Sampling`."""
