@@ -16,6 +16,7 @@ from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.guides import Guides
 from allyouneed.generate.language_model import Completion, Message, Sampling, Turns, sampling_from, samplings_of
+from allyouneed.generate.local_queue import LocalQueue, Writing
 from allyouneed.generate.requests import Guide
 from allyouneed.generate.speculation import Speculator
 from allyouneed.generate.stopping import StopStrings
@@ -52,6 +53,14 @@ class LocalModel:
         """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
         samplings = samplings_of(sampling, len(prompts))
         return self._complete([self.prompt_ids(prompt) for prompt in prompts], samplings)
+
+    def queue(self) -> LocalQueue:
+        """Answers prompts as they come, as many at once as the engine's batch holds.
+
+        Raises:
+            InputError: others are being answered.
+        """
+        return LocalQueue(self)
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
         """The completions' texts; keywords are fields of `Sampling`."""
@@ -128,7 +137,8 @@ class LocalModel:
         """Makes guides for this model's vocabulary."""
         return Guides(self.tokenizer)
 
-    def _guide(self, sampling: Sampling) -> Guide | None:
+    def guide(self, sampling: Sampling) -> Guide | None:
+        """What `json_schema` or `regex` allows; a new one for each request."""
         if sampling.json_schema:
             return self.guides.json_schema(sampling.json_schema)
         return self.guides.regex(sampling.regex) if sampling.regex else None
@@ -164,31 +174,16 @@ class LocalModel:
         return tuple(whole[:shared]), tuple(whole[shared:])
 
     def _complete(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
-        texts = [StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens) for sampling in samplings]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        reasons = ["length"] * len(prompts)
-        guides = [self._guide(sampling) for sampling in samplings]
-        steps = self.engine.steps(prompts, samplings, lambda request, token: texts[request].push(token), guides=guides)
+        writings = [Writing(self.tokenizer, *pair) for pair in zip(prompts, samplings, strict=True)]
+        guides = [self.guide(sampling) for sampling in samplings]
+        steps = self.engine.steps(prompts, samplings, lambda i, token: writings[i].text.push(token), guides=guides)
         for step in steps:
-            tokens[step.request].append(step.token)
-            logprobs[step.request].append(step.logprob)
-            reasons[step.request] = step.finish_reason or "length"
-        return [
-            Completion(
-                text=texts[i].finish(),
-                finish_reason=reasons[i],
-                prompt_tokens=len(prompts[i]),
-                completion_tokens=len(tokens[i]),
-                token_ids=tuple(tokens[i]),
-                logprobs=tuple(logprobs[i]),
-            )
-            for i in range(len(prompts))
-        ]
+            writings[step.request].hear(step)
+        return [writing.completion() for writing in writings]
 
     def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         text = StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens)
-        guides = [self._guide(sampling)]
+        guides = [self.guide(sampling)]
         for _ in self.engine.steps([prompt], [sampling], lambda request, token: text.push(token), guides=guides):
             if piece := text.take():
                 yield piece

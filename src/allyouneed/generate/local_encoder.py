@@ -18,7 +18,7 @@ from torch import Tensor
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json
 from allyouneed.data.tokenizers import Tokenizer
-from allyouneed.generate.language_model import Completion, Message, Sampling, Turns
+from allyouneed.generate.language_model import Completion, Message, Queue, Sampling, Turns
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.encoder import Encoder
 
@@ -96,6 +96,10 @@ class LocalEncoder:
         return [len(row) for row in self.tokenizer.encode_batch(texts)]
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """Refused."""
+        self._refuse("generate")
+
+    def queue(self) -> Queue:
         """Refused."""
         self._refuse("generate")
 
