@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.core.errors import InputError
-from allyouneed.generate.reading import Continues, Piece, Reader, reader_of
+from allyouneed.generate.reading import Continues, CurrentReader, Piece, Reader
 from allyouneed.generate.sampling import draw
 from allyouneed.generate.speculation import Asked, Drafts, Pace
 from allyouneed.generate.tables import BlockTable, Tables
@@ -133,7 +133,7 @@ class EarlyExit:
             raise InputError(f"early exit: {type(module).__name__} is no decoder; guess with another model instead")
         if not 0 < self.layers < module.config.num_layers:
             raise InputError(f"early exit: layers={self.layers} of {module.config.num_layers}; it must be fewer")
-        self._reader = reader_of(first_layers(module, self.layers), storage)
+        self._reader = CurrentReader(first_layers(module, self.layers), storage)
 
     def pace(self) -> Pace:
         """Of a new request."""
@@ -207,7 +207,7 @@ class Draft:
         own = Storage(self.module.new_cache(1, 0), storage.blocks, storage.size)
         if own.states or self.module.answers:
             raise InputError("draft: a model with a state, or one that answers another text, cannot take drafts back")
-        self._tables, self._reader = Tables(self.module, own, share=False), reader_of(self.module, own)
+        self._tables, self._reader = Tables(self.module, own, share=False), CurrentReader(self.module, own)
 
     def pace(self) -> Pace:
         """Of a new request."""

@@ -20,7 +20,7 @@ from allyouneed.core.errors import InputError
 from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
-from allyouneed.generate.reading import Continues, reader_of
+from allyouneed.generate.reading import Continues, CurrentReader
 from allyouneed.generate.requests import Guide, Request, Step
 from allyouneed.generate.sampling import Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
@@ -100,7 +100,7 @@ class Engine:
         like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
         storage = Storage(like, self._count(bytes_per_block(like, size, eight_bits=eight)), size, eight_bits=eight)
         self.tables = Tables(module, storage, share=self.config.share_prefixes)
-        self.reader = reader_of(module, storage)
+        self.reader = CurrentReader(module, storage)
         self._scheduler = Scheduler(self.tables, max_batch=self.config.max_batch, chunk=self.config.chunk)
         self._under_way: dict[int, Continuation] = {}
         self._letters: dict[int, deque[Step]] = {}  # steps that came while another call of `steps` was served
@@ -226,9 +226,10 @@ class Engine:
             )
 
     def forget(self) -> None:
-        """Share nothing that was read so far: to be called after the module's weights have changed."""
+        """Use nothing that was read of, or made from, the weights so far: to be called after they have changed."""
         self.tables.pool.forget()
 
+        self.reader.renew()
     def _told(self, numbers: dict[int, int]) -> Iterator[Step]:
         """The steps of some requests, those of others being kept for whoever waits for them."""
         self._letters |= {number: deque() for number in numbers}
