@@ -20,7 +20,7 @@ from allyouneed.generate.sampling import draw
 from allyouneed.generate.speculation import Asked, Drafts, Pace
 from allyouneed.generate.tables import BlockTable, Tables
 from allyouneed.models.decoder import Decoder
-from allyouneed.nn.paged import Storage
+from allyouneed.nn.paged import Storage, bytes_per_block
 
 READ = 512  # tokens that a draft model reads of one text in a pass
 
@@ -123,6 +123,10 @@ class EarlyExit:
         self._sources = _Sources()
         self._reader: Reader | None = None
 
+    def bytes_per_block(self, size: int) -> int:
+        """Keys and values are the model's own."""
+        return 0
+
     def attach(self, module: Continues, storage: Storage) -> None:
         """Guess for this model, whose keys and values are in `storage`.
 
@@ -192,6 +196,10 @@ class Draft:
         self.module, self.length = module, length or Length()
         self._sources = _Sources()
         self._held: dict[int, _Held] = {}
+
+    def bytes_per_block(self, size: int) -> int:
+        """Of its own cache, which has as many blocks as the model's."""
+        return bytes_per_block(self.module.new_cache(1, 0), size)
 
     def attach(self, module: Continues, storage: Storage) -> None:
         """Guess for this model; the cache has room for as many tokens as the model's own `storage`.

@@ -6,7 +6,6 @@ prompts beside them (`generate.scheduler`). Shapes: L rows of logits, V vocabula
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from allyouneed import core
+from allyouneed.core import devices
 from allyouneed.core.errors import InputError
 from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
@@ -29,7 +29,7 @@ from allyouneed.generate.tables import Tables
 from allyouneed.nn.paged import Storage, bytes_per_block
 from allyouneed.nn.sight import Memory
 
-SHARE = 0.25  # of the machine's memory, which blocks take at most where their number is not given
+SHARE = 0.25  # of the memory, which blocks take at most where their number is not given, a speculator's included
 
 Stop = Callable[[int, int], bool]  # (request, token just produced) -> whether the request ends here
 
@@ -98,7 +98,8 @@ class Engine:
         """
         self.module, self.eos_ids, self.config = module, frozenset(eos_ids), config or Engine.Config()
         like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
-        storage = Storage(like, self._count(bytes_per_block(like, size, eight_bits=eight)), size, eight_bits=eight)
+        each = bytes_per_block(like, size, eight_bits=eight)
+        storage = Storage(like, self._count(each, speculator), size, eight_bits=eight)
         self.tables = Tables(module, storage, share=self.config.share_prefixes)
         self.reader = CurrentReader(module, storage)
         self._scheduler = Scheduler(self.tables, max_batch=self.config.max_batch, chunk=self.config.chunk)
@@ -228,8 +229,8 @@ class Engine:
     def forget(self) -> None:
         """Use nothing that was read of, or made from, the weights so far: to be called after they have changed."""
         self.tables.pool.forget()
-
         self.reader.renew()
+
     def _told(self, numbers: dict[int, int]) -> Iterator[Step]:
         """The steps of some requests, those of others being kept for whoever waits for them."""
         self._letters |= {number: deque() for number in numbers}
@@ -355,13 +356,14 @@ class Engine:
                 f"{self.tables.size}, the cache has {self.tables.pool.total}; raise blocks, or ask for less"
             )
 
-    def _count(self, bytes_each: int) -> int:
-        """How many blocks to have."""
-        if not bytes_each:
+    def _count(self, each: int, speculator: Speculator | None) -> int:
+        """How many blocks to have, of so many bytes each."""
+        if not each:
             return 0
         if self.config.blocks is not None:
             return self.config.blocks
         assert self.module.limit is not None, "what keeps all tokens has a context"
         wanted = self.config.max_batch * -(-self.module.limit // self.config.block_size)
-        most = SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min(wanted, max(1, int(most // bytes_each)))
+        most = devices.memory(self.module.device)
+        each += speculator.bytes_per_block(self.config.block_size) if speculator else 0
+        return wanted if most is None else min(wanted, max(1, int(SHARE * most // each)))
