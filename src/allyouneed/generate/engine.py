@@ -6,7 +6,6 @@ prompts beside them (`generate.scheduler`). Shapes: L rows of logits, V vocabula
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 
 from allyouneed import core
+from allyouneed.core import devices
 from allyouneed.core.errors import InputError
 from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
-from allyouneed.generate.reading import Continues, reader_of
+from allyouneed.generate.reading import Continues, CurrentReader
 from allyouneed.generate.requests import Guide, Request, Step
 from allyouneed.generate.sampling import Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
@@ -29,7 +29,7 @@ from allyouneed.generate.tables import Tables
 from allyouneed.nn.paged import Storage, bytes_per_block
 from allyouneed.nn.sight import Memory
 
-SHARE = 0.25  # of the machine's memory, which blocks take at most where their number is not given
+SHARE = 0.25  # of the memory, which blocks take at most where their number is not given, a speculator's included
 
 Stop = Callable[[int, int], bool]  # (request, token just produced) -> whether the request ends here
 
@@ -101,9 +101,10 @@ class Engine:
         self.module, self.eos_ids, self.config = module, frozenset(eos_ids), config or Engine.Config()
         self.vocab_size: int = vocab_size or module.config.vocab_size
         like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
-        storage = Storage(like, self._count(bytes_per_block(like, size, eight_bits=eight)), size, eight_bits=eight)
+        each = bytes_per_block(like, size, eight_bits=eight)
+        storage = Storage(like, self._count(each, speculator), size, eight_bits=eight)
         self.tables = Tables(module, storage, share=self.config.share_prefixes)
-        self.reader = reader_of(module, storage)
+        self.reader = CurrentReader(module, storage)
         self._scheduler = Scheduler(self.tables, max_batch=self.config.max_batch, chunk=self.config.chunk)
         self._under_way: dict[int, Continuation] = {}
         self._letters: dict[int, deque[Step]] = {}  # steps that came while another call of `steps` was served
@@ -239,8 +240,9 @@ class Engine:
             )
 
     def forget(self) -> None:
-        """Share nothing that was read so far: to be called after the module's weights have changed."""
+        """Use nothing that was read of, or made from, the weights so far: to be called after they have changed."""
         self.tables.pool.forget()
+        self.reader.renew()
 
     def _told(self, numbers: dict[int, int]) -> Iterator[Step]:
         """The steps of some requests, those of others being kept for whoever waits for them."""
@@ -369,13 +371,14 @@ class Engine:
                 f"{self.tables.size}, the cache has {self.tables.pool.total}; raise blocks, or ask for less"
             )
 
-    def _count(self, bytes_each: int) -> int:
-        """How many blocks to have."""
-        if not bytes_each:
+    def _count(self, each: int, speculator: Speculator | None) -> int:
+        """How many blocks to have, of so many bytes each."""
+        if not each:
             return 0
         if self.config.blocks is not None:
             return self.config.blocks
         assert self.module.limit is not None, "what keeps all tokens has a context"
         wanted = self.config.max_batch * -(-self.module.limit // self.config.block_size)
-        most = SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min(wanted, max(1, int(most // bytes_each)))
+        most = devices.memory(self.module.device)
+        each += speculator.bytes_per_block(self.config.block_size) if speculator else 0
+        return wanted if most is None else min(wanted, max(1, int(SHARE * most // each)))
