@@ -30,6 +30,16 @@ from allyouneed.generate.local import LocalModel
 WORDS = Path(__file__).read_text().split()
 QUESTIONS = 24  # different ones: each is answered many times, and once alone
 HANGING_UP, GARBAGE, TOO_LONG = 0.3, 0.08, 0.04  # shares
+ROUTES = ("completions", "chat/completions", "responses")
+ASK = [{"role": "user", "content": "x"}]
+ODD = {"type": "text", "text": "x", "odd": 1}
+LARGE = [  # bodies that take a server long which validates before it counts
+    {"messages": ASK, "logit_bias": {str(i): "x" for i in range(100_000)}},
+    {"messages": [{"role": "user", "content": [ODD] * 60_000}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}] * 4000},
+    {"messages": ASK, "prompt": [1] * 500_000},
+    {"messages": ASK, "tools": [{"type": "function", "function": {"name": "f", "description": "x " * 4000}}] * 100},
+]
 GARBAGES = [
     b"{",
     b"\xff\xfe",
@@ -39,26 +49,47 @@ GARBAGES = [
     b'{"messages": [{"role": "user", "content": "x"}], "stop": ' + json.dumps(["x"] * 4000).encode() + b"}",
     b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema", "json_schema": '
     b'{"name": "x", "schema": {"allOf": [{"type": "string"}, {"type": "null"}]}}}}',
+    *(json.dumps(one).encode() for one in LARGE),
 ]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and how it is to be continued."""
+    """A prompt, how it is to be continued, and by which route."""
 
     prompt: str
     sampling: Sampling
+    route: str
+
+    @property
+    def turns(self) -> Any:
+        """As a model in process takes it."""
+        return self.prompt if self.route == "completions" else [{"role": "user", "content": self.prompt}]
 
     @property
     def fields(self) -> dict[str, Any]:
         """As the server takes it."""
-        sampling = self.sampling
-        return {
-            "prompt": self.prompt,
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "seed": sampling.seed,
-        }
+        sampling, most = self.sampling, self.sampling.max_new_tokens
+        if self.route == "responses":
+            return {"input": self.turns, "max_output_tokens": most, "temperature": sampling.temperature}
+        name = "prompt" if self.route == "completions" else "messages"
+        return {name: self.turns, "max_tokens": most, "temperature": sampling.temperature, "seed": sampling.seed}
+
+    def text(self, answer: dict[str, Any]) -> tuple[str, int]:
+        """The text of a whole answer, and how many tokens it has."""
+        if self.route == "responses":
+            texts = [part["text"] for item in answer["output"] for part in item["content"]]
+            return "".join(texts), answer["usage"]["output_tokens"]
+        (choice,) = answer["choices"]
+        text = choice["text"] if self.route == "completions" else choice["message"]["content"]
+        return text, answer["usage"]["completion_tokens"]
+
+    def piece(self, event: dict[str, Any]) -> str:
+        """What an event of a stream adds."""
+        if self.route == "responses":
+            return event["delta"] if event["type"] == "response.output_text.delta" else ""
+        choice = event["choices"][0]
+        return choice["text"] if self.route == "completions" else choice["delta"].get("content") or ""
 
 
 @dataclass
@@ -77,11 +108,13 @@ def questions(source: random.Random) -> list[Question]:
     """Short and long prompts, short and long answers, greedy and drawn."""
     found = []
     for i in range(QUESTIONS):
-        length = min(int(source.lognormvariate(3.2, 0.9)) + 2, 70)
+        length = min(int(source.lognormvariate(3.2, 0.9)) + 2, 50)
         start = source.randrange(max(1, len(WORDS) - length))
         most = min(int(source.lognormvariate(2.6, 0.8)) + 2, 80)
-        sampling = Sampling(max_new_tokens=most, temperature=0.0 if i % 2 else 0.9, seed=i)
-        found.append(Question(" ".join(WORDS[start : start + length]), sampling))
+        route = ROUTES[i % 3]
+        greedy = i % 2 or route == "responses"  # which knows no seeds
+        sampling = Sampling(max_new_tokens=most, temperature=0.0 if greedy else 0.9, seed=i)
+        found.append(Question(" ".join(WORDS[start : start + length]), sampling, route))
     return found
 
 
@@ -134,7 +167,7 @@ async def ask(http: httpx.AsyncClient, asked: Question, alone: str, source: rand
         seen.kinds["hung up"] += 1
         return
     if text is None:
-        seen.kinds["sent away"] += 1
+        seen.kinds["not answered"] += 1
         return
     seen.kinds["answered"] += 1
     seen.whole.append(time.monotonic() - began)
@@ -146,30 +179,38 @@ async def streamed(http: httpx.AsyncClient, asked: Question, seen: Seen, most: i
     """The text; with `most`, the connection is closed after so many pieces of it."""
     pieces: list[str] = []
     began = time.monotonic()
-    async with http.stream("POST", "/v1/completions", json=asked.fields | {"stream": True}) as answer:
-        if answer.status_code == 429:
-            return None
+    async with http.stream("POST", f"/v1/{asked.route}", json=asked.fields | {"stream": True}) as answer:
+        if answer.status_code != 200:
+            return refused(answer.status_code, asked, seen)
         async for line in answer.aiter_lines():
             if most is not None and len(pieces) >= most:
                 raise TimeoutError
             if line.startswith("data: {"):
-                if not pieces:
-                    seen.first.append(time.monotonic() - began)
                 event = json.loads(line[6:])
-                if "error" in event:
+                if event.get("error") or event.get("type") == "error":
                     seen.wrong.append(str(event))
-                    return ""
-                pieces.append(event["choices"][0]["text"])
-                seen.tokens += 1
+                    return None
+                if piece := asked.piece(event):
+                    if not pieces:
+                        seen.first.append(time.monotonic() - began)
+                    pieces.append(piece)
+                    seen.tokens += 1
     return "".join(pieces)
 
 
 async def whole(http: httpx.AsyncClient, asked: Question, seen: Seen) -> str | None:
-    answer = await http.post("/v1/completions", json=asked.fields)
-    if answer.status_code == 429:
-        return None
-    seen.tokens += answer.json()["usage"]["completion_tokens"]
-    return answer.json()["choices"][0]["text"]
+    answer = await http.post(f"/v1/{asked.route}", json=asked.fields)
+    if answer.status_code != 200:
+        return refused(answer.status_code, asked, seen)
+    text, tokens = asked.text(answer.json())
+    seen.tokens += tokens
+    return text
+
+
+def refused(status: int, asked: Question, seen: Seen) -> None:
+    """A right request may be sent away for now, and nothing else."""
+    if status != 429:
+        seen.wrong.append(f"{status} for {asked.route}: {asked.fields}")
 
 
 def figures(url: str) -> dict[str, float]:
@@ -198,7 +239,7 @@ def answers_alone(model: str, seed: int) -> list[str]:
     lm = load(model)
     assert isinstance(lm, LocalModel)
     asked = questions(random.Random(seed))
-    return [lm.complete([one.prompt], one.sampling)[0].text for one in asked]
+    return [lm.complete([one.turns], one.sampling)[0].text for one in asked]
 
 
 def growth(memory: list[tuple[float, int]]) -> float:

@@ -27,7 +27,6 @@ GROUND = {  # a request that is right but for what is made up beside it
     "POST /tokenize": {"messages": ASK, "prompt": None, "model": None},
 }
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
-ROUTES = 17  # about so many times `each` requests are sent
 KEYS = {"message", "type", "param", "code"}
 
 
@@ -43,21 +42,30 @@ class Conformance:
         return sum(self.answers.values())
 
 
-def conform(url: str, each: int, seed: int = 0) -> Conformance:
-    """Send `each` requests to every route of the server at `url`: right ones, wrong ones, and, so that the engine is
-    reached, a right one with fields made up beside its own.
+def conform(url: str, least: int, seed: int = 0) -> Conformance:
+    """Send at least so many requests to the server at `url`, and about as many to each route: right ones, wrong ones,
+    and, so that the engine is reached, a right one with fields made up beside its own.
     """
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    found = Conformance()
+    found, before = Conformance(), -1
     with requests.Session() as session:
-        for result in schema.get_all_operations():
-            operation = result.ok()
-            for mode in GenerationMode:
-                _explore(operation, mode, each, seed, session, found, {})
-            if operation.label in GROUND:
-                ground = GROUND[operation.label]
-                _explore(operation, GenerationMode.POSITIVE, each, seed + 1, session, found, ground)
+        while before < found.requests < least:
+            before = found.requests
+            _round(schema, max(6, least // 20), seed, session, found)
+            seed += 2
+    assert found.requests >= least, f"{found.requests} requests were made up, no more"
     return found
+
+
+def _round(schema, each, seed, session, found) -> None:
+    """`each` requests of each kind to each route, or as many as there are."""
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        for mode in GenerationMode:
+            _explore(operation, mode, each, seed, session, found, {})
+        if operation.label in GROUND:
+            ground = GROUND[operation.label]
+            _explore(operation, GenerationMode.POSITIVE, each, seed + 1, session, found, ground)
 
 
 def _explore(operation, mode, each, seed, session, found, ground) -> None:
