@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from allyouneed.generate.blocks import BlockPool, chained
 from allyouneed.generate.tables import BlockTable, Tables
 from allyouneed.nn.caches import Cache, OwnKeyValues, RecurrentState, Rows
 from allyouneed.nn.memories import Memories
-from allyouneed.nn.paged import PagedKeyValues, Storage
+from allyouneed.nn.paged import Bank, PagedKeyValues, Storage
 from allyouneed.nn.sight import Memory
 
 BLOCKS, SIZE = 12, 4
@@ -239,3 +240,20 @@ def test_what_was_made_of_a_memory_keeps_nothing_else_alive():
     assert alone is not None
     for kept, made in zip(alone._made[0][0], whole, strict=True):
         assert torch.equal(kept, made[:1, :, :2]) and kept.untyped_storage().nbytes() == kept.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says which pages there are")
+def test_memory_comes_in_small_pages_and_only_where_it_is_written():
+    """Pages of 2 MiB would be 2 MiB of every layer for the first token."""
+    bank = Bank((4096, 2, 16, 64), torch.float32, torch.device("cpu"), eight_bits=False)
+    bank.data[::512] = 1
+    place, inside, fields = bank.data[2048].data_ptr(), False, dict[str, str]()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, value = line.split(maxsplit=1)
+        if not name.endswith(":"):
+            first, last = (int(end, 16) for end in name.split("-"))
+            inside = first <= place < last
+        elif inside:
+            fields[name] = value
+    assert "hg" not in fields["VmFlags:"].split()
+    assert fields["AnonHugePages:"] == "0 kB" and int(fields["Rss:"].split()[0]) < bank.data.nbytes / 1024 / 100

@@ -15,7 +15,8 @@ import torch
 from mutations import mutations, survives
 
 from allyouneed.core.errors import InputError
-from allyouneed.data import materials
+from allyouneed.data import materials, vocabularies
+from allyouneed.generate.load import load
 from allyouneed.models.checkpoints.gguf import GGUF
 from allyouneed.models.checkpoints.gguf_header import DEEPEST, SUPPORTED
 
@@ -276,3 +277,14 @@ def test_a_real_file() -> None:
     assert len(file.need("tokenizer.ggml.merges", list)) == 48900
     assert file.tensor("token_embd.weight").shape == (49152, 576)
     assert file.tensor("blk.0.ffn_down.weight").std() > 0
+
+
+def test_a_header_is_read_once_and_its_merges_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[GGUF] = []
+    real = GGUF.open
+    monkeypatch.setattr(GGUF, "open", lambda path: opened.append(real(path)) or opened[-1])
+    load("smollm2-135m-instruct")
+    (file,) = opened
+    merges = file.need("tokenizer.ggml.merges", list)
+    made = vocabularies.from_gguf(file)["model"]["merges"]
+    assert len(made) == len(merges) and all(one is other for one, other in zip(made, merges, strict=True))

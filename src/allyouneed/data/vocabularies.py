@@ -160,8 +160,7 @@ def from_gguf(file: Metadata) -> dict[str, Any]:
     split = file.find("tokenizer.ggml.pre", str, "default")
     if split not in _GGUF_SPLITS:
         raise unknown(f"tokenizer.ggml.pre in {file.path}:", split[:60], _GGUF_SPLITS)
-    merges = [_pair(file, merge) for merge in file.need("tokenizer.ggml.merges", list)]
-    return byte_level(vocab, merges, split=_GGUF_SPLITS[split], added=added, prefix=prefix, suffix=suffix)
+    return byte_level(vocab, _merges(file), split=_GGUF_SPLITS[split], added=added, prefix=prefix, suffix=suffix)
 
 
 def gguf_id(file: Metadata, role: str, size: int) -> int | None:
@@ -257,11 +256,13 @@ def _ids_added(file: Metadata, role: str, default: bool, size: int) -> list[int]
     return [token] if token is not None and file.find(f"tokenizer.ggml.add_{role}_token", bool, default) else []
 
 
-def _pair(file: Metadata, merge: str) -> list[str]:
-    pair = merge.split(" ")
-    if len(pair) != 2:
-        raise InputError(f"{file.path}: metadata 'tokenizer.ggml.merges' holds {merge[:60]!r}; two tokens are accepted")
-    return pair
+def _merges(file: Metadata) -> list[str]:
+    """Pairs of tokens with a space between: the file's own strings, which are nowhere made into lists of two."""
+    merges: list[str] = file.need("tokenizer.ggml.merges", list)
+    wrong = next((merge for merge in merges if merge.count(" ") != 1), None)
+    if wrong is not None:
+        raise InputError(f"{file.path}: metadata 'tokenizer.ggml.merges' holds {wrong[:60]!r}; two tokens are accepted")
+    return merges
 
 
 def _sentencepiece(

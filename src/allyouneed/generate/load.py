@@ -27,14 +27,14 @@ def load(name: str | Path | Sequence[str], *, packed: bool = True) -> LanguageMo
         return RemoteModel(str(name) if isinstance(name, Path) else name)
     from allyouneed.generate.local import LocalModel
     from allyouneed.generate.local_encoder import LocalEncoder, Reading
-    from allyouneed.models.checkpoints.loading import as_decoder, load_module, load_tokenizer, open_checkpoint
+    from allyouneed.models.checkpoints.loading import as_decoder, load_module, load_tokenizer, opened
     from allyouneed.models.encoder import Encoder
     from allyouneed.nn.prepacked import prepack
 
-    path = open_checkpoint(name)
-    module = load_module(path, packed=packed)
+    found = opened(name)
+    module, tokenizer = load_module(found, packed=packed), load_tokenizer(found)
     if isinstance(module, Encoder):
-        reading = Reading.of(path, module.config.context)
+        assert isinstance(found, Path), "no encoder comes in a GGUF file"
         prepack(module)
-        return LocalEncoder(module, load_tokenizer(path), str(name), reading)
-    return LocalModel(as_decoder(module, name), load_tokenizer(path), str(name))
+        return LocalEncoder(module, tokenizer, str(name), Reading.of(found, module.config.context))
+    return LocalModel(as_decoder(module, name), tokenizer, str(name))

@@ -9,11 +9,12 @@ Shapes: N blocks, S tokens a block, B rows, n blocks a row, T new tokens, H key/
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Sequence
 from functools import partial
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from allyouneed.nn.caches import Cache, KeyValues, LayerCache, OwnKeyValues, Rec
 from allyouneed.nn.memories import Memories
 
 INT8 = 127.0
-ALIGNED = 64  # bytes
 
 
 class Room:
@@ -273,12 +273,16 @@ def _doubled(x: Tensor, least: int) -> Tensor:
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU memory that the system hands out page by page as it is written, which PyTorch's are not, and
-    that begins where a vector of the processor may.
+    """Zeros; on the CPU memory that the system hands out page by page as it is written, which PyTorch's are not. NumPy
+    asks for pages of 2 MiB: so much of each layer's keys, and of its values, for the first token.
     """
-    if device.type != "cpu":
+    size = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    size = prod(shape) * torch.empty((), dtype=dtype).element_size()
-    raw = np.zeros(size + ALIGNED, dtype=np.uint8)
-    start = -raw.ctypes.data % ALIGNED
-    return torch.from_numpy(raw[start : start + size]).view(dtype).view(tuple(shape))
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, size)
+    else:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))

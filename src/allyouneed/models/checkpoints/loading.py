@@ -16,11 +16,20 @@ from allyouneed.models.heads import Head
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
 
 
-def load_module(name: str | Path, *, packed: bool = False, step: int | None = None) -> huggingface.Model:
+def opened(name: str | Path) -> GGUF | Path:
+    """The checkpoint that `name` stands for, fetched where need be: its folder, or its `.gguf` file with the header
+    read, which module and tokenizer are both in.
+    """
+    path = open_checkpoint(name)
+    return GGUF.open(path) if path.is_file() else path
+
+
+def load_module(name: str | Path | GGUF, *, packed: bool = False, step: int | None = None) -> huggingface.Model:
     """The model of a checkpoint as a module in evaluation mode: a decoder, an encoder, or both in one.
 
     Args:
-        name: a material's name, a folder in the Hugging Face layout, a hub id (`org/name`) or a `.gguf` file.
+        name: a material's name, a folder in the Hugging Face layout, a hub id (`org/name`) or a `.gguf` file, which may
+            be open already.
         packed: compute from a GGUF's quantised blocks instead of float32 copies; such weights are frozen.
         step: of a model that was kept along its training: the folder `step<k>` in the folder `name` (`train.suite`),
             or the hub's revision of that name, as Pythia has them.
@@ -32,8 +41,10 @@ def load_module(name: str | Path, *, packed: bool = False, step: int | None = No
     Traceback (most recent call last):
     allyouneed.core.errors.InputError: ...
     """
-    path = open_checkpoint(name) if step is None else _open_step(name, step)
-    return ggml.load(GGUF.open(path), packed=packed) if path.is_file() else huggingface.load(path)
+    if isinstance(name, GGUF):
+        return ggml.load(name, packed=packed)
+    found = opened(name if step is None else _open_step(name, step))
+    return ggml.load(found, packed=packed) if isinstance(found, GGUF) else huggingface.load(found)
 
 
 def load_decoder(name: str | Path, *, packed: bool = False) -> Decoder:
@@ -59,10 +70,10 @@ def as_decoder(module: huggingface.Model, name: object) -> Decoder:
     raise InputError(f"{name}: {does}; a decoder is wanted, which continues a text")
 
 
-def load_tokenizer(name: str | Path) -> Tokenizer:
+def load_tokenizer(name: str | Path | GGUF) -> Tokenizer:
     """The tokenizer that belongs to a checkpoint, with its chat template."""
-    path = open_checkpoint(name)
-    return Tokenizer.from_gguf(GGUF.open(path)) if path.is_file() else Tokenizer.from_folder(path)
+    found = name if isinstance(name, GGUF) else opened(name)
+    return Tokenizer.from_gguf(found) if isinstance(found, GGUF) else Tokenizer.from_folder(found)
 
 
 def save(
