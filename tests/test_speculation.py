@@ -216,6 +216,17 @@ def test_seeds_give_the_same_tokens_alone_and_in_any_batch(target, name):
         assert alone == run(target, requests)[0]
 
 
+@pytest.mark.parametrize("blocks", [14, 16, 20, 30])
+def test_a_draft_model_without_room_for_all_texts_holds_what_it_read(target, blocks):
+    """The model shares the blocks of a prefix, its draft does not: some texts must do without, and none be corrupted."""
+    prefix, draft = list(range(12)) * 2, model(1, 2)
+    sampling = Sampling(max_new_tokens=12, temperature=0)
+    requests = [Request(ids=[*prefix, i], sampling=sampling) for i in range(4)]
+    wanted, _ = run(target, requests)
+    found, engine = run(target, requests, Draft(draft, Length(first=4, most=4)), blocks=blocks, max_batch=8)
+    assert found == wanted and engine.statistics().drafts > 0
+
+
 def test_all_that_the_same_model_guesses_is_kept(target):
     requests = [
         Request(ids=ids, sampling=Sampling(max_new_tokens=30, temperature=t)) for ids, t in [([1, 2], 0.0), ([3], 1.0)]

@@ -166,7 +166,7 @@ def _own_piece(guess: _Guess) -> Piece:
 
 @dataclass(eq=False)
 class _Held:
-    """What a draft model holds of a text: `tokens`, of which the first `sure` ones are no drafts."""
+    """What a draft model holds of a text: `tokens`, of which the first `sure` ones were compared with the text."""
 
     table: BlockTable
     tokens: list[int] = field(default_factory=list)
@@ -178,7 +178,7 @@ class _Held:
         while length < min(len(self.tokens), len(tokens) - 1) and self.tokens[length] == tokens[length]:
             length += 1
         del self.tokens[length:]
-        self.table.length, self.sure = length, len(tokens)
+        self.table.length = self.sure = length  # what it will read of the text may never come to be read
 
 
 class Draft:
