@@ -234,6 +234,91 @@ def test_a_listener_that_leaves_takes_its_requests_along(module):
     assert [found[0], found[2], *rest] == alone and engine.idle
 
 
+class BrokenError(Exception):
+    """What a caller's own code raises."""
+
+
+def breaking(at: int, error: type[BaseException] = BrokenError):
+    """A `stop` that raises at its token number `at`."""
+    asked: list[int] = []
+
+    def stop(token: int) -> bool:
+        asked.append(token)
+        if len(asked) == at:
+            raise error("no such luck")
+        return False
+
+    return stop
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_breaks_one_request_ends_no_other(module, place):
+    """Neither do others lose a token, wherever the broken one stands among them."""
+    sampling = [Sampling(max_new_tokens=9, seed=i) for i in range(3)]
+    alone = [tokens(ask(engine_of(module), [i + 1], max_new_tokens=9, seed=i)) for i in range(3)]
+    engine = engine_of(module)
+    for i, one in enumerate(sampling):
+        stop = {"stop": breaking(4)} if i == place else {}
+        engine.add(Request(ids=[i + 1], sampling=one, **stop))
+    found: dict[int, list[Step]] = {i: [] for i in range(3)}
+    broken: list[str] = []
+    while not engine.idle:
+        try:
+            for step in engine.step():
+                found[step.request].append(step)
+        except BrokenError as error:
+            broken += error.__notes__
+    assert broken == [f"It ended request {place} of the engine; others go on."]
+    assert found[place][-1].finish_reason == "error"
+    for i in range(3):
+        assert tokens(found[i]) == (alone[i][:4] if i == place else alone[i])
+    assert engine.statistics().free == engine.statistics().blocks
+
+
+def test_an_error_reaches_the_listener_it_belongs_to(module):
+    engine, sampling = engine_of(module), Sampling(max_new_tokens=6, seed=1)
+    alone = [step.token for step in engine_of(module).steps([[1]], [sampling])]
+    stop = breaking(3)
+    healthy, broken = (
+        engine.steps([[1]], [sampling]),
+        engine.steps([[2]], [sampling], lambda request, token: stop(token)),
+    )
+    found = [next(broken).token, next(healthy).token]
+    assert [found[1], *(step.token for step in healthy)] == alone  # it steps the broken one, too
+    with pytest.raises(BrokenError):
+        list(broken)
+    assert engine.idle and engine.statistics().free == engine.statistics().blocks
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("when", ["reading", "after reading", "choosing"])
+def test_a_pass_that_breaks_off_is_made_up_for(module, recurrent, when, monkeypatch):
+    """Ctrl-C at any place: who interrupts loses its own request only, all others get the tokens that they would."""
+    module = rwkv.EXAMPLE.build().eval() if recurrent else module
+    sampling = [Sampling(max_new_tokens=6, seed=i) for i in range(3)]
+    alone = [[step.token for step in engine_of(module).steps([[i + 1]], [sampling[i]])] for i in range(3)]
+    engine = engine_of(module)
+    stops = [breaking(3, KeyboardInterrupt) if when == "choosing" and i == 1 else breaking(99) for i in range(3)]
+    streams = [engine.steps([[i + 1]], [sampling[i]], lambda _, token, i=i: stops[i](token)) for i in range(3)]
+    found = [[next(stream).token] for stream in streams]
+    read = engine.reader.read
+
+    def interrupted(pieces):
+        monkeypatch.undo()
+        if when == "after reading":
+            read(pieces)
+        raise KeyboardInterrupt
+
+    if when != "choosing":
+        monkeypatch.setattr(engine.reader, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for step in streams[1]:
+            found[1].append(step.token)
+    for i in (0, 2):
+        assert found[i] + [step.token for step in streams[i]] == alone[i]
+    assert engine.idle and engine.statistics().free == engine.statistics().blocks
+
+
 def test_higher_priorities_come_first_and_interrupt(module):
     engine = engine_of(module, max_batch=2, block_size=4, blocks=40)
     sampling = Sampling(max_new_tokens=6, temperature=0.0)
@@ -359,6 +444,13 @@ def test_what_can_never_run_is_refused(module, fields, named):
 def test_configurations_that_nothing_could_run_with_are_refused(name):
     with pytest.raises(InputError, match=f"{name}=0"):
         Engine.Config(**{name: 0})
+
+
+def test_recurrent_models_read_together():
+    engine = engine_of(rwkv.EXAMPLE.build().eval())
+    for i in range(5):
+        engine.add(Request(ids=[i + 1], sampling=Sampling(max_new_tokens=2)))
+    assert len(engine.step()) == engine.running == 5
 
 
 def test_states_and_keys_in_one_model():

@@ -218,7 +218,7 @@ def test_seeds_give_the_same_tokens_alone_and_in_any_batch(target, name):
 
 @pytest.mark.parametrize("blocks", [14, 16, 20, 30])
 def test_a_draft_model_without_room_for_all_texts_holds_what_it_read(target, blocks):
-    """The model shares the blocks of a prefix, its draft does not: some texts must do without, and none be corrupted."""
+    """The model shares the blocks of a prefix, its draft does not: some texts must do without."""
     prefix, draft = list(range(12)) * 2, model(1, 2)
     sampling = Sampling(max_new_tokens=12, temperature=0)
     requests = [Request(ids=[*prefix, i], sampling=sampling) for i in range(4)]

@@ -61,6 +61,13 @@ class Scheduler:
             self._admit_all(budget)
         return self._turns
 
+    def interrupt_all(self) -> list[Continuation]:
+        """Have those that run wait again, holding nothing: a pass broke off."""
+        found = list(self.running)
+        for one in found:
+            self._interrupt(one)
+        return found
+
     def fork(self, leader: Continuation) -> list[Continuation]:
         """Those that wait with the very prompt that `leader` has just read: they hold what it holds, and run from now
         on.
@@ -137,9 +144,10 @@ class Scheduler:
 
     def _open(self, one: Continuation) -> bool:
         """Take the blocks for all its tokens: those that can be found, and room for the rest."""
-        spare = len(self.running)  # those that run will soon want a block each
+        needed = self.tables.count(len(one.tokens))
+        spare = len(self.running) if needed else 0  # those that run will soon want a block each, where there are any
         keys = [] if one.echoing else one.keys[: self.tables.found(one.keys)]
-        if self.tables.count(len(one.tokens)) - len(keys) + spare > self.tables.pool.free:
+        if needed - len(keys) + spare > self.tables.pool.free:
             return False
         table = self.tables.open(one.request.memory)
         self.tables.adopt(table, keys)
