@@ -373,6 +373,22 @@ def test_whether_a_schema_ends(schema, finite):
     assert ends(schema) is finite
 
 
+@pytest.mark.parametrize(("last", "finite"), [(True, True), ({"$ref": "#/$defs/0"}, False)])
+def test_chained_references_take_time_in_proportion(last, finite):
+    count = 6_000
+    chain = {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(count)} | {str(count): last}
+    start = time.perf_counter()
+    assert ends({"$ref": "#/$defs/0", "$defs": chain}) is finite
+    assert time.perf_counter() - start < 2  # 0.05 seconds of arithmetic; all against all take eight
+
+
+def test_a_schema_of_many_characters_is_refused_before_it_is_read(of_bytes, monkeypatch):
+    monkeypatch.setattr("allyouneed.generate.guides.ends", pytest.fail)
+    for schema in ({"const": "x" * (1 << 18)}, '{"const": "' + "x" * (1 << 18)):
+        with pytest.raises(InputError, match="at most 262144"):
+            of_bytes.json_schema(schema)
+
+
 def test_a_model_in_this_process_writes_what_was_asked_for():
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
