@@ -376,6 +376,45 @@ def test_a_client_that_comes_back_is_owed_nothing(module):
     assert 3 <= sum(order[:10]) <= 7
 
 
+@pytest.mark.parametrize("rank", [{"client": "other"}, {"client": "other", "priority": 1}])
+def test_samples_of_one_prompt_do_not_pass_those_whose_turn_is_sooner(module, rank):
+    engine = engine_of(module, max_batch=3, chunk=8)
+    many = [
+        engine.add(Request(ids=list(range(16)), sampling=Sampling(max_new_tokens=9, seed=i), client="many"))
+        for i in range(4)
+    ]
+    assert engine.step() == []  # half of the prompt is read
+    other = engine.add(Request(ids=[9] * 8, sampling=Sampling(max_new_tokens=9), **rank))
+    assert [step.request for step in engine.step()] == many[:2]  # two of them, from one reading; a place is left
+    assert engine.statistics().shared == 16 and engine.running == 2
+    assert sorted(step.request for step in engine.step()) == [*many[:2], other]
+    finish(engine)
+
+
+def test_samples_of_one_prompt_are_charged_a_token_each(module):
+    engine = engine_of(module, max_batch=4)
+    for i in range(4):
+        engine.add(Request(ids=list(range(8)), sampling=Sampling(max_new_tokens=9, seed=i), client="many"))
+    engine.step()
+    assert engine.running == 4 and engine._scheduler._served == {"many": 8 + 3}
+
+
+def test_none_is_interrupted_where_that_makes_no_room(module):
+    """Blocks that a lower priority shares with others do not become free with it."""
+    engine, ids = engine_of(module, block_size=4, blocks=16), list(range(32))
+    ask(engine, ids, max_new_tokens=1)  # to be found
+    shared = {"sampling": Sampling(max_new_tokens=20), "client": "one"}
+    engine.add(Request(ids=[*ids, 1], priority=1, **shared))
+    low = engine.add(Request(ids=[*ids, 2], priority=0, **shared))
+    engine.step()
+    assert engine.running == 2 and engine.statistics().free == 6
+    waits = engine.add(Request(ids=[7] * 28, sampling=Sampling(max_new_tokens=1), priority=1))
+    told = {step.request for _ in range(3) for step in engine.step()}
+    assert engine.statistics().preemptions == 0 and low in told and waits not in told
+    engine.add(Request(ids=[8] * 8, sampling=Sampling(max_new_tokens=1), priority=2))
+    assert len(finish(engine)) == 4 and engine.statistics().free == 16
+
+
 def test_long_prompts_do_not_hold_up_those_that_run(module):
     engine = engine_of(module, chunk=8)
     running = engine.add(Request(ids=[1, 2], sampling=Sampling(max_new_tokens=20)))
