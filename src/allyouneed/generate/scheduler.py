@@ -191,7 +191,7 @@ class Scheduler:
             return False
         found = self.tables.found(one.keys)
         for other in self.running:
-            if other.unread > 1 and not other.made:
+            if not other.made:
                 further = found < min(len(one.keys), len(other.keys)) and one.keys[found] == other.keys[found]
                 if further or one.whole == other.whole:
                     return True
