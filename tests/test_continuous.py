@@ -14,6 +14,7 @@ from allyouneed.data import materials
 from allyouneed.generate.drafting import Draft, EarlyExit
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.reading import TorchReader
 from allyouneed.generate.requests import Request
 from allyouneed.generate.speculation import PromptLookup, Speculator
 from allyouneed.models.checkpoints import huggingface
@@ -21,7 +22,7 @@ from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder_decoder import Answering
 
 NEW, SMOLLM2 = 8, "smollm2-135m-instruct"
-MANY = 64  # prompts
+MANY, FEWER = 64, 16  # prompts
 
 
 def expected(theirs: transformers.PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
@@ -168,6 +169,16 @@ def case(request, tmp_path_factory):
 def test_tokens_equal_theirs(case, path):
     module, prompts, wanted = case
     assert path(module, prompts, NEW) == wanted
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
+def test_tokens_equal_theirs_where_pytorch_reads(case, path, monkeypatch):
+    """What every model without a program is read with; some prompts, since it takes longer."""
+    monkeypatch.setattr("allyouneed.generate.native_reader.native_reader", lambda module, storage: None)
+    read, passes = TorchReader.read, list[int]()
+    monkeypatch.setattr(TorchReader, "read", lambda self, pieces: passes.append(len(pieces)) or read(self, pieces))
+    module, prompts, wanted = case
+    assert path(module, prompts[:FEWER], NEW) == wanted[:FEWER] and passes
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 
@@ -288,6 +289,19 @@ def test_an_error_reaches_the_listener_it_belongs_to(module):
     with pytest.raises(BrokenError):
         list(broken)
     assert engine.idle and engine.statistics().free == engine.statistics().blocks
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 5}, {"min_p": 0.1, "seed": 3}])
+def test_logits_that_are_no_numbers_end_their_request_only(module, options):
+    module, sampling = copy.deepcopy(module), Sampling(max_new_tokens=4, **options)
+    with torch.no_grad():
+        module.embedding.weight[7] = float("nan")
+    engine = engine_of(module)
+    broken, healthy = (engine.add(Request(ids=[token], sampling=sampling)) for token in (7, 1))
+    with pytest.raises(InputError, match="no finite numbers"):
+        engine.step()
+    found = finish(engine)
+    assert broken not in found and len(found[healthy]) == 4
 
 
 @pytest.mark.parametrize("recurrent", [False, True])

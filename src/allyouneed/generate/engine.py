@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.reading import Continues, reader_of
 from allyouneed.generate.requests import Guide, Request, Step
-from allyouneed.generate.sampling import Sampler
+from allyouneed.generate.sampling import NO_NUMBERS, Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
 from allyouneed.generate.speculation import Asked, Drafts, Speculator
 from allyouneed.generate.tables import Tables
@@ -345,6 +346,8 @@ class Engine:
                 token = one.sampler.judge(logits, drafts.tokens[i], drafts.odds[i])
             else:
                 token = one.sampler.choose(logits)
+            if isnan(logprobs[i, token]):  # greedy, too
+                raise InputError(f"request {one.number}: {NO_NUMBERS}")
             one.tokens.append(token)
             reason = self._finished(one, token)
             self._tell(one.step(token, logprobs[i], reason))
