@@ -113,7 +113,7 @@ class Engine:
         if speculator is not None:
             if storage.states:
                 raise InputError("speculation: drafts cannot be taken back from a recurrent state; go without")
-            speculator.attach(module, storage)
+            speculator.attach(module, storage, self.config.chunk)
 
     @property
     def idle(self) -> bool:
@@ -292,6 +292,8 @@ class Engine:
 
     def _read_all(self, turns: Turns) -> list[tuple[Continuation, Tensor]]:
         """Have the model read; those that go on with a token, and the logits that say which."""
+        if not turns:  # all wait for their drafts
+            return []
         pieces = [self.tables.piece(one.held, one.next(count), one.wanted(count)) for one, count in turns.items()]
         rows = self.reader.read(pieces).split([piece.wanted for piece in pieces])
         due: list[tuple[Continuation, Tensor]] = []
@@ -307,12 +309,15 @@ class Engine:
         return due
 
     def _guess(self, turns: Turns) -> None:
-        """Have drafts made for those that read their last token."""
+        """Have drafts made for those that read their last token; those that wait for theirs lose their turn."""
         if self._speculator is None:
             return
         able = [one for one in turns if one.unread == 1 and one.ahead > 0]
         asked = [Asked(one.number, one.tokens, one.ahead, one.sampler, one.held) for one in able]
         for one, drafts in zip(able, self._speculator.propose(asked) if asked else (), strict=True):
+            if drafts is None:
+                del turns[one]
+                continue
             one.drafts = drafts
             self._drafts += len(drafts.tokens)
 

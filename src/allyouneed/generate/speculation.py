@@ -93,14 +93,16 @@ class Drafts:
 class Speculator(Protocol):
     """Guesses the next tokens of requests that are being continued."""
 
-    def attach(self, module: Continues, storage: Storage) -> None:
-        """Guess for this model; called once, by its engine."""
+    def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
+        """Guess for this model, reading at most `chunk` tokens of texts in a pass; called once, by its engine."""
 
     def pace(self) -> Pace:
         """Of a new request."""
 
-    def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
-        """Guesses for each, at most `count`, maybe none."""
+    def propose(self, asked: Sequence[Asked]) -> Sequence[Drafts | None]:
+        """Guesses for each, at most `count`, maybe none. None: it waits for them, sitting out this pass; the first of
+        those that would wait never has to wait for another.
+        """
 
     def forget(self, number: int) -> None:
         """A request is over."""
@@ -142,7 +144,7 @@ class PromptLookup:
         self.config = config or PromptLookup.Config()
         self._texts: dict[int, _Found] = {}
 
-    def attach(self, module: Continues, storage: Storage) -> None:
+    def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
         """Nothing of the model is needed."""
 
     def pace(self) -> Pace:
