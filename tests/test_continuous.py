@@ -11,8 +11,8 @@ import transformers
 
 import allyouneed as ayn
 from allyouneed.data import materials
-from allyouneed.generate.drafting import Draft, EarlyExit
-from allyouneed.generate.engine import Engine
+from allyouneed.generate.drafting import Draft, EarlyExit, Length, first_layers
+from allyouneed.generate.engine import Engine, Statistics
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.reading import TorchReader
 from allyouneed.generate.requests import Request
@@ -130,23 +130,41 @@ def arriving(module: Decoder, prompts: list[list[int]], new: int) -> list[list[i
 
 def guessed(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
     """Drafts of every kind, in mixed batches, chunks and after interruptions: all give the same."""
-    found = [judged(module, prompts, new, one) for one in (PromptLookup(), Draft(module), EarlyExit(1))]
+    found = [judged(module, prompts, new, one)[0] for one in (PromptLookup(), Draft(module), EarlyExit(1))]
     assert found[0] == found[1] == found[2]
     return found[0]
 
 
 def exited(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
     """Two thirds of the layers guess."""
-    return judged(module, prompts, new, EarlyExit(2 * module.config.num_layers // 3))
+    found, _ = judged(module, prompts, new, EarlyExit(2 * module.config.num_layers // 3))
+    return found
 
 
-def judged(module: Decoder, prompts: list[list[int]], new: int, speculator: Speculator) -> list[list[int]]:
+def looked_up(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Drafts after a single token that agrees: most are wrong, and none may leave anything behind."""
+    found, statistics = judged(module, prompts, new, PromptLookup(PromptLookup.Config(shortest=1)))
+    assert 0 < statistics.kept < statistics.drafts
+    return found
+
+
+def drafted(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Another model, with a cache of its own: most of the layers as they are."""
+    draft = Draft(first_layers(module, 5 * module.config.num_layers // 6), Length(least=0.1))
+    found, statistics = judged(module, prompts, new, draft)
+    assert 0 < statistics.kept < statistics.drafts
+    return found
+
+
+def judged(
+    module: Decoder, prompts: list[list[int]], new: int, speculator: Speculator
+) -> tuple[list[list[int]], Statistics]:
     longest = max(map(len, prompts)) + new
     config = Engine.Config(block_size=4, blocks=-(-longest // 4) + 8, max_batch=7, chunk=16)
     engine = Engine(module, config=config, speculator=speculator)
     found = collect(engine, [engine.add(Request(ids=ids, sampling=greedy(new))) for ids in prompts])
     assert freed(engine) and engine.statistics().drafts > 0
-    return found
+    return found, engine.statistics()
 
 
 Path = Callable[[Decoder, list[list[int]], int], list[list[int]]]
@@ -221,6 +239,13 @@ def test_the_real_models_tokens_equal_theirs(smollm2, path):
     module, prompts, wanted = smollm2
     assert len(prompts) >= 80
     assert path(module, prompts, 6) == wanted
+
+
+@pytest.mark.parametrize("path", [shared, looked_up, drafted], ids=lambda path: path.__name__)
+def test_the_real_models_tokens_equal_theirs_for_some(smollm2, path):
+    """Paths that take longer."""
+    module, prompts, wanted = smollm2
+    assert path(module, prompts[:28], 6) == wanted[:28]
 
 
 def test_recurrent_models_come_and_go(tmp_path):
