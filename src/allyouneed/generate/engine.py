@@ -388,7 +388,7 @@ class Engine:
     def _ended(self, one: Continuation, token: int) -> str | None:
         """The same, of a token that is no end token."""
         sampling, guide = one.request.sampling, one.request.guide
-        if one.request.stop(token) and one.made >= sampling.min_tokens:
+        if one.request.stop(token):
             return "stop"
         if guide is not None and guide.finished:
             return "stop"
