@@ -144,9 +144,12 @@ class Guides:
         if not texts:
             raise InputError("choice: there are no texts to choose from")
         for text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"choice: {brief(text)} has half of a surrogate pair, which no text can hold")
             if not self._spelling.complete and not _writes(self._spelling, text):
                 raise InputError(f"choice: {brief(text)} cannot be written with the tokens of {self._name}")
-        options = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+        written = [json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in texts]
+        options = " | ".join(written)  # JSON leaves the one control character as it is that Lark's strings cannot hold
         return self._guide("choice", f"start: {options}", partial=True)
 
     def grammar(self, lark: str) -> GrammarGuide:
