@@ -9,6 +9,8 @@ import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"  # before any module imports Triton, which reads it then
 
+collect_ignore = ["vllm_run.py"]  # run by hand, where vLLM is
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--most-seconds", type=float, default=60.0, help="a test that takes longer fails; 0: none does")

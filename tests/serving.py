@@ -127,7 +127,7 @@ class Scripted:
         self.under_way: dict[int, tuple[Request, int]] = {}
         self.added = 0
 
-    waiting = 0
+    waiting, room = 0, CONTEXT
 
     @property
     def running(self) -> int:

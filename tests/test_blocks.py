@@ -13,7 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from allyouneed.generate.blocks import BlockPool, chained
 from allyouneed.generate.tables import BlockTable, Tables
 from allyouneed.nn.caches import Cache, OwnKeyValues, RecurrentState, Rows
+from allyouneed.nn.memories import Memories
 from allyouneed.nn.paged import PagedKeyValues, Storage
+from allyouneed.nn.sight import Memory
 
 BLOCKS, SIZE = 12, 4
 
@@ -221,3 +223,19 @@ def test_eight_bits_are_as_exact_as_their_scale(dtype):
         rounding = 0 if dtype == torch.float32 else 2**-8 * given.float().abs()
         assert ((found.float() - given.float()).abs() <= 0.5 * step * 1.001 + rounding).all()
     assert storage.keys[0].dtype == torch.int8
+
+
+def test_what_was_made_of_a_memory_keeps_nothing_else_alive():
+    """Rows that were looked at together part without each other's padding."""
+    memories = Memories()
+    for slot, length in enumerate((2, 50)):
+        memories.put(slot, Memory(torch.randn(1, length, 4)))
+    together = memories.together([0, 1])
+    assert together is not None
+    whole = torch.randn(2, 3, 50, 4), torch.randn(2, 3, 50, 4)
+    together.recall(0, lambda: whole)
+    memories.drop(1)
+    alone = memories.together([0])
+    assert alone is not None
+    for kept, made in zip(alone._made[0][0], whole, strict=True):
+        assert torch.equal(kept, made[:1, :, :2]) and kept.untyped_storage().nbytes() == kept.nbytes

@@ -89,7 +89,9 @@ def test_text_is_that_of_transformers(judge: Any, name: str) -> None:
                 theirs = judge.apply_chat_template(
                     messages, chat_template=template, tools=tools, add_generation_prompt=prompt, tokenize=False
                 )
-                ours = chat.render(template, messages, add_generation_prompt=prompt, tools=tools, **special)
+                ours = chat.render(
+                    template, messages, add_generation_prompt=prompt, variables={"tools": tools}, **special
+                )
                 assert ours == theirs
                 assert messages[0]["content"][:2] in ours or name == "tools"
 
@@ -130,6 +132,47 @@ def test_what_a_tool_call_needs() -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "x"}]}
     template = "{{ messages[0].tool_calls[0].function.name }} {{ messages[1].content[0].text }}"
     assert chat.render(template, [call, parts]) == "add x"
+
+
+def test_one_conversation_is_one_prompt_however_it_is_spelled() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    spelled = [
+        {"role": "developer", "content": [{"type": "input_text", "text": "Be"}, {"type": "text", "text": "brief."}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    same = [
+        {"role": "system", "content": "Be\nbrief."},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{**call, "function": {"name": "add", "arguments": {"a": 1}}}],
+        },
+    ]
+    assert chat.plain(spelled) == chat.plain(same) == same
+    template = smollm2_template()
+    assert chat.render(template, chat.plain(spelled)) == chat.render(template, same)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"content": [{"type": "image_url"}]}, r"messages\[0\].content\[0\]: a part of type 'image_url'; only text"),
+        ({"content": ["Hi"]}, r"messages\[0\].content\[0\]: a part of type 'Hi'"),
+        ({"content": "", "tool_calls": ["x"]}, r"tool_calls\[0\]: is 'x'; an object with a function is needed"),
+        ({"content": "", "tool_calls": [{"function": {"arguments": "{"}}]}, r"function.arguments: is no JSON"),
+    ],
+)
+def test_what_is_no_text_is_named(message: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        chat.plain([{"role": "assistant", **message}])
+
+
+def test_variables_may_have_any_name() -> None:
+    names = dict.fromkeys(("self", "template", "messages", "variables", "bos_token"), "x")
+    text = chat.render(
+        "{{ self }}{{ template }}{{ variables }}{{ messages | length }}", CONVERSATIONS[0], variables=names
+    )
+    assert text.endswith(f"xx{len(CONVERSATIONS[0])}")
 
 
 GROW = "{% set ns = namespace(x=START) %}{% for i in range(100) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x SHOW }}"

@@ -16,7 +16,8 @@ from allyouneed.generate.beams import beam_search
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.local import LocalModel
-from allyouneed.generate.sampling import Sampler, draw, filtered, penalise
+from allyouneed.generate.requests import Request
+from allyouneed.generate.sampling import Sampler, draw, filtered, penalise, source_of
 from allyouneed.models import llama
 
 
@@ -81,6 +82,42 @@ def test_a_row_does_not_depend_on_its_batch(lm):
         alone = [step.token for step in Engine(lm.module).steps([prompts[i]], [sampling[i]])]
         assert alone == together[i]
         assert len(alone) == sampling[i].max_new_tokens
+
+
+def test_rows_that_only_pad_a_table_never_come(lm):
+    torch.manual_seed(0)
+    size = lm.tokenizer.vocab_size
+    padded = llama.architecture(vocab_size=size + 300, context=96, dim=32, num_layers=2, num_heads=4).build().eval()
+    model = LocalModel(padded, lm.tokenizer, "padded", config=Engine.Config(max_batch=4))
+    options = [
+        Sampling(max_new_tokens=60, ignore_eos=True, temperature=t, seed=i, frequency_penalty=f)
+        for i, (t, f) in enumerate([(0.0, 0.0), (0.0, 1.0), (1.5, 0.0), (1.5, 1.0)])
+    ]
+    for found in model.complete(["The"] * 4, options):
+        assert found.completion_tokens == 60 and max(found.token_ids) < size
+    request = Request(ids=[65, 66], sampling=Sampling(max_new_tokens=1), top_logprobs=size + 300, prompt_logprobs=True)
+    model.engine.add(request)
+    (step,) = model.engine.step()
+    assert len(step.top) == size and all(token < size for _, top in step.prompt or () for token, _ in top)
+    with pytest.raises(InputError, match=f"token {size} is none"):
+        model.engine.add(Request(ids=[size], sampling=Sampling(max_new_tokens=1)))
+
+
+def test_seeds_of_either_sign_differ(lm):
+    seeds = (-(2**63), -2, -1, 0, 1, 2, 2**63 - 1)
+    assert len({source_of(seed).random() for seed in seeds}) == len(seeds)
+    texts = [lm.generate(["Hello"], max_new_tokens=12, seed=seed)[0] for seed in (-1, 1)]
+    assert texts[0] != texts[1]
+
+
+def test_those_that_wait_hold_no_rows_of_the_vocabulary(lm):
+    engine = Engine(lm.module, config=Engine.Config(max_batch=1))
+    options = Sampling(max_new_tokens=2, repetition_penalty=1.1, frequency_penalty=0.1)
+    for _ in range(4):
+        engine.add(Request(ids=[1, 2, 3], sampling=options))
+    engine.step()
+    made = ["sampler" in vars(one) for one in engine._under_way.values()]
+    assert made == [True, False, False, False]
 
 
 def test_logprobs_are_the_models_own(lm):

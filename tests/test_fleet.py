@@ -152,6 +152,22 @@ def test_one_that_hangs_is_left_behind() -> None:
         over.set()
 
 
+def test_one_that_works_long_at_an_answer_is_well() -> None:
+    over = threading.Event()
+
+    def slow(path: str, body: Any) -> Reply:
+        if path != "/v1/models" and body["prompt"] == "long":
+            over.wait(20)
+        return echo(path, body)
+
+    with fleet_of(slow, slow, timeout=0.2) as (lm, servers, pauses):
+        with pytest.raises(RemoteError, match=r"request 1: .* no answer within"):
+            lm.generate(["0", "long"])
+        assert all(member.well for member in fleet(lm).members) and pauses == []
+        assert sum(body["prompt"] == "long" for server in servers for body in server.bodies()) == 1
+        over.set()
+
+
 def test_one_that_dies_amid_work_and_comes_back() -> None:
     alive = threading.Event()
     alive.set()

@@ -8,8 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from allyouneed.core.errors import InputError, RemoteError
 from allyouneed.data import jsonl
 from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate import job
+from allyouneed.generate.in_order import InOrder
 from allyouneed.generate.language_model import AccessError, Completion, Sampling, Turns
 from allyouneed.generate.local import LocalModel
-from allyouneed.generate.rows import LARGEST, read
+from allyouneed.generate.rows import LARGEST, Row, read
 from allyouneed.models import llama
 
 __all__ = ["nothing_from_outside"]  # the fixture holds here too
@@ -119,15 +121,98 @@ def test_answers_are_data_to_learn_from(lm: LocalModel, tmp_path: Path) -> None:
     assert kinds == ["Completion", "Chat", "Completion", "Completion"]
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 64])
+@pytest.mark.parametrize("ahead", [1, 2, 3, 64])
 def test_order_and_texts_do_not_depend_on_how_many_are_asked_at_once(
-    lm: LocalModel, tmp_path: Path, at_once: int
+    lm: LocalModel, tmp_path: Path, ahead: int
 ) -> None:
     rows = [*MIXED, "nonsense", *MIXED, {"prompt": "x" * 95}, *MIXED]
-    found = answers(lm, tmp_path, rows, at_once=at_once)
-    assert found == answers(lm, tmp_path, rows, at_once=5)
+    found = answers(lm, tmp_path, rows, ahead=ahead)
+    assert found == answers(lm, tmp_path, rows, ahead=5)
     assert [i for i, line in enumerate(found) if line.get("error")] == [7, 15]
     assert "exceed the context of 96 by 3" in found[15]["error"] and found[15]["row"] == 16
+
+
+def test_the_engine_is_full_until_the_last_rows(
+    lm: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of eight is long: windows of 64 rows, which `complete` is asked for one after another, thin out."""
+    rows = [{"prompt": "a", "max_tokens": 64 if i % 8 == 0 else 2, "ignore_eos": True} for i in range(320)]
+    passes, step = [0], lm.engine.step
+
+    def counted() -> Any:
+        passes[-1] += 1
+        return step()
+
+    monkeypatch.setattr(lm.engine, "step", counted)
+    found = answers(lm, tmp_path, rows)
+    passes.append(0)
+    for start in range(0, 320, 64):
+        window = [SAMPLING.replace(max_new_tokens=row["max_tokens"], ignore_eos=True) for row in rows[start:][:64]]
+        lm.complete(["a"] * 64, window)
+    assert sum(line["completion_tokens"] for line in found) == 40 * 64 + 280 * 2
+    needed = (40 * 64 + 280 * 2) / lm.engine.config.max_batch
+    assert passes[0] < min(1.5 * needed, 0.8 * passes[1]), (passes, needed)
+
+
+def rows_of(count: int) -> Iterator[Row]:
+    for i in range(count):
+        row = read(i + 1, json.dumps({"prompt": str(i)}).encode(), SAMPLING)
+        assert not isinstance(row, dict)
+        yield row
+
+
+def test_no_more_is_kept_for_a_row_that_takes_long_than_was_said() -> None:
+    class Stubborn(Counting):
+        """Answers the first row when nothing else is left to answer."""
+
+        def answers(self) -> dict[int, Completion]:
+            number = max(self.waiting, default=None)
+            return {} if number is None else {number: self.waiting.pop(number)}
+
+    queue = Stubborn(width=2)
+    pieces = InOrder(queue, rows_of(100), ahead=20).finished()
+    first = next(pieces)
+    assert len(queue.asked) == 20 == len(first)
+    outcomes = [place.outcome for piece in (first, *pieces) for place in piece]
+    assert [one.text for one in outcomes if isinstance(one, Completion)] == [f"<{i} 10>" for i in range(100)]
+
+
+def test_rows_before_one_that_ends_the_job_are_told_of() -> None:
+    class Failing(Counting):
+        """Refuses the fifth row, and answers the others that it has begun only then."""
+
+        def answers(self) -> dict[int, Any]:
+            if 4 in self.waiting:
+                return {4: self.waiting.pop(4) and RemoteError("gone", 503)}
+            return super().answers()
+
+        def stop(self) -> None:
+            self.waiting = {number: one for number, one in self.waiting.items() if number < 4}
+
+    kept: list[Any] = []
+    with pytest.raises(RemoteError, match="gone; what was answered before is kept: run it again to go on") as caught:
+        for places in InOrder(Failing(width=8), rows_of(50)).finished():
+            kept += places
+    assert [place.outcome.text for place in kept] == [f"<{i} 10>" for i in range(4)]
+    assert caught.value.status == 503
+
+
+def test_a_queue_has_the_engine_to_itself(lm: LocalModel, tmp_path: Path) -> None:
+    pieces = lm.stream("a", Sampling(max_new_tokens=8, temperature=0.0, ignore_eos=True))
+    next(pieces)
+    with pytest.raises(InputError, match="other prompts are being answered; end them first"):
+        lm.queue()
+    pieces.close()
+    queue = lm.queue()
+    queue.ask(0, "a", Sampling(max_new_tokens=8))
+    queue.stop()
+    assert lm.engine.idle and queue.answers() == {}
+
+
+def test_a_row_that_asks_for_no_tokens_gets_none(lm: LocalModel, tmp_path: Path) -> None:
+    found = answers(lm, tmp_path, [{"prompt": "a", "max_tokens": 0}, {"prompt": "b"}])
+    assert (found[0]["completion"], found[0]["completion_tokens"], found[0]["prompt_tokens"]) == ("", 0, 1)
+    assert found[1]["completion_tokens"] > 0
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -162,6 +247,28 @@ BAD: dict[str, tuple[Any, str]] = {
     "no name": ({"body": {"prompt": "a"}}, "row 3: custom_id is None, body {'prompt': 'a'}; text and an object"),
     "no body": ({"custom_id": "a", "body": "b"}, "row 3: custom_id is 'a', body 'b'; text and an object"),
     "tools": ({"custom_id": "a", "body": {"messages": HELLO, "tools": []}}, "row 3: keys 'tools'; accepted: prompt or"),
+    "another route": (
+        {"custom_id": "a", "url": "/v1/embeddings", "body": {"prompt": "a"}},
+        "row 3: url is '/v1/embeddings'; accepted: /v1/chat/completions, /v1/completions",
+    ),
+    "no route": ({"custom_id": "a", "url": ["x"], "body": {"prompt": "a"}}, "row 3: url is ['x']; accepted"),
+    "other route": (
+        {"custom_id": "a", "url": "/v1/chat/completions", "body": {"prompt": "a"}},
+        "row 3: url is /v1/chat/completions, which asks with messages; body has none",
+    ),
+    "method": ({"custom_id": "a", "method": "GET", "body": {"prompt": "a"}}, "row 3: method is 'GET'; only POST"),
+    "format": (
+        {"custom_id": "a", "body": {"prompt": "a", "response_format": {"type": "json_schema"}}},
+        "row 3: response_format is {'type': 'json_schema'}; accepted: {",
+    ),
+    "no format": (
+        {"custom_id": "a", "body": {"prompt": "a", "response_format": 5}},
+        "row 3: response_format is 5; acc",
+    ),
+    "format and regex": (
+        {"custom_id": "a", "body": {"prompt": "a", "response_format": {"type": "json_object"}, "regex": "a"}},
+        "row 3: sampling: regex='a'; it must be alone",
+    ),
     "several": ({"custom_id": "a", "body": {"prompt": "a", "n": 2}}, "row 3: body.n is 2; only 1 is accepted"),
     "empty": ({"prompt": "a" * 90, "max_tokens": 50}, "row 3: prompt of 90 tokens and max_new_tokens=50 exceed"),
 }
@@ -180,6 +287,30 @@ def test_a_bad_row_gets_one_line_and_the_others_their_answers(lm: LocalModel, tm
     said = bad["error"]["message"] if "custom_id" in bad else bad["error"]
     assert said.startswith(message) and "\n" not in said and len(said) < 500
     assert bad.get("row", 3) == 3 and bad.get("custom_id", "a") == "a" and bad.get("response") is None
+
+
+def test_a_body_says_what_openais_says(lm: LocalModel, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "k", "strict": True, "schema": schema}}
+    asked = {"messages": HELLO, "response_format": form, "user": "me", "store": False, "max_tokens": 60}
+    plain = {"prompt": "a", "response_format": {"type": "text"}}
+    rows = [
+        {"custom_id": "a", "url": "/v1/chat/completions", "method": "POST", "body": asked},
+        {"custom_id": "b", "url": "/v1/completions", "body": plain},
+    ]
+    held, free = answers(lm, tmp_path, rows)
+    (choice,) = held["response"]["body"]["choices"]
+    assert json.loads(choice["message"]["content"]) == {"k": 1}
+    assert free["response"]["body"]["choices"][0]["text"] == lm.complete(["a"], SAMPLING.replace(seed=11))[0].text
+    row = read(
+        1,
+        json.dumps({"custom_id": "c", "body": plain | {"response_format": {"type": "json_object"}}}).encode(),
+        SAMPLING,
+    )
+    assert not isinstance(row, dict) and json.loads(row.sampling.json_schema) == {"type": "object"}
+    for held_all in (SAMPLING.replace(json_schema="{}"), SAMPLING.replace(regex="a")):  # what a row says goes before
+        row = read(1, json.dumps({"custom_id": "c", "body": plain}).encode(), held_all)
+        assert not isinstance(row, dict) and row.sampling == SAMPLING
 
 
 def test_a_line_of_many_megabytes_is_refused_alone(lm: LocalModel, tmp_path: Path) -> None:
@@ -202,29 +333,39 @@ def test_rows_that_nobody_wrote_are_answered_or_refused_in_one_line() -> None:
 
 
 class Counting:
-    """A model that answers with what it was asked, and stops being well after so many windows."""
+    """A model, and its queue, that answers with what it was asked, and stops being well after so many answers."""
 
     name = "counting"
 
-    def __init__(self, windows: int | None = None) -> None:
+    def __init__(self, answers: int | None = None, width: int = 4) -> None:
         self.asked: list[Turns] = []
-        self.windows = windows
+        self.left, self.width = answers, width
+        self.waiting: dict[int, Completion] = {}
 
-    def complete(self, prompts: Sequence[Turns], sampling: Sequence[Sampling]) -> list[Completion]:
-        if self.windows == 0:
+    def queue(self) -> Counting:
+        return self
+
+    def ask(self, number: int, prompt: Turns, sampling: Sampling) -> None:
+        self.asked.append(prompt)
+        self.waiting[number] = Completion(f"<{prompt} {sampling.seed}>", "stop", 1, 1)
+
+    def answers(self) -> dict[int, Completion]:
+        if self.left == 0:
             raise KeyboardInterrupt
-        self.windows = None if self.windows is None else self.windows - 1
-        self.asked += prompts
-        return [Completion(f"<{p} {s.seed}>", "stop", 1, 1) for p, s in zip(prompts, sampling, strict=True)]
+        self.left = None if self.left is None else self.left - 1
+        return dict([self.waiting.popitem()]) if self.waiting else {}
+
+    def stop(self) -> None:
+        self.waiting = {}
 
 
 def test_a_job_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     source, target = written(tmp_path / "in.jsonl", [{"prompt": str(i)} for i in range(50)]), tmp_path / "out.jsonl"
     whole = answers(Counting(), tmp_path, [{"prompt": str(i)} for i in range(50)])
     target.unlink()
-    stopped = Counting(windows=3)
+    stopped = Counting(answers=24, width=1)
     with pytest.raises(KeyboardInterrupt):
-        job.run(stopped, source, target, SAMPLING, at_once=8, quiet=True)
+        job.run(stopped, source, target, SAMPLING, ahead=1, quiet=True)
     assert not target.exists() and len(lines(tmp_path / "out.jsonl.partial" / "answers.jsonl")) == 24
     later = Counting()
     done = job.run(later, source, target, SAMPLING, quiet=True)
@@ -240,7 +381,7 @@ def test_half_a_line_that_a_kill_left_is_dropped_wherever_it_was_cut(tmp_path: P
     for cut in range(0, len(data), 23):
         (tmp_path / "out.jsonl").unlink()
         with pytest.raises(KeyboardInterrupt):
-            job.run(Counting(windows=0), tmp_path / "in.jsonl", tmp_path / "out.jsonl", SAMPLING, quiet=True)
+            job.run(Counting(answers=0), tmp_path / "in.jsonl", tmp_path / "out.jsonl", SAMPLING, quiet=True)
         (tmp_path / "out.jsonl.partial" / "answers.jsonl").write_bytes(data[:cut])
         done = job.run(Counting(), tmp_path / "in.jsonl", tmp_path / "out.jsonl", SAMPLING, quiet=True)
         assert (tmp_path / "out.jsonl").read_bytes() == data
@@ -251,7 +392,7 @@ def test_half_a_line_that_a_kill_left_is_dropped_wherever_it_was_cut(tmp_path: P
 def test_another_job_does_not_go_on_with_this_ones_answers(tmp_path: Path) -> None:
     source, target = written(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        job.run(Counting(windows=0), source, target, SAMPLING, quiet=True)
+        job.run(Counting(answers=0), source, target, SAMPLING, quiet=True)
     with pytest.raises(InputError, match="is of a job with another sampling; remove it"):
         job.run(Counting(), source, target, SAMPLING.replace(seed=11), quiet=True)
     written(source, [{"prompt": "b"}])
@@ -267,14 +408,14 @@ def test_another_job_does_not_go_on_with_this_ones_answers(tmp_path: Path) -> No
 
 def test_two_processes_do_not_work_at_one_job(tmp_path: Path) -> None:
     class Nested(Counting):
-        def complete(self, prompts: Sequence[Turns], sampling: Sequence[Sampling]) -> list[Completion]:
+        def queue(self) -> Counting:
             script = (
                 "import sys; from test_job import Counting, Path, SAMPLING, job\n"
                 "job.run(Counting(), Path(sys.argv[1]), Path(sys.argv[2]), SAMPLING, quiet=True)"
             )
             command = [sys.executable, "-c", script, str(source), str(target)]
             self.other = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-            return super().complete(prompts, sampling)
+            return self
 
     source, target = written(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out.jsonl"
     lm = Nested()
@@ -291,7 +432,7 @@ def test_killed_again_and_again_it_leaves_what_one_run_would(folder: Path, tmp_p
     for _ in range(2):
         before = partial.stat().st_size if partial.exists() else 0
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (partial.exists() and partial.stat().st_size > before):
+        while process.poll() is None and not (partial.exists() and partial.stat().st_size > before + 8000):
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -312,19 +453,36 @@ def echo(path: str, body: Any) -> Reply:
     return Reply({"choices": [said | {"finish_reason": "length"}], "usage": usage})
 
 
-def test_a_remote_model_is_asked_once_for_each_row_and_bad_ones_a_few_times(tmp_path: Path) -> None:
+def test_a_remote_model_is_asked_once_for_each_row_bad_ones_too(tmp_path: Path) -> None:
     rows = [{"prompt": "poison" if i in (3, 40) else f"p{i}"} for i in range(60)]
     rows[7] = {"messages": [{"role": "user", "content": "m7"}]}
+    rows[9] = {"prompt": "p9", "regex": "a+"}
     with asking(echo) as (lm, server):
         found = answers(lm, tmp_path, rows)
         asked = [body["prompt"] for body in server.bodies()]
-    assert [line.get("completion") for line in found[8:12]] == ["P8", "P9", "P10", "P11"]
+    assert [line.get("completion") for line in found[8:12]] == ["P8", None, "P10", "P11"]
     assert found[7]["messages"][-1] == {"role": "assistant", "content": "M7"}
+    assert found[9].pop("error").startswith("row 10: regex: endpoints have no common field for it")
     assert [line["error"] for line in found if "error" in line] == [
         f"row {n}: http://127.0.0.1:{server.server_port}/v1: 400 flagged" for n in (4, 41)
     ]
-    assert all(asked.count(f"p{i}") == 1 for i in range(60) if i not in (3, 7, 40))
-    assert asked.count("poison") <= 16
+    assert sorted(asked) == sorted([f"p{i}" for i in range(60) if i not in (3, 7, 9, 40)] + ["poison"] * 2)
+
+
+def test_a_row_that_takes_too_long_is_refused_alone(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def slow(path: str, body: Any) -> Reply:
+        if path != "/v1/models" and body["prompt"] == "long":
+            over.wait(20)
+        return echo(path, body) if path != "/v1/models" else Reply({"data": []})
+
+    with asking(slow, timeout=0.3) as (lm, server):
+        found = answers(lm, tmp_path, [{"prompt": "a"}, {"prompt": "long"}, {"prompt": "b"}])
+        assert [line.get("completion") for line in found] == ["A", None, "B"]
+        assert "no answer within 0.3 s, though the server is well" in found[1]["error"]
+        assert sum(body["prompt"] == "long" for body in server.bodies()) == 1
+        over.set()
 
 
 def test_a_fleet_works_at_a_job(tmp_path: Path) -> None:
@@ -352,7 +510,7 @@ def test_what_is_no_rows_fault_ends_the_job(tmp_path: Path, status: int, kind: t
     with asking(failing, retries=1) as (lm, _):
         well[0] = False
         with pytest.raises(kind, match=message):
-            job.run(lm, source, target, SAMPLING, at_once=2, quiet=True)
+            job.run(lm, source, target, SAMPLING, ahead=2, quiet=True)
         assert len(lines(tmp_path / "out.jsonl.partial" / "answers.jsonl")) == 2
         well[0] = True
         assert job.run(lm, source, target, SAMPLING, quiet=True).resumed == 2

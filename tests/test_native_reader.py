@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from test_packed import BUILDS
 from torch import Tensor, nn
 
 from allyouneed.core.config import Config
+from allyouneed.generate.engine import Engine
+from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.native_reader import NativeReader, native_reader
-from allyouneed.generate.reading import Piece, TorchReader, reader_of
+from allyouneed.generate.reading import CurrentReader, Piece, TorchReader, reader_of
 from allyouneed.models import bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, mixtral, rwkv
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.lowering import lowered
@@ -242,8 +246,9 @@ def test_a_weight_changed_in_place_is_seen() -> None:
         rwkv.EXAMPLE,
         llama.EXAMPLE.replace(positions=RelativeBias.Config()),
         llama.EXAMPLE.replace(positions=Sinusoidal.Config()),
+        gpt_neox.EXAMPLE.replace(blocks=(gpt_neox.EXAMPLE.blocks[0].replace(norm=NoNorm.Config()),)),
     ],
-    ids=["experts", "recurrent", "learned bias", "sines"],
+    ids=["experts", "recurrent", "learned bias", "sines", "branches side by side on the stream itself"],
 )
 def test_what_has_no_lowering_runs_on_pytorch(config: Config) -> None:
     module = config.build().eval()
@@ -269,7 +274,112 @@ def test_modules_that_compute_something_else_are_not_lowered() -> None:
     assert native_reader(half, Storage(half.new_cache(1, 0), 8, 4)) is None
 
 
+def test_an_older_compiler_builds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GCC 11 has no `__builtin_shufflevector`."""
+    if (
+        b"Free Software Foundation"
+        not in subprocess.run([*native._compiler(), "--version"], capture_output=True).stdout
+    ):
+        pytest.skip("the compiler here is not GCC")
+    older = (*native.FLAGS, "-U__GNUC__", "-D__GNUC__=11", "-D__builtin_shufflevector=absent")
+    kernels = native.declared(ctypes.CDLL(str(native.built(older))))
+    module, piece = packed(model_of("wide")), Piece(tokens(20), table(0, 20), 0, wanted=20)
+    wanted = reader(module).read([piece])
+    monkeypatch.setattr(native, "library", lambda: kernels)
+    assert torch.equal(reader(module).read([piece]), wanted)
+
+
 def test_without_the_library_pytorch_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     module = model_of("llama")
     assert isinstance(reader_of(module, storage_of(module)), TorchReader)
+
+
+def test_a_program_keeps_the_memory_it_points_to() -> None:
+    """Also of weights that were given other memory since: what it computes is old, and no freed memory is read."""
+    module, ids = model_of("wide"), tokens(9)
+    one, wanted = reader(module), whole(module, ids)
+    for parameter in module.parameters():
+        parameter.data = torch.full_like(parameter, 7.0)
+    gc.collect()
+    others = [torch.full_like(parameter, torch.nan) for parameter in module.parameters()]
+    found = one.read([Piece(ids, table(0, 9), 0, wanted=9)])
+    assert others and (found - wanted).abs().max() <= 2e-5
+
+
+def other_memory(module: Decoder) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def other_parts(module: Decoder) -> None:
+    module.set_submodule("blocks.1.channel.up", nn.Linear(24, module.blocks[1].channel.up.out_features, bias=False))
+
+
+def hooked(module: Decoder) -> None:
+    module.blocks[0].mixer.register_forward_hook(lambda part, given, made: 2 * made)
+
+
+CHANGES: dict[str, Callable[[Decoder], object]] = {
+    "other memory": other_memory,
+    "other parts": other_parts,
+    "more tokens": lambda module: module.grow(60),
+    "half": lambda module: module.half(),
+    "hooks": hooked,
+    "training": lambda module: module.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_became_of_a_module_is_what_is_read(change: str) -> None:
+    module, ids = model_of("llama"), tokens(9)
+    one = CurrentReader(module, storage_of(module))
+    piece = Piece(ids, table(0, 9), 0, wanted=9)
+    before = one.read([piece])
+    CHANGES[change](module)
+    found = one.read([piece])
+    assert change == "training" or found.shape != before.shape or (found - before).abs().max() > 1e-4
+    assert (found - whole(module.float(), ids)).abs().max() <= 2e-5
+    assert isinstance(one._reader, TorchReader) == (change in ("hooks", "training"))
+
+
+def test_tokens_that_came_later_are_known_to_an_engine() -> None:
+    module = model_of("llama")
+    engine, asked = Engine(module), Sampling(max_new_tokens=6, temperature=0.0)
+    module.grow(90)
+    told = [[step.token for step in one.steps([[1, 2, 88]], [asked])] for one in (engine, Engine(module))]
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_engine_that_was_told_sees_what_was_written_into_weights(dtype: torch.dtype) -> None:
+    """Gains and biases of 16 bits too, of which a program has copies."""
+    module = model_of("gpt2")
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data = parameter.data.to(dtype)
+            assert "norm" in name or "bias" in name
+    engine, ids = Engine(module, config=Engine.Config(blocks=8)), tokens(9)
+    piece = Piece(ids, [0], 0, wanted=9)
+    engine.reader.read([piece])
+    with torch.no_grad():
+        module.norm.weight.mul_(2)
+        module.blocks[0].mixer.q.bias.add_(1)
+    engine.forget()
+    found = engine.reader.read([piece])
+    assert (found - whole(module.float(), ids)).abs().max() <= 2e-5
+
+
+def test_a_sequence_without_finite_numbers_spoils_no_other() -> None:
+    """Beside it in a pass, and after it in the same blocks."""
+    module, ids = model_of("llama"), tokens(9)
+    module.embedding.weight.data[52] = torch.nan
+    one, clean = TorchReader(module, storage_of(module)), [token % 52 for token in ids]
+    spoilt = Piece([52] * 30, [0, *range(40, 47)], 0, wanted=1)
+    short, wanted = Piece(clean[:3], [2], 0, wanted=1), whole(module, clean)
+    assert not one.read([spoilt]).isfinite().any()
+    first = one.read([Piece([52], spoilt.blocks, 30, wanted=1), Piece(clean[:1], [2], 0, wanted=1)])
+    assert (first[1] - wanted[0]).abs().max() <= 2e-5
+    again = one.read([Piece(clean[:6], [41, 42], 0, wanted=1), Piece([5] * 7, [43, 44], 0, wanted=1)])
+    assert (again[0] - wanted[5]).abs().max() <= 2e-5
+    assert (one.read([short])[0] - wanted[2]).abs().max() <= 2e-5

@@ -19,7 +19,7 @@ import pytest
 
 from allyouneed.core.errors import InputError, RemoteError
 from allyouneed.generate.endpoint import events
-from allyouneed.generate.language_model import AccessError, LanguageModel, Sampling
+from allyouneed.generate.language_model import AccessError, LanguageModel, LateError, Sampling
 from allyouneed.generate.remote import RemoteModel
 
 KEY = "sk-very-secret"
@@ -191,6 +191,12 @@ class TestCompletions:
             assert len(server.requests) == 24
             assert server.most == 3
 
+    def test_one_bad_sampling_of_many_is_found_before_any_is_asked(self):
+        with asking(lambda path, body: completion("")) as (lm, server):
+            with pytest.raises(InputError, match=r"^request 2: regex: endpoints have no common field for it"):
+                lm.complete(["a"] * 4, [GREEDY, GREEDY, GREEDY.replace(regex="a+"), GREEDY])
+            assert server.requests == []
+
     def test_completion(self):
         with asking(lambda path, body: completion("x")) as (lm, _):
             (found,) = lm.complete(["p"], GREEDY)
@@ -276,18 +282,36 @@ class TestRetries:
             assert lm.generate(["p"]) == ["at last"]
             assert len(server.pauses) == 2
 
-    def test_slow_answers(self):
-        asked, over = threading.Event(), threading.Event()
+    def test_a_long_answer_is_not_paid_for_twice(self):
+        over = threading.Event()
 
-        def late(path, body):
-            if not asked.is_set():
-                asked.set()
+        def slow(path, body):
+            if path != "/v1/models":
+                over.wait(20)
+            return Reply({"data": []})
+
+        with asking(slow, timeout=0.2) as (lm, server):
+            with pytest.raises(RemoteError, match=r"no answer within 0\.2 s, though the server is well; ask for fewer"):
+                lm.generate(["p"])
+            assert len(server.bodies()) == 1 and not server.pauses
+            with pytest.raises(LateError):
+                next(lm.stream("p", GREEDY))
+            assert len(server.bodies()) == 2 and not server.pauses
+            over.set()
+
+    def test_a_server_that_is_silent_altogether_is_asked_again(self):
+        silent, over = threading.Event(), threading.Event()
+
+        def hangs(path, body):
+            if path == "/v1/models":
+                silent.set()
+            if path == "/v1/models" or not silent.is_set():
                 over.wait(20)
             return completion("in time")
 
-        with asking(late, timeout=0.3) as (lm, server):
+        with asking(hangs, timeout=0.2) as (lm, server):
             assert lm.generate(["p"]) == ["in time"]
-            assert server.pauses
+            assert len(server.pauses) == 1 and len(server.bodies()) == 2
             over.set()
 
     def test_nobody_listens(self):

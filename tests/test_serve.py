@@ -68,6 +68,34 @@ class TestModels:
         assert caught.value.param == "model" and "did you mean 'tiny'?" in str(caught.value)
         assert caught.value.code == "model_not_found"
 
+    def test_usage_and_figures_tell_what_was_found(self):
+        def figure(name: str) -> float:
+            lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+            return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"allyouneed_{name}"))
+
+        with serving() as server:
+            prompt = "The quick brown fox jumps over the lazy dog. " * 12
+            ids = len(tokenizer().encode(prompt))
+            asked = {"prompt": prompt, "max_tokens": 2, "n": 3}
+            for found in (0, (ids - 1) // 16 * 16):
+                usage = server.post("/v1/completions", json=asked).json()["usage"]
+                assert usage["prompt_tokens"] == ids and usage["prompt_tokens_details"]["cached_tokens"] == found
+            assert figure("prompt_tokens_total") == 2 * ids and figure("finished_requests_total") == 6
+            messages = [{"role": "user", "content": prompt}]
+            for kind in ("chat", "responses"):
+                for _ in range(2):
+                    if kind == "chat":
+                        usage = server.client.chat.completions.create(model=NAME, messages=messages, max_tokens=2).usage
+                        cached = usage.prompt_tokens_details.cached_tokens
+                    else:
+                        usage = server.client.responses.create(model=NAME, input=messages, max_output_tokens=2).usage
+                        cached = usage.input_tokens_details.cached_tokens
+                assert cached > 100
+            with server.client.completions.create(model=NAME, prompt="x", max_tokens=400, stream=True) as stream:
+                next(stream)
+            assert server.settles()
+            assert figure('finished_requests_total{reason="given up"}') == 1
+
     def test_health_metrics_and_document(self, server):
         assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
         text = httpx.get(f"{server.url}/metrics").text
@@ -457,6 +485,11 @@ class TestOthers:
         )
         ids = client.embeddings.create(model=NAME, input=[tokenizer().encode(text) for text in texts])
         assert np.allclose([entry.embedding for entry in ids.data], vectors, atol=1e-6)
+        odd = [tokenizer().encode(letter)[0] for letter in "The"]  # which the text itself is not written with
+        assert odd != tokenizer().encode("The")
+        found = client.embeddings.create(model=NAME, input=odd)
+        assert np.allclose(found.data[0].embedding, alone.embed_ids([odd])[0], atol=1e-6)
+        assert found.usage.prompt_tokens == 3
 
     def test_tokens(self, server):
         answer = server.post("/tokenize", json={"prompt": "The quick"}).json()

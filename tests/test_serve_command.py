@@ -10,10 +10,13 @@ import sys
 
 import httpx
 import pytest
-from serving import module, tokenizer
+from serving import module, tiny, tokenizer
 
 import allyouneed as ayn
 from allyouneed import cli
+from allyouneed.commands.serving import _tell_room
+from allyouneed.serve.assembly import assemble
+from allyouneed.serve.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,16 @@ def test_refused_with_the_model(capsys, folder):
         assert "Address already in use; choose another" in capsys.readouterr().err
     assert cli.main(["serve", str(folder), "--port", "0", "--context", "5000"]) == 2
     assert "--context 5000: " in capsys.readouterr().err
+    assert cli.main(["serve", str(folder), "--port", "0", "--context", "400", "--blocks", "8"]) == 2
+    assert "--context 400: the blocks of the cache hold 128 tokens; raise --blocks" in capsys.readouterr().err
+
+
+def test_fewer_blocks_than_a_context_are_told(capsys):
+    _tell_room(assemble(tiny(blocks=4), Settings()))
+    assert "tiny: a request has 64 tokens at most, as many as all blocks hold, of 512" in capsys.readouterr().err
+    _tell_room(assemble(tiny(), Settings()))
+    _tell_room(assemble(tiny(blocks=4), Settings(context=60)))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])

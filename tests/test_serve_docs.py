@@ -66,6 +66,15 @@ def test_recipes_name_only_flags_there_are(name):
         assert all((HOME / one).exists() for one in source.split())
 
 
+def test_the_image_installs_known_versions_and_owns_its_volume():
+    lines = (EXAMPLES / "Containerfile").read_text().splitlines()
+    installs = [i for i, line in enumerate(lines) if "pip install" in line]
+    copied = next(i for i, line in enumerate(lines) if line.startswith("COPY") and "constraints.txt" in line)
+    assert installs and all(i > copied and "-c constraints.txt" in lines[i] for i in installs)
+    (volume,) = (line.split()[1] for line in lines if line.startswith("VOLUME"))
+    assert lines.index(f"VOLUME {volume}") > lines.index(f"RUN mkdir -p {volume}") > lines.index("USER server")
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
 def test_the_unit_is_one(tmp_path):
     unit = tmp_path / "allyouneed.service"
@@ -78,7 +87,12 @@ def test_the_unit_is_one(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="no nginx here")
-def test_tokens_come_through_a_proxy_one_by_one(server, tmp_path):
+def test_tokens_come_through_a_proxy_one_by_one(tmp_path):
+    with serving(tiny(), api_key="key") as server:
+        through_a_proxy(server, tmp_path)
+
+
+def through_a_proxy(server, tmp_path) -> None:
     site = (EXAMPLES / "nginx.conf").read_text()
     site = site.replace(f"127.0.0.1:{PORT}", server.url.removeprefix("http://")).replace(
         "listen 8080", f"listen unix:{tmp_path}/site"
@@ -93,7 +107,8 @@ def test_tokens_come_through_a_proxy_one_by_one(server, tmp_path):
     proxy = subprocess.Popen(["nginx", "-p", str(tmp_path), "-c", f"{tmp_path}/nginx.conf"], stderr=subprocess.PIPE)
     try:
         transport = httpx.HTTPTransport(uds=f"{tmp_path}/site", retries=20)
-        client = httpx.Client(transport=transport, base_url="http://proxy", timeout=30)
+        key = {"Authorization": f"Bearer {server.key}"}
+        client = httpx.Client(transport=transport, base_url="http://proxy", timeout=30, headers=key)
         while not (tmp_path / "site").exists():
             assert proxy.poll() is None, proxy.stderr.read()
             time.sleep(0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -74,6 +75,27 @@ def test_forms(form, text, said, calls, size):
     assert read(form, pieces) == (said, calls, False)
 
 
+@pytest.mark.parametrize("form", [BARE, LLAMA, HERMES])
+def test_an_object_that_is_no_call_is_told_as_it_comes(form):
+    reader = Reader(form)
+    pieces = ["<tool_call>"] if form is HERMES else []
+    told = "".join(event.text for piece in [*pieces, '{"a": ', '"b', " c"] for event in reader.push(piece))
+    assert told.endswith('{"a": "b c')
+
+
+def test_long_objects_are_scanned_once():
+    """What a piece costs does not grow with what came before: four times the pieces, about four times the time."""
+
+    def seconds(count: int) -> float:
+        reader, began = Reader(BARE), time.process_time()
+        for piece in ['{"arguments": {"a": "', *["word"] * count, '"}, "name": "f"}']:
+            events = list(reader.push(piece))
+        assert [type(event) for event in events] == [Called, Argued]
+        return time.process_time() - began
+
+    assert min(seconds(8000) for _ in range(3)) < 9 * min(seconds(2000) for _ in range(3))
+
+
 @pytest.mark.parametrize("end", range(30, 60))
 def test_a_call_that_is_cut(end):
     text = 'So: <tool_call>{"name": "get", "arguments": {"city": "Rome"}}'
@@ -123,6 +145,11 @@ def test_arguments_come_back_whole(arguments, data):
         ("{% if tools %}[TOOL_CALLS]{% endif %}", MISTRAL),
         ("{% if tools is not none %}<|python_tag|>", LLAMA),
         ("{{ tools | tojson }}", BARE),
+        ("<tools>{{ tools | tojson }}</tools>", BARE),
+        ("{% if tools %}<｜tool▁calls▁begin｜>{% endif %}", None),
+        ("{% if tools %}<|tool_call|>{% endif %}", None),
+        ("{% if tools %}<function=example>{% endif %}", None),
+        ("{% if tools %}<function_calls>{% endif %}", None),
         ("{{ messages }}", None),
         ("{{ toolshed }}", None),
         (None, None),

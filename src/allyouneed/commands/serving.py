@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ from allyouneed.commands.models import Model
 from allyouneed.core.errors import InputError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from allyouneed.generate.engine import Engine
     from allyouneed.generate.local import LocalModel
     from allyouneed.generate.local_encoder import LocalEncoder
@@ -91,10 +94,20 @@ def serve(
         app = assemble(_load(model, name or model, config, guessing), settings, _encoder(embedder))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
         print(f"{name or model} answers at {address} (loaded in {time.perf_counter() - began:.1f} s)", flush=True)
+        _tell_room(app)
         try:
             run(app, settings, listening)
         except KeyboardInterrupt:
             print("stopped")
+
+
+def _tell_room(app: FastAPI) -> None:
+    """Say where requests have to be shorter than the model could read."""
+    for served in app.state.service.models.values():
+        limit, room = served.lm.module.limit, served.lm.engine.room if served.generates else None
+        if room is not None and served.context == room != limit:
+            said = f"{served.name}: a request has {room} tokens at most, as many as all blocks hold"
+            print(f"{said}, of {limit} that the model reads; raise --blocks for more", file=sys.stderr)
 
 
 def _blocks(blocks: int | None, context: int | None, max_batch: int, block_size: int) -> int | None:

@@ -28,6 +28,38 @@ def machine() -> dict[str, Any]:
     }
 
 
+def memory(device: Any = "cpu") -> int | None:
+    """Bytes of memory on a device: of a GPU all that it has, else the machine's or, where that is less, what the group
+    that this process belongs to may use (a container's limit). None where the system does not say.
+    """
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    known = [size for size in (_physical(), group_limit()) if size is not None]
+    return min(known, default=None)
+
+
+def group_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The least memory limit of the control groups that a process is in (Linux, versions 1 and 2), in bytes.
+
+    Args:
+        own: says which groups they are.
+        root: where their files are.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    limits: list[int] = []
+    for _, controllers, path in lines:
+        if controllers in ("", "memory"):
+            top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+            inner = top / path.lstrip("/")
+            limits += [limit for folder in (inner, *inner.parents) if (limit := _number(folder / name)) is not None]
+    return min(limits, default=None)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     from importlib.metadata import version
@@ -45,7 +77,20 @@ def _processor() -> str:
 
 
 def _memory_gib() -> float | None:
+    size = _physical()
+    return None if size is None else round(size / 2**30, 1)
+
+
+def _physical() -> int | None:
     try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None where there is no such file, or it says `max`."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
         return None

@@ -62,7 +62,7 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[jsonl.Message], after:
     def written(upto: int, *, prompt: bool = False) -> str:
         return chat.render(
             template,
-            messages[:upto],
+            chat.plain(messages[:upto]),
             add_generation_prompt=prompt,
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token or "",

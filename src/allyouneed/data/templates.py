@@ -54,7 +54,7 @@ def run(template: str, variables: dict[str, Any], name: str) -> str:
     try:
         compiled = _compiled(template)
         compiled.environment.clock.start()  # type: ignore[attr-defined]
-        return _gathered(compiled.generate(**variables))
+        return _gathered(compiled.generate(variables))  # no keywords: one may be called self
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{name}: line {error.lineno}: {_line(error)}") from None
     except RecursionError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
 
 from allyouneed.core.errors import RemoteError
@@ -66,6 +66,10 @@ class Caller:
         """What `read` takes out of each event that answers `body`. Only the opening is tried again."""
         yield from self._until_answered(lambda: self.service.stream(path, body, read))
 
+    def begin(self, ask: Callable[[Asked], Answered], request: Asked) -> Future[Answered]:
+        """`ask` for a request as soon as fewer are under way than the service should be given."""
+        return self._pool.submit(ask, request)
+
     def map(self, ask: Callable[[Asked], Answered], requests: Mapping[int, Asked]) -> dict[int, Answered]:
         """`ask` for each request, as many at once as the service should be given; the keys, the caller's indices, name
         the one that fails.
@@ -73,7 +77,7 @@ class Caller:
         Raises:
             RemoteError: one failed; those not yet begun are dropped, answers that came are in its `done`.
         """
-        futures = {i: self._pool.submit(ask, request) for i, request in requests.items()}
+        futures = {i: self.begin(ask, request) for i, request in requests.items()}
         try:
             wait(futures.values(), return_when=FIRST_EXCEPTION)
         finally:  # also on Ctrl-C

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -21,13 +22,19 @@ class Continuation:
     number: int
     request: Request
     tokens: list[int]  # the prompt's, then those made
-    sampler: Sampler
+    choosing: Callable[[], Sampler]
     keys: Sequence[Key]  # of the full blocks of the prompt but for its last token, by which they are found
     whole: Key  # of the whole prompt, and of what is read besides it
     table: BlockTable | None = None
     echoed: list[tuple[float | None, Top]] = field(default_factory=lambda: [(None, ())])  # of the prompt so far
+    cached: int = 0  # tokens of the prompt that were found or forked, not read
     pace: Pace | None = None  # of drafts, where there is a speculator
     drafts: Drafts = field(default_factory=Drafts)  # judged in the next pass
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Chooses its tokens. Made with the first: penalties take tensors (V,), which those that wait need not hold."""
+        return self.choosing()
 
     @property
     def prompt(self) -> int:
@@ -91,6 +98,7 @@ class Continuation:
             logprob=logprobs[token].item(),
             finish_reason=reason,
             top=likeliest(logprobs, self.request.top_logprobs),
+            cached=self.cached if self.made == 1 else 0,
             prompt=tuple(self.echoed) if first else None,
         )
 

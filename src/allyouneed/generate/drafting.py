@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.core.errors import InputError
-from allyouneed.generate.reading import Continues, Piece, Reader, reader_of
+from allyouneed.generate.reading import Continues, CurrentReader, Piece, Reader
 from allyouneed.generate.sampling import draw
 from allyouneed.generate.speculation import Asked, Drafts, Pace
 from allyouneed.generate.tables import BlockTable, Tables
 from allyouneed.models.decoder import Decoder
-from allyouneed.nn.paged import Storage
+from allyouneed.nn.paged import Storage, bytes_per_block
 
 NextPiece = Callable[["_Guess"], Piece]
 
@@ -119,6 +119,10 @@ class EarlyExit:
         self._sources = _Sources()
         self._reader: Reader | None = None
 
+    def bytes_per_block(self, size: int) -> int:
+        """Keys and values are the model's own."""
+        return 0
+
     def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
         """Guess for this model, whose keys and values are in `storage`.
 
@@ -129,7 +133,7 @@ class EarlyExit:
             raise InputError(f"early exit: {type(module).__name__} is no decoder; guess with another model instead")
         if not 0 < self.layers < module.config.num_layers:
             raise InputError(f"early exit: layers={self.layers} of {module.config.num_layers}; it must be fewer")
-        self._reader = reader_of(first_layers(module, self.layers), storage)
+        self._reader = CurrentReader(first_layers(module, self.layers), storage)
 
     def pace(self) -> Pace:
         """Of a new request."""
@@ -193,6 +197,10 @@ class Draft:
         self._sources = _Sources()
         self._held: dict[int, _Held] = {}
 
+    def bytes_per_block(self, size: int) -> int:
+        """Of its own cache, which has as many blocks as the model's."""
+        return bytes_per_block(self.module.new_cache(1, 0), size)
+
     def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
         """Guess for this model; the cache has room for as many tokens as the model's own `storage`.
 
@@ -207,7 +215,7 @@ class Draft:
         own = Storage(self.module.new_cache(1, 0), storage.blocks, storage.size)
         if own.states or self.module.answers:
             raise InputError("draft: a model with a state, or one that answers another text, cannot take drafts back")
-        self._tables, self._reader = Tables(self.module, own, share=False), reader_of(self.module, own)
+        self._tables, self._reader = Tables(self.module, own, share=False), CurrentReader(self.module, own)
         self._chunk = chunk
 
     def pace(self) -> Pace:

@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 import httpx
 
 from allyouneed.core.errors import InputError, RemoteError
-from allyouneed.generate.language_model import AccessError
+from allyouneed.generate.language_model import AccessError, LateError
 
 Answered = TypeVar("Answered")
 
 PASSING = {408, 409, 429}  # besides 5xx: statuses after which the same request may succeed
 LONGEST_PAUSE = 120.0  # seconds; a server that asks for more is not waited for
+PROBE = 5.0  # seconds that a server has to answer whether it is well
 
 
 class PassingError(RemoteError):
@@ -66,7 +67,8 @@ class Endpoint:
 
         Raises:
             AccessError: the key was refused.
-            PassingError: a connection error, 408, 409, 429 or 5xx.
+            LateError: the server works on, longer than the time-out.
+            PassingError: a connection error, a server that is silent altogether, 408, 409, 429 or 5xx.
             RemoteError: any other failure, no JSON, or JSON that `read` makes no sense of.
         """
         return self._read(self._open("POST", path, body).text, read)
@@ -75,7 +77,7 @@ class Endpoint:
         """What `read` takes out of each event that answers `body`. It is opened when this is called.
 
         Raises:
-            AccessError: as `post`, at the opening.
+            AccessError, LateError: as `post`, at the opening.
             PassingError: as `post`, at the opening.
             RemoteError: as `post`; the stream broke off, or ended without the closing `[DONE]`.
         """
@@ -114,10 +116,25 @@ class Endpoint:
             if not response.is_success:
                 response.read()
         except httpx.RequestError as error:
+            if body is not None and isinstance(error, httpx.ReadTimeout):
+                self._check_well()
+                mend = "ask for fewer tokens, or have RemoteModel wait longer (timeout)"
+                raise LateError(
+                    f"{self.name}: no answer within {patience:g} s, though the server is well; {mend}"
+                ) from None
             raise PassingError(f"{self.name}: {_reason(error)}") from None
         if response.is_success:
             return response
         raise self._failure(response)
+
+    def _check_well(self) -> None:
+        """Refuse to blame a request for the silence of a server that answers nothing at all."""
+        try:
+            self.models(timeout=min(self.timeout, PROBE))
+        except PassingError:
+            raise
+        except (InputError, RemoteError):  # it answers: whatever it refuses, it is there
+            return
 
     def _failure(self, response: httpx.Response) -> Exception:
         status = response.status_code

@@ -6,7 +6,6 @@ prompts beside them (`generate.scheduler`). Shapes: L rows of logits, V vocabula
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor
 
 from allyouneed import core
+from allyouneed.core import devices
 from allyouneed.core.errors import InputError
 from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
-from allyouneed.generate.reading import Continues, reader_of
+from allyouneed.generate.reading import Continues, CurrentReader
 from allyouneed.generate.requests import Guide, Request, Step
 from allyouneed.generate.sampling import NO_NUMBERS, Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
@@ -30,7 +30,7 @@ from allyouneed.generate.tables import Tables
 from allyouneed.nn.paged import Storage, bytes_per_block
 from allyouneed.nn.sight import Memory
 
-SHARE = 0.25  # of the machine's memory, which blocks take at most where their number is not given
+SHARE = 0.25  # of the memory, which blocks take at most where their number is not given, a speculator's included
 
 Stop = Callable[[int, int], bool]  # (request, token just produced) -> whether the request ends here
 
@@ -91,17 +91,21 @@ class Engine:
         eos_ids: Sequence[int] = (),
         config: Config | None = None,
         speculator: Speculator | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        """`speculator` guesses the next tokens, so that one pass may give several.
+        """`speculator` guesses the next tokens, so that one pass may give several. Ids from `vocab_size` on only pad
+        the module's tables and never come; None: there are none.
 
         Raises:
             InputError: the speculator does not fit the module, or drafts could not be taken back from its state.
         """
         self.module, self.eos_ids, self.config = module, frozenset(eos_ids), config or Engine.Config()
+        self.vocab_size: int = vocab_size or module.config.vocab_size
         like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
-        storage = Storage(like, self._count(bytes_per_block(like, size, eight_bits=eight)), size, eight_bits=eight)
+        each = bytes_per_block(like, size, eight_bits=eight)
+        storage = Storage(like, self._count(each, speculator), size, eight_bits=eight)
         self.tables = Tables(module, storage, share=self.config.share_prefixes)
-        self.reader = reader_of(module, storage)
+        self.reader = CurrentReader(module, storage)
         self._scheduler = Scheduler(self.tables, max_batch=self.config.max_batch, chunk=self.config.chunk)
         self._under_way: dict[int, Continuation] = {}
         self._letters: dict[int, deque[Step]] = {}  # what came for calls of `steps`
@@ -119,6 +123,17 @@ class Engine:
     def idle(self) -> bool:
         """Whether nothing waits or runs, and all was told."""
         return not (self._under_way or self._steps or self._errors)
+
+    @property
+    def room(self) -> int | None:
+        """The most tokens of one request, its answer included: the model's context, or fewer that all blocks hold; None
+        where there is no limit.
+        """
+        limit: int | None = self.module.limit
+        if not self.tables.storage.banks:
+            return limit
+        held = self.tables.pool.total * self.tables.size
+        return held if limit is None else min(limit, held)
 
     @property
     def waiting(self) -> int:
@@ -160,8 +175,7 @@ class Engine:
         number, self._added = self._added, self._added + 1
         keys = self.tables.keys(ids[:-1])
         whole = chained((keys[-1] if keys else b"") + repr(id(request.memory)).encode(), ids)
-        vocab_size = self.module.config.vocab_size
-        sampler = Sampler(request.sampling, ids, vocab_size, self.eos_ids, request.guide)
+        sampler = partial(Sampler, request.sampling, ids, self.vocab_size, self.eos_ids, request.guide)
         pace = self._speculator.pace() if self._speculator else None
         self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole, pace=pace)
         self._scheduler.add(self._under_way[number])
@@ -238,8 +252,9 @@ class Engine:
             )
 
     def forget(self) -> None:
-        """Share nothing that was read so far: to be called after the module's weights have changed."""
+        """Use nothing that was read of, or made from, the weights so far: to be called after they have changed."""
         self.tables.pool.forget()
+        self.reader.renew()
 
     def _told(self, numbers: dict[int, int]) -> Iterator[Step]:
         """The steps of some requests of `steps`; what comes for others meanwhile is kept for them."""
@@ -302,7 +317,7 @@ class Engine:
             self._read += count + len(one.drafts.tokens)
             self.tables.commit(one.held, one.tokens, start + count)
             if one.echoing:
-                one.echo(logits.log_softmax(-1), start)
+                one.echo(logits.log_softmax(-1)[:, : self.vocab_size], start)
             if one.unread == 0:
                 alike = self._scheduler.fork(one) if not one.made else []
                 due += [(one, logits[-1 - len(one.drafts.tokens) :]), *((each, logits[-1:]) for each in alike)]
@@ -326,8 +341,9 @@ class Engine:
         if not due:
             return
         logits = torch.cat([rows for _, rows in due])
-        logprobs = logits.log_softmax(-1)
-        likeliest = logits.numpy().argmax(-1).tolist()  # in a tenth of the time of PyTorch's: 4 µs for 49 k logits
+        logprobs = logits.log_softmax(-1)[:, : self.vocab_size]
+        known = logits[:, : self.vocab_size].numpy()
+        likeliest = known.argmax(-1).tolist()  # in a tenth of the time of PyTorch's: 4 µs for 49 k logits
         start = 0
         for one, rows in due:
             try:
@@ -395,13 +411,13 @@ class Engine:
         return "length" if one.made == sampling.max_new_tokens else None
 
     def _check(self, request: Request, ids: Sequence[int]) -> None:
-        sampling, vocab_size = request.sampling, self.module.config.vocab_size
+        sampling = request.sampling
         self.check(ids, sampling.max_new_tokens)
         if sampling.max_new_tokens < 1:
             raise InputError("max_new_tokens=0: a request generates at least one token")
         for token in (min(ids), max(ids), *(token for token, _ in sampling.logit_bias)):
-            if not 0 <= token < vocab_size:
-                raise InputError(f"token {token} is none of the model's; they are 0 to {vocab_size - 1}")
+            if not 0 <= token < self.vocab_size:
+                raise InputError(f"token {token} is none of the model's; they are 0 to {self.vocab_size - 1}")
         rows = 0 if request.memory is None else len(request.memory.states)
         if rows != int(self.module.answers):
             wanted = "needs one, of what it answers" if self.module.answers else "reads none"
@@ -413,13 +429,14 @@ class Engine:
                 f"{self.tables.size}, the cache has {self.tables.pool.total}; raise blocks, or ask for less"
             )
 
-    def _count(self, bytes_each: int) -> int:
-        """How many blocks to have."""
-        if not bytes_each:
+    def _count(self, each: int, speculator: Speculator | None) -> int:
+        """How many blocks to have, of so many bytes each."""
+        if not each:
             return 0
         if self.config.blocks is not None:
             return self.config.blocks
         assert self.module.limit is not None, "what keeps all tokens has a context"
         wanted = self.config.max_batch * -(-self.module.limit // self.config.block_size)
-        most = SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min(wanted, max(1, int(most // bytes_each)))
+        most = devices.memory(self.module.device)
+        each += speculator.bytes_per_block(self.config.block_size) if speculator else 0
+        return wanted if most is None else min(wanted, max(1, int(SHARE * most // each)))

@@ -14,14 +14,13 @@ from threading import Condition
 from typing import Any, TypeVar
 
 from allyouneed.core.errors import InputError, RemoteError
-from allyouneed.generate.endpoint import Endpoint, PassingError
+from allyouneed.generate.endpoint import PROBE, Endpoint, PassingError
 
 Answered = TypeVar("Answered")
 Read = Callable[[Any], Answered]
 
 FIRST_REST = 1.0  # seconds, doubled at each further failure in a row
 LONGEST_REST = 60.0
-PROBE = 5.0  # seconds that an endpoint has to answer whether it is well
 
 
 class Member:

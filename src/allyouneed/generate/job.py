@@ -12,21 +12,21 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from allyouneed.core.errors import InputError, RemoteError
+from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, replacing, sync, write_json
 from allyouneed.core.progress import Progress
 from allyouneed.data import jsonl
-from allyouneed.generate.language_model import AccessError, Completion, LanguageModel, Sampling
-from allyouneed.generate.rows import Row, read
+from allyouneed.generate.in_order import InOrder, Place
+from allyouneed.generate.language_model import Completion, LanguageModel, Queue, Sampling, spread
+from allyouneed.generate.rows import read
 
-AT_ONCE = 64  # rows asked for together and then written: as many are lost at most, and asked for again
-ROWS_FAULT = {400, 413, 422}  # statuses that speak of the request; after any other, the next row would fare no better
+SYNCED = 1.0  # seconds: what a power cut loses at most of what was written
 
 
 @dataclass
@@ -47,12 +47,15 @@ def run(
     target: Path,
     sampling: Sampling,
     *,
-    at_once: int = AT_ONCE,
+    ahead: int | None = None,
     quiet: bool = False,
 ) -> Summary:
     """Answer the rows of `source` in `target`. With a seed, row i (blank lines apart) draws from `seed + i`.
 
     A row that is wrong gets a line that says so. What is not a row's fault ends the job, which may be run again.
+
+    Args:
+        ahead: how many rows are in memory at once (`InOrder`); those behind an unfinished one are lost by a kill.
 
     Raises:
         InputError: no such source, the target is there, or half-done by another job; a key or a model is refused.
@@ -65,56 +68,29 @@ def run(
         resumed, errors = _kept(answers)
         summary = Summary(rows, resumed, errors)
         numbered = itertools.islice(enumerate(jsonl.lines(source)), resumed, None)
-        with answers.open("ab") as file, Progress("generate", rows, unit="row", done=resumed, quiet=quiet) as progress:
-            while part := list(itertools.islice(numbered, at_once)):
-                asked = {i: read(number, line, _seeded(sampling, i)) for i, (number, _, line) in part}
-                _append(file, _answered(lm, asked, summary))
-                progress.update(len(part), errors=summary.errors)
+        asked = (read(number, line, spread(sampling, i)) for i, (number, _, line) in numbered)
+        with (
+            _stopping(lm.queue()) as queue,
+            _adding(answers) as add,
+            Progress("generate", rows, unit="row", done=resumed, quiet=quiet) as progress,
+        ):
+            for places in InOrder(queue, asked, ahead).finished():
+                add([_line(place, summary) for place in places])
+                progress.update(len(places), errors=summary.errors)
         _finish(answers, target)
     summary.seconds = time.monotonic() - started
     return summary
 
 
-def _answered(lm: LanguageModel, asked: Mapping[int, Any], summary: Summary) -> list[dict[str, Any]]:
-    """The lines that answer rows and lines that refuse them, in order."""
-    found = _ask(lm, {i: row for i, row in asked.items() if not isinstance(row, dict)})
-    lines = []
-    for i, row in asked.items():
-        answer = found.get(i)
-        if isinstance(answer, Completion):
-            summary.prompt_tokens += answer.prompt_tokens
-            summary.completion_tokens += answer.completion_tokens
-            lines.append(row.answered(answer))
-        else:
-            summary.errors += 1
-            lines.append(row if answer is None else row.refused(answer))
-    return lines
-
-
-def _ask(lm: LanguageModel, rows: Mapping[int, Row]) -> dict[int, Completion | str]:
-    """A completion for each row, or what is wrong with it. One bad row refuses those asked for with it: what did not
-    come back is asked for again, by halves.
-    """
-    if not rows:
-        return {}
-    try:
-        found = lm.complete([row.prompt for row in rows.values()], [row.sampling for row in rows.values()])
-        return dict(zip(rows, found, strict=True))
-    except AccessError:
-        raise
-    except (InputError, RemoteError) as error:
-        if isinstance(error, RemoteError) and error.status not in ROWS_FAULT:
-            raise RemoteError(
-                f"{error}; what was answered before is kept: run it again to go on", error.status
-            ) from None
-        if len(rows) == 1:
-            return dict.fromkeys(rows, str(error).removeprefix("request 0: "))
-        places, came = list(rows), error.done if isinstance(error, RemoteError) else {}
-    done: dict[int, Completion | str] = {places[i]: completion for i, completion in came.items()}
-    left = [i for i in places if i not in done]
-    for half in (left[: len(left) // 2], left[len(left) // 2 :]):
-        done |= _ask(lm, {i: rows[i] for i in half})
-    return done
+def _line(place: Place, summary: Summary) -> dict[str, Any]:
+    """The line that answers a row, or refuses it."""
+    if isinstance(place.outcome, Completion):
+        assert not isinstance(place.row, dict)
+        summary.prompt_tokens += place.outcome.prompt_tokens
+        summary.completion_tokens += place.outcome.completion_tokens
+        return place.row.answered(place.outcome)
+    summary.errors += 1
+    return place.row if isinstance(place.row, dict) else place.row.refused(place.outcome or "")
 
 
 @contextmanager
@@ -161,17 +137,35 @@ def _kept(answers: Path) -> tuple[int, int]:
     return kept, errors
 
 
-def _append(file: BinaryIO, lines: Sequence[dict[str, Any]]) -> None:
-    file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def _adding(answers: Path) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
+    """Adds lines: they outlive this process at once, and the power `SYNCED` seconds later, or when this ends."""
+    synced = time.monotonic()
+
+    def add(lines: Sequence[dict[str, Any]]) -> None:
+        nonlocal synced
+        file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
+        file.flush()
+        if time.monotonic() - synced > SYNCED:
+            os.fsync(file.fileno())
+            synced = time.monotonic()
+
+    with answers.open("ab") as file:
+        try:
+            yield add
+        finally:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _stopping(queue: Queue) -> Iterator[Queue]:
+    try:
+        yield queue
+    finally:  # also on Ctrl-C
+        queue.stop()
 
 
 def _finish(answers: Path, target: Path) -> None:
     answers.replace(target)
     sync(target.parent)
     shutil.rmtree(answers.parent)
-
-
-def _seeded(sampling: Sampling, i: int) -> Sampling:
-    return sampling if sampling.seed is None else sampling.replace(seed=sampling.seed + i)

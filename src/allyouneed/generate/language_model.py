@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from allyouneed.core.config import Config
-from allyouneed.core.errors import InputError, unknown
+from allyouneed.core.errors import InputError, RemoteError, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 class AccessError(InputError):
     """Not what is asked is wrong but who asks, or whom: a key is refused, a model unknown. All else will fail alike."""
+
+
+class LateError(RemoteError):
+    """No answer came in time from a server that is well: asked again, it would work as long, and be paid once more."""
 
 
 class Message(TypedDict):
@@ -80,6 +84,28 @@ class Completion:
     logprobs: tuple[float, ...] = ()  # natural log-probability of each token under the unfiltered distribution
 
 
+Answer = Completion | InputError | RemoteError  # an error: what went wrong with this one alone, or with all
+
+
+class Queue(Protocol):
+    """Prompts that are answered as they come, in no order. One asker's."""
+
+    width: int  # so many are under way at once; the others wait
+
+    def ask(self, number: int, prompt: Turns, sampling: Sampling) -> None:
+        """Have a prompt answered; `answers` tells of it by `number`.
+
+        Raises:
+            InputError: it is wrong. The others go on.
+        """
+
+    def answers(self) -> Mapping[int, Answer]:
+        """Wait for those that come next; none where nothing is under way."""
+
+    def stop(self) -> None:
+        """Begin nothing more: what waits is forgotten. What has begun may still come."""
+
+
 @runtime_checkable
 class LanguageModel(Protocol):
     """What every model can be asked, wherever it runs."""
@@ -93,6 +119,9 @@ class LanguageModel(Protocol):
             prompts: any number.
             sampling: one for each prompt; or one for all, prompt i then drawing from `seed + i`.
         """
+
+    def queue(self) -> Queue:
+        """Answers prompts as they come, for who has more of them than fit the memory."""
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of the completion's text as they come; joined they equal `complete`'s text."""
@@ -121,6 +150,15 @@ class CountsTokens(Protocol):
         """How many tokens each text alone has, none added in front."""
 
 
+def spread(sampling: Sampling, i: int) -> Sampling:
+    """`sampling` as number `i` of several answers has it: with a seed it draws from `seed + i`.
+
+    >>> spread(Sampling(seed=5), 2).seed
+    7
+    """
+    return sampling if sampling.seed is None else sampling.replace(seed=sampling.seed + i)
+
+
 def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
     """One for each of `count` prompts, as `complete` has them.
 
@@ -131,8 +169,7 @@ def samplings_of(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sa
         InputError: their number is not that of the prompts.
     """
     if isinstance(sampling, Sampling):
-        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(count)]
-        return [sampling.replace(seed=seed) for seed in seeds]
+        return [spread(sampling, i) for i in range(count)]
     if len(sampling) != count:
         raise InputError(f"complete: {count} prompts but {len(sampling)} samplings; give one for each, or one for all")
     return list(sampling)

@@ -16,6 +16,7 @@ from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.guides import Guides
 from allyouneed.generate.language_model import Completion, Message, Sampling, Turns, sampling_from, samplings_of
+from allyouneed.generate.local_queue import LocalQueue, Writing
 from allyouneed.generate.requests import Guide
 from allyouneed.generate.speculation import Speculator
 from allyouneed.generate.stopping import StopStrings
@@ -46,12 +47,20 @@ class LocalModel:
             sizes = f"{tokenizer.vocab_size} tokens, the model {module.config.vocab_size}"
             raise InputError(f"{name}: the tokenizer has {sizes}; they do not belong together")
         self.module, self.tokenizer, self.name = module, tokenizer, name
-        self.engine = Engine(module, tokenizer.eos_ids, config, speculator)
+        self.engine = Engine(module, tokenizer.eos_ids, config, speculator, tokenizer.vocab_size)
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
         samplings = samplings_of(sampling, len(prompts))
         return self._complete([self.prompt_ids(prompt) for prompt in prompts], samplings)
+
+    def queue(self) -> LocalQueue:
+        """Answers prompts as they come, as many at once as the engine's batch holds.
+
+        Raises:
+            InputError: others are being answered.
+        """
+        return LocalQueue(self)
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
         """The completions' texts; keywords are fields of `Sampling`."""
@@ -73,8 +82,8 @@ class LocalModel:
         """Pieces of the assistant's answer as they come; raises as `stream`."""
         return self._stream(self.prompt_ids(messages), sampling)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **extras: Any) -> str:
-        """The conversation as the text that the model was trained to continue; `extras` (`tools` …) go to the template.
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """The conversation as the text the model was trained to continue; `variables` (`tools` …) are the template's.
 
         Raises:
             InputError: the model has no template, or the template refuses the conversation.
@@ -83,10 +92,10 @@ class LocalModel:
             raise InputError(f"{self.name} has no chat template; use generate, or a model tuned for conversation")
         return chat.render(
             self.tokenizer.chat_template,
-            messages,
+            chat.plain(messages),
             bos_token=self.tokenizer.bos_token or "",
             eos_token=self.tokenizer.eos_token or "",
-            **extras,
+            variables=variables,
         )
 
     @torch.inference_mode()
@@ -113,14 +122,17 @@ class LocalModel:
                     scores[i] = score
         return scores
 
-    @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32: the mean of the last hidden states over a text's tokens, scaled to unit length."""
-        rows = [self.prompt_ids(text) for text in texts]
+        return self.embed_ids([self.prompt_ids(text) for text in texts])
+
+    @torch.inference_mode()
+    def embed_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """(n, dim) float32: `embed` of texts that are ids already."""
         for row in rows:
             self.engine.check(row, 0)
         device = self.module.device
-        vectors = [self.module.hidden(torch.tensor([row], device=device))[0].mean(0).cpu() for row in rows]
+        vectors = [self.module.hidden(torch.tensor([list(row)], device=device))[0].mean(0).cpu() for row in rows]
         stacked = torch.stack(vectors) if vectors else torch.zeros(0, self.module.config.dim)
         return torch.nn.functional.normalize(stacked, dim=-1).float().numpy()
 
@@ -129,7 +141,8 @@ class LocalModel:
         """Makes guides for this model's vocabulary."""
         return Guides(self.tokenizer)
 
-    def _guide(self, sampling: Sampling) -> Guide | None:
+    def guide(self, sampling: Sampling) -> Guide | None:
+        """What `json_schema` or `regex` allows; a new one for each request."""
         if sampling.json_schema:
             return self.guides.json_schema(sampling.json_schema)
         return self.guides.regex(sampling.regex) if sampling.regex else None
@@ -165,31 +178,16 @@ class LocalModel:
         return tuple(whole[:shared]), tuple(whole[shared:])
 
     def _complete(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
-        texts = [StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens) for sampling in samplings]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        reasons = ["length"] * len(prompts)
-        guides = [self._guide(sampling) for sampling in samplings]
-        steps = self.engine.steps(prompts, samplings, lambda request, token: texts[request].push(token), guides=guides)
+        writings = [Writing(self.tokenizer, *pair) for pair in zip(prompts, samplings, strict=True)]
+        guides = [self.guide(sampling) for sampling in samplings]
+        steps = self.engine.steps(prompts, samplings, lambda i, token: writings[i].text.push(token), guides=guides)
         for step in steps:
-            tokens[step.request].append(step.token)
-            logprobs[step.request].append(step.logprob)
-            reasons[step.request] = step.finish_reason or "length"
-        return [
-            Completion(
-                text=texts[i].finish(),
-                finish_reason=reasons[i],
-                prompt_tokens=len(prompts[i]),
-                completion_tokens=len(tokens[i]),
-                token_ids=tuple(tokens[i]),
-                logprobs=tuple(logprobs[i]),
-            )
-            for i in range(len(prompts))
-        ]
+            writings[step.request].hear(step)
+        return [writing.completion() for writing in writings]
 
     def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         text = StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens)
-        guides = [self._guide(sampling)]
+        guides = [self.guide(sampling)]
         reason = None
         for step in self.engine.steps([prompt], [sampling], lambda request, token: text.push(token), guides=guides):
             reason = step.finish_reason

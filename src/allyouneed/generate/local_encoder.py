@@ -18,7 +18,7 @@ from torch import Tensor
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json
 from allyouneed.data.tokenizers import Tokenizer
-from allyouneed.generate.language_model import Completion, Message, Sampling, Turns
+from allyouneed.generate.language_model import Completion, Message, Queue, Sampling, Turns
 from allyouneed.models.checkpoints.fields import Fields
 from allyouneed.models.encoder import Encoder
 
@@ -70,7 +70,6 @@ class LocalEncoder:
         self.module, self.tokenizer, self.name, self.batch = module, tokenizer, name, batch
         self.reading = reading or Reading(module.config.context)
 
-    @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) float32 of unit length; what of a text goes beyond `reading.most` tokens is not read.
 
@@ -81,10 +80,15 @@ class LocalEncoder:
         for i, row in enumerate(rows):
             if not row:
                 raise InputError(f"text {i} is empty, and {self.name} puts no special tokens around it")
+        return self.embed_ids(rows)
+
+    @torch.inference_mode()
+    def embed_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """(n, dim) float32: `embed` of texts that are ids already, with whatever special tokens belong around them."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         vectors = torch.zeros(len(rows), self.module.config.dim)
         for chosen in self._batches(order, rows):
-            vectors[chosen] = self._vectors([rows[i] for i in chosen]).float().cpu()
+            vectors[chosen] = self._vectors([list(rows[i]) for i in chosen]).float().cpu()
         return F.normalize(vectors, dim=-1).numpy()
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -92,6 +96,10 @@ class LocalEncoder:
         return [len(row) for row in self.tokenizer.encode_batch(texts)]
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """Refused."""
+        self._refuse("generate")
+
+    def queue(self) -> Queue:
         """Refused."""
         self._refuse("generate")
 
@@ -118,7 +126,7 @@ class LocalEncoder:
     def _refuse(self, asked: str) -> NoReturn:
         raise InputError(f"{self.name} is an encoder: it cannot {asked}, only embed texts; ask a decoder")
 
-    def _batches(self, order: list[int], rows: list[list[int]]) -> Iterator[list[int]]:
+    def _batches(self, order: list[int], rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """`order` in batches of at most `batch` rows and, where these are several, `CACHED` tokens."""
         chosen: list[int] = []
         for i in order:

@@ -11,10 +11,11 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allyouneed.nn.paged import Storage
 from allyouneed.nn.sight import Memory
+from allyouneed.nn.watch import Watch
 
 PADDED = 1.25  # rows are read together while their padded size is at most so much more than their tokens
 
@@ -64,10 +65,38 @@ class Reader(Protocol):
 
 
 def reader_of(module: Continues, storage: Storage) -> Reader:
-    """The fastest reader there is for a module: of its native program where it has one that can use the storage."""
+    """The fastest reader there is for a module as it is now: of its native program where that can use the storage."""
     from allyouneed.generate.native_reader import native_reader
 
     return native_reader(module, storage) or TorchReader(module, storage)
+
+
+class CurrentReader:
+    """The fastest reader for what a module is at each pass: chosen anew once parts or weights of it were replaced,
+    somebody listens in by a hook, or it was put into training mode.
+
+    >>> from allyouneed.models import llama
+    >>> model = llama.EXAMPLE.build().eval()
+    >>> reader = CurrentReader(model, Storage(model.new_cache(1, 0), blocks=4, size=8))
+    >>> model.grow(60)
+    >>> reader.read([Piece([1, 59], [0], 0, wanted=1)]).shape
+    torch.Size([1, 60])
+    """
+
+    def __init__(self, module: Continues, storage: Storage) -> None:
+        self.module, self.storage = module, storage
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget what was made of the weights: to be called after gains or biases of 16 bits were written to."""
+        self._reader = reader_of(self.module, self.storage)
+        self._watch = Watch(self.module) if isinstance(self.module, nn.Module) else None
+
+    def read(self, pieces: Sequence[Piece]) -> Tensor:
+        """(sum of `wanted`, V)."""
+        if self._watch is not None and self._watch.changed():
+            self.renew()
+        return self._reader.read(pieces)
 
 
 class TorchReader:

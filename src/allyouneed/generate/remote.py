@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from allyouneed.core.errors import InputError, RemoteError, unknown
+from allyouneed.core.errors import InputError, RemoteError, about, unknown
 from allyouneed.generate.caller import Caller
 from allyouneed.generate.endpoint import Endpoint
 from allyouneed.generate.fleet import Fleet
@@ -26,8 +26,10 @@ from allyouneed.generate.language_model import (
     sampling_from,
     samplings_of,
 )
+from allyouneed.generate.remote_queue import RemoteQueue
 
 Answered = TypeVar("Answered")
+Request = tuple[str, dict[str, Any]]  # a path, and what is sent there
 
 PENALTIES = ("frequency_penalty", "presence_penalty")
 EXTRAS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "min_tokens")  # vLLM's names; OpenAI refuses them
@@ -77,9 +79,17 @@ class RemoteModel:
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """One completion per prompt, in order; conversations by the server's chat template."""
-        requests = dict(enumerate(zip(prompts, samplings_of(sampling, len(prompts)), strict=True)))
-        answers = self.caller.map(lambda request: self._complete(*request), requests)
+        pairs = zip(prompts, samplings_of(sampling, len(prompts)), strict=True)
+        requests = {}
+        for i, pair in enumerate(pairs):  # all are made before one is sent: what is wrong with one costs nothing
+            with about(f"request {i}"):
+                requests[i] = _request(*pair)
+        answers = self.caller.map(self._answer, requests)
         return [answers[i] for i in requests]
+
+    def queue(self) -> RemoteQueue[Request]:
+        """Answers prompts as they come, as many at once as the endpoints should be given."""
+        return RemoteQueue(self.caller, _request, self._answer)
 
     def generate(self, prompts: Sequence[str], **sampling: object) -> list[str]:
         """The completions' texts; keywords are fields of `Sampling`."""
@@ -87,16 +97,15 @@ class RemoteModel:
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of the completion's text as they come."""
-        return self._stream("completions", {"prompt": prompt, **_fields(sampling)}, lambda choice: choice["text"])
+        return self._stream(*_request(prompt, sampling), lambda choice: choice["text"])
 
     def chat(self, messages: Sequence[Message], **sampling: object) -> str:
         """The assistant's answer, through the server's chat template."""
-        return self._complete(messages, sampling_from(sampling)).text
+        return self._answer(_request(messages, sampling_from(sampling))).text
 
     def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
         """Pieces of the assistant's answer as they come."""
-        body = {"messages": list(messages), **_fields(sampling)}
-        return self._stream("chat/completions", body, lambda choice: choice["delta"].get("content"))
+        return self._stream(*_request(messages, sampling), lambda choice: choice["delta"].get("content"))
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Summed natural log-probability of each continuation given its prompt.
@@ -130,10 +139,9 @@ class RemoteModel:
         """Close the connections."""
         self.caller.close()
 
-    def _complete(self, prompt: Turns, sampling: Sampling) -> Completion:
-        if isinstance(prompt, str):
-            return self._ask("completions", {"prompt": prompt, **_fields(sampling)}, _completion)
-        return self._ask("chat/completions", {"messages": list(prompt), **_fields(sampling)}, _chat_completion)
+    def _answer(self, request: Request) -> Completion:
+        path, body = request
+        return self._ask(path, body, _completion if "prompt" in body else _chat_completion)
 
     def _first_model(self) -> str:
         try:
@@ -199,6 +207,12 @@ class RemoteModel:
             return np.array([found[i] for i in range(len(texts))], dtype=np.float32).reshape(len(texts), -1)
 
         return self._ask("embeddings", {"input": texts, "encoding_format": "float"}, vectors)
+
+
+def _request(prompt: Turns, sampling: Sampling) -> Request:
+    if isinstance(prompt, str):
+        return "completions", {"prompt": prompt, **_fields(sampling)}
+    return "chat/completions", {"messages": list(prompt), **_fields(sampling)}
 
 
 def _fields(sampling: Sampling) -> dict[str, Any]:

@@ -73,4 +73,5 @@ class Step:
     logprob: float  # natural, under the model's own distribution, before any filter
     finish_reason: str | None  # "stop", "length" or "error" (the guide gave up) with a request's last token
     top: Top = ()  # as many as `top_logprobs`
+    cached: int = 0  # tokens of the prompt that were found instead of read, with the first step
     prompt: tuple[tuple[float | None, Top], ...] | None = None  # of each prompt token; the first has no log-probability

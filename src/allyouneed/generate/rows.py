@@ -24,6 +24,8 @@ LARGEST = 2**63 - 1  # of whole numbers, as JSON's readers have them
 PASSED = ("id", "metadata")
 ENVELOPE = ("custom_id", "method", "url", "body")
 FIXED = {"n": 1, "stream": False}  # what a body may say only in this way
+IDLE = ("model", "metadata", "user", "store", "service_tier")  # what a body may say that changes no answer
+KINDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}  # what is asked where
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,45 @@ def _enveloped(number: int, found: Mapping[str, Any], sampling: Sampling) -> Env
     for name, right in FIXED.items():
         if body.get(name, right) not in (right, None):
             raise InputError(f"body.{name} is {brief(body[name])}; only {json.dumps(right)} is accepted")
-    return Enveloped(number, custom_id, *_asked(body, ("model", "metadata", *FIXED), sampling))
+    _check_address(found, body)
+    form = _form(body.get("response_format"))
+    return Enveloped(number, custom_id, *_asked(body, (*IDLE, *FIXED, "response_format"), sampling.replace(**form)))
+
+
+def _check_address(found: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+    """Refuse what another route than a body's own would answer."""
+    method, url = found.get("method"), found.get("url")
+    if method not in ("POST", None):
+        raise InputError(f"method is {brief(method)}; only POST is accepted")
+    if url is None:
+        return
+    if not isinstance(url, str) or url not in KINDS:
+        raise InputError(f"url is {brief(url)}; accepted: {', '.join(KINDS)}")
+    if KINDS[url] not in body:
+        raise InputError(f"url is {url}, which asks with {KINDS[url]}; body has none")
+
+
+def _form(asked: Any) -> dict[str, str]:
+    """What an OpenAI `response_format` means as fields of `Sampling`, going before those for all rows."""
+    match asked:
+        case None:
+            return {}
+        case {"type": "text"}:
+            schema: Any = None
+        case {"type": "json_object"}:
+            schema = {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            pass
+        case _:
+            raise _no_form(asked)
+    return {"json_schema": "" if schema is None else json.dumps(schema), "regex": ""}
+
+
+def _no_form(asked: Any) -> InputError:
+    schema = '{"type": "json_schema", "json_schema": {"schema": …}}'
+    return InputError(
+        f'response_format is {brief(asked)}; accepted: {schema}, {{"type": "json_object"}} and {{"type": "text"}}'
+    )
 
 
 def _asked(found: Mapping[str, Any], passed: tuple[str, ...], sampling: Sampling) -> tuple[Turns, Sampling]:

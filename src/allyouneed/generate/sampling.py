@@ -117,6 +117,15 @@ def judged(p: Tensor, q: Tensor, draft: int, source: random.Random) -> int:
     return draw(more.log(), source) if bool(more.any()) else draft  # nothing is left where they differ by rounding only
 
 
+def source_of(seed: int | None) -> random.Random:
+    """What a seed of 64 bits decides, of either sign; `random.Random` itself takes -1 for 1.
+
+    >>> source_of(-1).random() == source_of(1).random(), source_of(1).random() == random.Random(1).random()
+    (False, True)
+    """
+    return random.Random(None if seed is None else seed % 2**64)
+
+
 class Sampler:
     """Chooses the tokens of one request, from its own source of randomness.
 
@@ -126,7 +135,7 @@ class Sampler:
     Args:
         sampling: how.
         prompt: its tokens, which a repetition penalty sees.
-        vocab_size: V.
+        vocab_size: V, how many ids may be chosen; logits beyond belong to rows that pad a table, and are not looked at.
         ends: the end tokens.
         guide: says which tokens may come next.
 
@@ -143,7 +152,7 @@ class Sampler:
         guide: Guide | None = None,
     ) -> None:
         self.sampling, self.guide, self.made = sampling, guide, 0
-        self.source = random.Random(sampling.seed)
+        self.vocab_size, self.source = vocab_size, source_of(sampling.seed)
         self.ends = [] if sampling.ignore_eos else sorted(ends)
         counted = sampling.frequency_penalty or sampling.presence_penalty
         self.counts = torch.zeros(vocab_size) if counted else None
@@ -195,7 +204,7 @@ class Sampler:
 
     def adjusted(self, logits: Tensor) -> Tensor:
         """Logits (V,) with penalties, biases, and what must not come next made impossible."""
-        sampling = self.sampling
+        sampling, logits = self.sampling, logits[: self.vocab_size]
         if self.seen is not None:
             logits = penalise(logits, self.seen, sampling.repetition_penalty)
         if self.counts is not None:

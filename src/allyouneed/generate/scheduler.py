@@ -91,6 +91,7 @@ class Scheduler:
     def _fork(self, one: Continuation, leader: Continuation) -> None:
         one.table = self.tables.fork(leader.held)
         self.shared += one.table.length
+        one.cached = one.table.length
         self._served[one.request.client] += 1  # as one that finds all but the last token of its prompt
         self.waiting.remove(one)
         self.running.append(one)
@@ -182,7 +183,7 @@ class Scheduler:
             self.tables.close(table)
             return False
         self.shared += table.length
-        one.table = table
+        one.table, one.cached = table, one.cached if one.made else table.length
         return True
 
     def _being_read(self, one: Continuation) -> bool:

@@ -93,6 +93,9 @@ class Drafts:
 class Speculator(Protocol):
     """Guesses the next tokens of requests that are being continued."""
 
+    def bytes_per_block(self, size: int) -> int:
+        """What it keeps itself for each block of `size` tokens that the model's storage has."""
+
     def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
         """Guess for this model, reading at most `chunk` tokens of texts in a pass; called once, by its engine."""
 
@@ -143,6 +146,10 @@ class PromptLookup:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or PromptLookup.Config()
         self._texts: dict[int, _Found] = {}
+
+    def bytes_per_block(self, size: int) -> int:
+        """It keeps no keys and values."""
+        return 0
 
     def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
         """Nothing of the model is needed."""

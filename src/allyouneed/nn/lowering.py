@@ -161,6 +161,8 @@ def _block(block: Block, frame: Frame, x: int) -> int:
 def _parallel(block: ParallelBlock, frame: Frame, x: int) -> int:
     pairs = (block.mixer_norm, block.mixer), (block.channel_norm, block.channel)
     normed = [lower(norm, frame, x) for norm, _ in pairs]  # both see the stream before it grows
+    if normed[1] == x:  # the second branch would see what the first one added
+        raise NotLowered
     for (_, branch), y in zip(pairs, normed, strict=True):
         frame.program.add(x, lower(branch, frame, y))
         _release(frame, x, y)

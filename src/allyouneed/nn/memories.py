@@ -84,6 +84,11 @@ class Together:
         return joined(0), joined(1)
 
     def _keep(self, layer: int) -> None:
-        keys, values = self._recalled[layer]
         for i, (made, length) in enumerate(zip(self._made, self._lengths, strict=True)):
-            made[layer] = (keys[i : i + 1].narrow(-2, 0, length), values[i : i + 1].narrow(-2, 0, length))
+            keys, values = (_own(x[i : i + 1].narrow(-2, 0, length)) for x in self._recalled[layer])
+            made[layer] = keys, values
+
+
+def _own(part: Tensor) -> Tensor:
+    """A part of a tensor that does not keep alive the rest of it."""
+    return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part

@@ -95,6 +95,8 @@ class Places:
         blocks = tables.gather(1, (positions // size).clamp(max=tables.shape[1] - 1))
         self._block, self._offset = blocks[real], positions[real] % size
         self._size, self._known = size, dict[int, tuple[Tensor, Tensor]]()
+        ends = torch.tensor([length + count for length, count in zip(lengths, counts, strict=True)])
+        self._unseen = (torch.arange(max(lengths) + self.width) >= ends[:, None]).nonzero(as_tuple=True)
 
     def of(self, heads: int) -> tuple[Tensor, Tensor]:
         """What is read, (B, H, n), and where what is new is written, (L·H,), in a layer of so many heads."""
@@ -104,6 +106,15 @@ class Places:
             written = (self._block[:, None] * heads + head) * self._size + self._offset[:, None]
             self._known[heads] = (read, written.flatten())
         return self._known[heads]
+
+    def clean(self, found: Tensor) -> Tensor:
+        """What was read, (B, H, up to the longest row's end, D), with zeros behind each row's own: what others left
+        there may not be finite, and an infinity would spoil sums, however little attention it is given.
+        """
+        if len(self._unseen[0]):
+            rows, positions = (x.to(found.device) for x in self._unseen)
+            found[rows, :, positions] = 0
+        return found
 
     def real(self, x: Tensor) -> Tensor:
         """New keys or values (B, H, T, D) without what pads rows, token by token: (L·H, D)."""
@@ -126,7 +137,8 @@ class PagedKeyValues(KeyValues):
         read, written = (x.to(keys.device) for x in self.places.of(keys.shape[1]))
         for bank, new in zip(self.banks, (keys, values), strict=True):
             bank.write(written, self.places.real(new.detach()))
-        found = [bank.read(read, room)[:, :, :total] for bank, room in zip(self.banks, self.rooms, strict=True)]
+        pairs = zip(self.banks, self.rooms, strict=True)
+        found = [self.places.clean(bank.read(read, room)[:, :, :total]) for bank, room in pairs]
         return found[0], found[1]
 
 

@@ -2,8 +2,8 @@
 
 A `Program` is written by the lowerings of a model's parts (`nn.lowering`), each of which says what it computes by the
 methods here, on slots: matrices with a row for each token of the pass. The records' fields are explained in
-`native/program.h`. Programs hold the addresses of a model's tensors as they are: what changes in place is seen, a
-tensor that is replaced is not.
+`native/program.h`. Programs hold the memory of a model's weights as it is: what is written into it is seen, other
+memory that a weight is given is not (`nn.watch` sees that), and of gains and biases of 16 bits a program has a copy.
 """
 
 from __future__ import annotations
@@ -250,5 +250,5 @@ class Program:
     def _place(self, tensor: Tensor) -> int:
         if not tensor.is_cpu:
             raise NotLowered
-        self._held.append(tensor)
+        self._held.append(tensor.detach())  # keeps the memory, also when the parameter is given another
         return tensor.data_ptr()

@@ -73,7 +73,8 @@ async def whole(
 ) -> Response:
     """The JSON that `work` makes of a generation, which is given up when the client does not wait for it."""
     try:
-        return JSONResponse(await unless_gone(request, work), headers=dict(headers))
+        answer = await unless_gone(request, work)
+        return await asyncio.to_thread(JSONResponse, answer, headers=dict(headers))  # it may be long
     except HungUpError:
         return Response(status_code=HUNG_UP)
     finally:

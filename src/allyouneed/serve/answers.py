@@ -11,12 +11,19 @@ from typing_extensions import TypedDict
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
+class PromptDetails(TypedDict):
+    """Tokens of prompts that were read before, for whom it may be."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     """Tokens read and made."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class FunctionAnswer(TypedDict):
@@ -206,12 +213,13 @@ class HealthAnswer(TypedDict):
     status: Literal["ok"]
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
-    """Both and their sum."""
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    """Tokens of prompts, those made, their sum; and how many of the first were not read anew."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from allyouneed.serve import chat, completions, embeddings, errors, responses, tokens
 from allyouneed.serve.answers import HealthAnswer
 from allyouneed.serve.documents import described
+from allyouneed.serve.errors import ApiError
 from allyouneed.serve.gate import Gate
 from allyouneed.serve.metrics import Metrics
 from allyouneed.serve.served import Served
@@ -39,8 +40,12 @@ def create_app(models: Mapping[str, Served], settings: Settings, metrics: Metric
     return app
 
 
-async def health() -> JSONResponse:
-    """Whether the server answers."""
+async def health(service: Here) -> JSONResponse:
+    """Whether the server answers, and its engines go on."""
+    dead = [served.name for served in service.models.values() if served.generates and not served.driver.alive]
+    if dead:
+        said = f"the engine of {dead[0]} does not go on; restart the server, whose log says why"
+        raise ApiError(said, status=503, code="engine_dead")
     answer: HealthAnswer = {"status": "ok"}
     return JSONResponse(answer)
 

@@ -59,10 +59,10 @@ def client_of(fields: SamplingFields) -> str:
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """The conversation as chat templates know it: content is text, arguments are objects, developers are the system.
+    """The conversation as `data.chat` knows it, after what only a request can be wrong in was refused by its name.
 
-    >>> template_messages([ChatMessage(role="developer", content=[Part(type="text", text="Be brief.")])])
-    [{'role': 'system', 'content': 'Be brief.'}]
+    >>> template_messages([ChatMessage(role="user", content=[Part(type="text", text="Hi", weight=1)])])
+    [{'role': 'user', 'content': [{'type': 'text', 'text': 'Hi'}]}]
     """
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
@@ -89,8 +89,8 @@ def _message(message: ChatMessage, path: str) -> dict[str, Any]:
     if message.tool_calls and message.role != "assistant":
         raise ApiError(f"{path}.tool_calls: only an assistant calls tools", param=f"{path}.tool_calls")
     found: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": content if isinstance(content, str) else _joined(content or [], f"{path}.content"),
+        "role": message.role,
+        "content": content if isinstance(content, str) else _parts(content or [], f"{path}.content"),
     }
     for name in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, name)) is not None:
@@ -102,12 +102,12 @@ def _message(message: ChatMessage, path: str) -> dict[str, Any]:
     return found
 
 
-def _joined(parts: Sequence[Part], path: str) -> str:
+def _parts(parts: Sequence[Part], path: str) -> list[dict[str, Any]]:
     for i, part in enumerate(parts):
         if part.type != "text" or part.text is None:
             param = f"{path}[{i}]"
             raise ApiError(f"{param}: a part of type {part.type[:60]!r}; only text is read here", param=param)
-    return "\n".join(part.text or "" for part in parts)
+    return [{"type": "text", "text": part.text} for part in parts]
 
 
 def _call(call: ToolCall, path: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def assemble(lm: LocalModel | LocalEncoder, settings: Settings, embedder: LocalE
     """The application that serves `lm`, whose engine it takes over, and beside it an encoder.
 
     Raises:
-        InputError: `settings.context` is more than the model holds.
+        InputError: `settings.context` is more than the model, or all blocks of its cache, hold.
     """
     metrics = Metrics()
     models = {}
@@ -33,9 +33,11 @@ def assemble(lm: LocalModel | LocalEncoder, settings: Settings, embedder: LocalE
 
 def _context(lm: LocalModel, settings: Settings) -> int | None:
     """The most tokens of one request."""
-    limit: int | None = lm.module.limit
-    if settings.context is None or limit is None:
-        return settings.context or limit
-    if settings.context > limit:
+    limit, room = lm.module.limit, lm.engine.room
+    if settings.context is None or room is None:
+        return settings.context or room
+    if limit is not None and settings.context > limit:
         raise InputError(f"--context {settings.context}: {lm.name} holds {limit} tokens at most")
+    if settings.context > room:
+        raise InputError(f"--context {settings.context}: the blocks of the cache hold {room} tokens; raise --blocks")
     return settings.context

@@ -36,8 +36,8 @@ async def chat_completions(fields: ChatFields, request: Request, service: Here) 
     served, headers = service.find(fields.model), warned(ignored(fields))
     check_fields(fields)
     plan = await planned(served, fields)
-    generation = service.watched(served.generation(plan.requests, special=plan.special))
-    await started(generation, "messages")
+    generation = served.generation(plan.requests, special=plan.special)
+    await service.start(generation, "messages")
     talk = Talk(served, fields, plan, generation)
     if fields.stream:
         return EventStream(talk.chunks(), generation, headers=headers, send_seconds=service.settings.send_seconds)
@@ -118,7 +118,8 @@ class Talk:
 
     def usage(self) -> Usage:
         """Tokens read and made so far."""
-        return usage(len(self.plan.requests[0].ids), sum(turn.tokens for turn in self.turns))
+        cached = min((turn.cached for turn in self.turns if turn.cached is not None), default=0)
+        return usage(len(self.plan.requests[0].ids), sum(turn.tokens for turn in self.turns), cached)
 
 
 async def planned(served: Served, fields: ChatFields) -> Plan:
@@ -160,14 +161,6 @@ async def conversation(served: Served, fields: Any, tools: Sequence[Tool]) -> li
         return await served.chat_ids(template_messages(fields.messages), variables)
     except InputError as error:
         raise refused("messages", error) from None
-
-
-async def started(generation: Generation, prompt: str) -> None:
-    """Hand a generation over; what the engine refuses is the prompt's fault."""
-    try:
-        await generation.start()
-    except InputError as error:
-        raise refused(prompt, error) from None
 
 
 async def format_guide(served: Served, form: ResponseFormat | None, param: str) -> Guide | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from allyouneed.generate.requests import Step, Top
 from allyouneed.serve.answering import EventStream, warned, whole
 from allyouneed.serve.answers import FinishReason, TextAnswer, TextChoice, TextLogprobs, Usage, envelope, usage
 from allyouneed.serve.asked import client_of, text_sampling
-from allyouneed.serve.chat import check_stream, format_guide, started
+from allyouneed.serve.chat import check_stream, format_guide
 from allyouneed.serve.documents import described
 from allyouneed.serve.driver import Generation, News
 from allyouneed.serve.errors import ApiError, refused
@@ -28,6 +29,7 @@ from allyouneed.serve.turns import LEAST_LOGPROB
 router = APIRouter(route_class=StrictRoute)
 DEFAULT_MOST = 16  # OpenAI's
 MOST_AT_ONCE = 1024  # answers of one request
+MOST_ECHOED = 1 << 18  # log-probabilities of prompts in one answer, which takes some ten megabytes
 
 
 @router.post("/v1/completions", **described(TextAnswer, TextAnswer))
@@ -37,8 +39,8 @@ async def completions(fields: CompletionFields, request: Request, service: Here)
     _check(fields)
     prompts = await _prompts(served, fields)
     requests = await _requests(served, fields, prompts)
-    generation = service.watched(served.generation(requests))
-    await started(generation, "prompt")
+    generation = served.generation(requests)
+    await service.start(generation, "prompt")
     job = Continuations(served, fields, prompts, generation)
     if fields.stream:
         return EventStream(job.chunks(), generation, headers=headers, send_seconds=service.settings.send_seconds)
@@ -62,11 +64,13 @@ class Continuation:
         self.text, self.tokens, self.summed, self.offset = "", 0, 0.0, 0
         self.finish_reason: FinishReason | None = None
         self.told: list[tuple[int, float | None, Top, int]] = []  # token, log-probability, others, offset
-        self.begun = False
+        self.begun, self.cached = False, 0  # tokens of its prompt that were not read for it
 
     def hear(self, news: News) -> str:
         """The text that `news` adds."""
         text = news.text
+        if not self.begun:
+            self.cached = news.steps[0].cached
         if not self.begun and self.fields.echo:
             text = self.prompt.text + text
             self._note_prompt(news.steps[0])
@@ -135,7 +139,7 @@ class Continuations:
         async for news in self.generation.news():
             self.texts[news.index].hear(news)
         kept = [text for i in range(len(self.prompts)) for text in self._best(i)]
-        choices = [text.choice(i, text.text) for i, text in enumerate(kept)]
+        choices = await asyncio.to_thread(lambda: [text.choice(i, text.text) for i, text in enumerate(kept)])
         frame: Any = envelope("cmpl-", "text_completion", self.served.name)
         answer: TextAnswer = frame | {"choices": choices, "usage": self._usage()}
         return answer
@@ -159,7 +163,9 @@ class Continuations:
         return texts if n == self.copies else sorted(texts, key=lambda text: -text.mean)[:n]
 
     def _usage(self) -> Usage:
-        return usage(sum(len(prompt.ids) for prompt in self.prompts), sum(text.tokens for text in self.texts))
+        copies = [self.texts[i : i + self.copies] for i in range(0, len(self.texts), self.copies)]
+        cached = sum(min(text.cached for text in texts) for texts in copies)  # of copies, one reads for all
+        return usage(sum(len(prompt.ids) for prompt in self.prompts), sum(text.tokens for text in self.texts), cached)
 
 
 async def _prompts(served: Served, fields: CompletionFields) -> list[Prompt]:
@@ -169,6 +175,7 @@ async def _prompts(served: Served, fields: CompletionFields) -> list[Prompt]:
         raise ApiError("prompt: holds no text and no token", param="prompt")
     found = []
     for i, one in enumerate(given if several else [given]):
+        await asyncio.sleep(0)  # many short texts are one long one
         param = f"prompt[{i}]" if several else "prompt"
         if isinstance(one, str):
             found.append(Prompt(await _ids(served, one, param), one))
@@ -190,6 +197,11 @@ async def _requests(served: Served, fields: CompletionFields, prompts: Sequence[
     copies = fields.best_of or fields.n or 1
     if len(prompts) * copies > MOST_AT_ONCE:
         raise ApiError(f"n: {len(prompts)} prompts times {copies} are more than {MOST_AT_ONCE} answers", param="n")
+    if fields.echo and fields.logprobs is not None:
+        echoed = sum(len(prompt.ids) for prompt in prompts) * copies * (fields.logprobs + 1)
+        if echoed > MOST_ECHOED:
+            said = f"logprobs: {echoed} log-probabilities of the prompts, {MOST_ECHOED} at most; send fewer prompts"
+            raise ApiError(said, param="logprobs")
     asked = DEFAULT_MOST if fields.max_tokens is None else fields.max_tokens
     requests = []
     for prompt in prompts:

@@ -9,11 +9,12 @@ from allyouneed.serve.errors import ErrorAnswer
 FAILURES = {
     400: "The request is wrong; `param` names the field.",
     401: "The key is missing or wrong.",
+    403: "Without a key the server answers this machine's own names only.",
     404: "No such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     429: "Too many requests are under way; `Retry-After` says when to come again.",
-    503: "The server is shutting down.",
+    503: "The server is shutting down, or its engine cannot go on.",
     504: "The answer took longer than this server allows.",
 }
 

@@ -67,6 +67,15 @@ class Job:
     number: int | None = None
     gone: bool = False
     steps: list[Step] = field(default_factory=list)
+    error: Exception | None = None  # why its text could not be made
+
+    def push(self, token: int) -> bool:
+        """Whether its text ends with `token`. Where no text can be made of it, that ends this request and no other."""
+        try:
+            return self.text.push(token)
+        except Exception as error:
+            self.error = error
+            return True
 
 
 class Driver:
@@ -78,8 +87,13 @@ class Driver:
         self.jobs: dict[int, Job] = {}
         self._messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closing = False
+        self._closing = self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it steps, and will."""
+        return self._thread.is_alive() and not self._ended
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to step; what is heard is delivered on `loop`."""
@@ -100,10 +114,13 @@ class Driver:
 
         Raises:
             InputError: one of them can never run.
+            ApiError: nothing runs any more.
         """
         jobs = list(jobs)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._send(lambda: self._add(jobs, answer))
+        if self._ended:  # what was sent before that was seen is answered by the thread's last act
+            raise _ended()
         try:
             await asyncio.shield(answer)
         except asyncio.CancelledError:
@@ -119,17 +136,36 @@ class Driver:
         self._messages.put(message)
 
     def _run(self) -> None:
-        self.read(self.engine)
-        while not self._closing:
-            try:
-                self._hear()
-                if not self._closing and not self.engine.idle:
-                    self._step()
-                self.read(self.engine)
-            except Exception as error:
-                LOG.error("a pass of the engine failed; what was running is given up", exc_info=error)
-                self._fail_all(ApiError("the engine failed; the log says how", status=500, code="engine_failed"))
-        self._fail_all(ApiError("the server is shutting down", status=503))
+        try:
+            self.read(self.engine)
+            while not self._closing:
+                self._go_on()
+        except Exception as error:
+            LOG.critical("the engine cannot go on; restart the server", exc_info=error)
+        finally:
+            self._end()
+
+    def _go_on(self) -> None:
+        """Hear, and one pass. One that fails costs what was running; where that cannot be given up, nothing goes on."""
+        try:
+            self._hear()
+            if not self._closing and not self.engine.idle:
+                self._step()
+            self.read(self.engine)
+        except Exception as error:
+            LOG.error("a pass of the engine failed; what was running is given up", exc_info=error)
+            self._fail_all(ApiError("the engine failed; the log says how", status=500, code="engine_failed"))
+
+    def _end(self) -> None:
+        """All that wait hear that nothing comes any more, and so do those whose messages were not yet read."""
+        jobs, self.jobs = list(self.jobs.values()), {}
+        for job in jobs:
+            job.gone, job.number = True, None
+        self._deliver([(job, _ended()) for job in jobs])
+        self._ended = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._messages.get(block=False)()
 
     def _hear(self) -> None:
         """Take all messages; wait for one where there is nothing else to do."""
@@ -151,21 +187,34 @@ class Driver:
 
     def _news(self, job: Job) -> Heard:
         steps, job.steps = job.steps, []
+        if job.error is not None:
+            return self._given_up(job, job.error)
         if steps[-1].finish_reason == "error":
             self._forget(job)
             return ApiError(
                 "the text could not go on as its format demands; allow more, or ask for less", code="format"
             )
-        if steps[-1].finish_reason is not None:
-            job.text.finish()
-            self._forget(job)
-        return News(job.index, steps, job.text.take())
+        try:
+            if steps[-1].finish_reason is not None:
+                self._forget(job)
+                job.text.finish()
+            return News(job.index, steps, job.text.take())
+        except Exception as error:
+            return self._given_up(job, error)
+
+    def _given_up(self, job: Job, error: Exception) -> Heard:
+        LOG.error("the text of a request could not be made; it is given up", exc_info=error)
+        self._cancel([job])
+        return ApiError("the text of this answer could not be made; the log says how", status=500, code="text_failed")
 
     def _add(self, jobs: Sequence[Job], answer: asyncio.Future[None]) -> None:
+        if self._ended:
+            self._call(lambda: _settle(answer, _ended()))
+            return
         try:
             for job in jobs:
                 if not job.gone:
-                    job.number = self.engine.add(replace(job.request, stop=job.text.push))
+                    job.number = self.engine.add(replace(job.request, stop=job.push))
                     self.jobs[job.number] = job
         except Exception as error:
             refusal = error  # a name that outlives this block
@@ -188,8 +237,8 @@ class Driver:
 
     def _fail_all(self, error: Exception) -> None:
         jobs = list(self.jobs.values())
-        self._cancel(jobs)
         self._deliver([(job, error) for job in jobs])
+        self._cancel(jobs)
 
     def _close(self) -> None:
         self._closing = True
@@ -202,6 +251,10 @@ class Driver:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(function)
+
+
+def _ended() -> ApiError:
+    return ApiError("the server is shutting down", status=503, code="shutting_down")
 
 
 def _put(heard: Sequence[tuple[Job, Heard]]) -> None:
@@ -232,10 +285,15 @@ class Generation:
         pieces: Callable[[], Pieces],
         most_seconds: float,
         watch: Callable[[News, float, bool], None] = lambda news, seconds, first: None,
+        ended: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`watch` hears the news too, the seconds since the last of the same request, and whether it is the first."""
+        """`watch` hears the news too, the seconds since the last of the same request, and whether it is the first;
+        `ended` why each request ended.
+        """
         events: asyncio.Queue[Heard] = asyncio.Queue()
-        self.driver, self.events, self.most_seconds, self.watch = driver, events, most_seconds, watch
+        self.driver, self.events, self.most_seconds = driver, events, most_seconds
+        self.watch, self.ended = watch, ended
+        self.started, self.left = False, set(range(len(requests)))  # those that have not ended
         self.jobs = [
             Job(i, one, StopStrings(pieces(), one.sampling.stop, one.sampling.min_tokens), events)
             for i, one in enumerate(requests)
@@ -249,17 +307,25 @@ class Generation:
         """
         self.began = asyncio.get_running_loop().time()
         self.last: dict[int, float] = {}
-        self.left = set(range(len(self.jobs)))
         await self.driver.submit(self.jobs)
+        self.started = True
 
     def end(self, index: int) -> None:
         """Give up one request: enough of it was heard."""
         self.driver.cancel([self.jobs[index]])
-        self.left.discard(index)
+        self._end(index, "enough")
 
     def close(self) -> None:
         """Give up what has not ended. May be called at any time, and again."""
         self.driver.cancel(self.jobs)
+        for index in list(self.left):
+            self._end(index, "given up")
+
+    def _end(self, index: int, reason: str) -> None:
+        if index in self.left:
+            self.left.remove(index)
+            if self.started:
+                self.ended(reason)
 
     async def news(self) -> AsyncIterator[News]:
         """What is heard, until all requests have ended.
@@ -281,4 +347,4 @@ class Generation:
         self.watch(news, now - self.last.get(news.index, self.began), news.index not in self.last)
         self.last[news.index] = now
         if news.finish_reason is not None:
-            self.left.discard(news.index)
+            self._end(news.index, news.finish_reason)

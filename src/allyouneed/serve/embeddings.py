@@ -37,9 +37,8 @@ async def embeddings(fields: EmbeddingFields, request: Request, service: Here) -
 
 
 async def _answer(served: Served, fields: EmbeddingFields) -> EmbeddingAnswer:
-    texts = _texts(served, fields)
-    counts = await _counts(served, texts)
-    parts = [texts[i : i + AT_ONCE] for i in range(0, len(texts), AT_ONCE)]
+    rows = await _rows(served, fields)
+    parts = [rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)]
     try:
         vectors = np.concatenate([await served.embed(part) for part in parts])
     except InputError as error:
@@ -48,37 +47,35 @@ async def _answer(served: Served, fields: EmbeddingFields) -> EmbeddingAnswer:
         "object": "list",
         "data": [_vector(i, row, fields) for i, row in enumerate(_cut(vectors, fields.dimensions))],
         "model": served.name,
-        "usage": {"prompt_tokens": sum(counts), "total_tokens": sum(counts)},
+        "usage": {"prompt_tokens": sum(map(len, rows)), "total_tokens": sum(map(len, rows))},
     }
 
 
-def _texts(served: Served, fields: EmbeddingFields) -> list[str]:
+async def _rows(served: Served, fields: EmbeddingFields) -> Sequence[Sequence[int]]:
+    """The ids of each text. One with more than the model reads is refused, not cut short; ids are read as they are."""
     given: Any = fields.input
     several = isinstance(given, list) and not isinstance(given[0], int)
-    texts = []
-    for i, one in enumerate(given if several else [given]):
+    asked: list[Any] = given if several else [given]
+    for i, one in enumerate(asked):
         param = f"input[{i}]" if several else "input"
         if not one:
             raise ApiError(f"{param}: is empty", param=param)
         if not isinstance(one, str):
             served.check_ids(one, param)
-        texts.append(one if isinstance(one, str) else served.tokenizer.decode(one))
-    return texts
+    rows = await _encoded(served, asked) if isinstance(asked[0], str) else asked
+    for i, row in enumerate(rows):
+        if served.context is not None and len(row) > served.context:
+            said = f"input[{i}]: {len(row)} tokens; {served.name} reads at most {served.context}"
+            raise ApiError(f"{said}; split the text", param="input", code="context_length_exceeded")
+    return rows
 
 
-async def _counts(served: Served, texts: Sequence[str]) -> list[int]:
-    """How many tokens each text has; one with more than the model reads is refused, not cut short."""
+async def _encoded(served: Served, texts: Sequence[str]) -> list[list[int]]:
+    encode = served.tokenizer.encode_batch
     try:
-        encode = served.tokenizer.encode_batch
-        rows = await served.aside(lambda: encode(texts, add_special_tokens=True), sum(map(len, texts)))
+        return await served.aside(lambda: encode(texts, add_special_tokens=True), sum(map(len, texts)))
     except InputError as error:
         raise refused("input", error) from None
-    counts = [len(row) for row in rows]
-    for i, count in enumerate(counts):
-        if served.context is not None and count > served.context:
-            said = f"input[{i}]: {count} tokens; {served.name} reads at most {served.context}"
-            raise ApiError(f"{said}; split the text", param="input", code="context_length_exceeded")
-    return counts
 
 
 def _cut(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:

@@ -78,6 +78,11 @@ def refused(param: str, error: InputError) -> ApiError:
     return ApiError(message if message.startswith(param) else f"{param}: {message}", param=param)
 
 
+def busy(message: str) -> ApiError:
+    """A request that is sent away for now."""
+    return ApiError(message, status=429, code="overloaded", headers={"Retry-After": "1", "Connection": "close"})
+
+
 def translated(error: BaseException) -> ApiError:
     """Whatever went wrong while an answer was made; what nobody foresaw is logged and told in general words."""
     if isinstance(error, ApiError):

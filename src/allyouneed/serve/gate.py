@@ -9,12 +9,13 @@ import asyncio
 import hmac
 from collections.abc import MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from allyouneed.serve.errors import ApiError
+from allyouneed.serve.errors import ApiError, busy
 from allyouneed.serve.metrics import Metrics
-from allyouneed.serve.settings import Settings
+from allyouneed.serve.settings import Settings, is_loopback
 
 OPEN = ("/health",)  # routes without a key and without a limit of requests
 ALONE = ("/health", "/metrics")  # routes that are answered whatever else is under way
@@ -25,7 +26,8 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.under_way = self.received = 0  # requests, and bytes of bodies that are being received
+        self.under_way = 0  # requests whose bodies are there
+        self.receiving = self.received = 0  # requests whose bodies are not, and bytes of these
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the application's own start and end."""
@@ -34,10 +36,25 @@ class Gate:
             return
         counted = self._counting(scope, send)
         try:
+            self._check_host(scope)
             self._check_key(scope)
             await self._within(scope, receive, counted)
         except ApiError as error:
             await error.response()(scope, receive, counted)
+
+    def _check_host(self, scope: Scope) -> None:
+        """Without a key, answer this machine's own names only: a page of elsewhere whose name was made to lead here
+        (DNS rebinding) sends its own.
+        """
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if (
+            self.settings.api_key is None
+            and host
+            and _name(host) != self.settings.host
+            and not is_loopback(_name(host))
+        ):
+            said = f"Host {host[:100]!r} is no name of this machine; without --api-key it answers as localhost only"
+            raise ApiError(said, status=403, code="host_refused")
 
     def _check_key(self, scope: Scope) -> None:
         key = self.settings.api_key
@@ -57,23 +74,32 @@ class Gate:
         if scope["path"] in ALONE:
             await self.app(scope, receive, send)
             return
-        if self.under_way >= self.settings.max_requests:
-            raise _busy(f"{self.under_way} requests are under way, as many as this server takes; come again soon")
+        self._check_room()
+        body = await self._body(scope, receive)
+        if body is None:
+            return
+        self._check_room()
         self.under_way += 1
         try:
-            body = await self._body(scope, receive)
-            if body is not None:
-                await self.app(scope, _again(body, receive), send)
+            await self.app(scope, _again(body, receive), send)
         finally:
             self.under_way -= 1
 
+    def _check_room(self) -> None:
+        """Only requests that are whole take a place of these: slow bodies have places of their own."""
+        if self.under_way >= self.settings.max_requests:
+            raise busy(f"{self.under_way} requests are under way, as many as this server takes; come again soon")
+
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client hung up."""
+        if self.receiving >= self.settings.max_receiving:
+            raise busy(f"{self.receiving} bodies are being received, as many as this server takes; come again soon")
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.settings.max_body:
             raise self._too_large()
         pieces: list[bytes] = []
         size = 0
+        self.receiving += 1
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 while True:
@@ -92,12 +118,13 @@ class Gate:
             raise ApiError(said, status=408, code="timeout", headers={"Connection": "close"}) from None
         finally:
             self.received -= size
+            self.receiving -= 1
 
     def _check_size(self, size: int) -> None:
         if size > self.settings.max_body:
             raise self._too_large()
         if self.received > self.settings.most_body_bytes:
-            raise _busy("too many large bodies arrive at once; come again soon")
+            raise busy("too many large bodies arrive at once; come again soon")
 
     def _too_large(self) -> ApiError:
         said = f"the body is larger than the {self.settings.max_body} bytes that this server takes"
@@ -115,8 +142,12 @@ class Gate:
         return counting
 
 
-def _busy(message: str) -> ApiError:
-    return ApiError(message, status=429, code="overloaded", headers={"Retry-After": "1", "Connection": "close"})
+def _name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -42,8 +42,10 @@ class Metrics:
             self.first.observe(seconds)
         else:
             self.between.observe(seconds / len(news.steps))
-        if news.finish_reason:
-            self.ended.labels(news.finish_reason).inc()
+
+    def end(self, reason: str) -> None:
+        """Count a request that ended: as its last step says, "enough" where no more was wanted, or "given up"."""
+        self.ended.labels(reason).inc()
 
     def take(self, engine: Any) -> None:
         """Note the engine's own figures; called in the thread that owns it."""

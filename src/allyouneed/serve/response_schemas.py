@@ -171,14 +171,14 @@ def _need(item: Item, names: tuple[str, ...], path: str) -> None:
             raise ApiError(f"{path}.{name}: is missing", param=f"{path}.{name}")
 
 
-def _text(content: str | list[Part] | None, path: str) -> str:
+def _text(content: str | list[Part] | None, path: str) -> str | list[dict[str, Any]]:
     if isinstance(content, str) or content is None:
         return content or ""
     for i, part in enumerate(content):
         if part.type not in PARTS or part.text is None:
             param = f"{path}[{i}]"
             raise ApiError(f"{param}: a part of type {part.type[:60]!r}; only text is read here", param=param)
-    return "\n".join(part.text or "" for part in content)
+    return [{"type": "text", "text": part.text} for part in content]
 
 
 def _tool(tool: FlatTool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from allyouneed.generate.requests import Step
 from allyouneed.serve.answering import EventStream, warned, whole
 from allyouneed.serve.answers import Delta, TokenLogprob, identity
-from allyouneed.serve.chat import Talk, check_fields, planned, started
+from allyouneed.serve.chat import Talk, check_fields, planned
 from allyouneed.serve.documents import described
 from allyouneed.serve.response_schemas import ResponseFields, as_chat, by_response_names
 from allyouneed.serve.schemas import ignored
@@ -53,8 +53,8 @@ async def responses(fields: ResponseFields, request: Request, service: Here) -> 
         chat = as_chat(fields)
         check_fields(chat)
         plan = await planned(served, chat)
-        generation = service.watched(served.generation(plan.requests, special=plan.special))
-        await started(generation, "messages")
+        generation = served.generation(plan.requests, special=plan.special)
+        await service.start(generation, "messages")
     reply = Reply(fields, Talk(served, chat, plan, generation))
     if fields.stream:
         seconds = service.settings.send_seconds
@@ -156,7 +156,7 @@ class Reply:
         usage = self.talk.usage()
         counts = {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],

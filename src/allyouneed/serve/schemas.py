@@ -226,7 +226,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prediction": ((), "leave it out; `--draft` speeds up all requests"),
     "web_search_options": ((), "leave it out; nothing is searched here"),
     "reasoning_effort": (("none",), "leave it out; set what the model's template knows by chat_template_kwargs"),
-    "reasoning": (({},), "leave it out"),
+    "reasoning": (({}, {"effort": "none"}), "leave it out"),
+    "image_url": ((), "only text is read here"),
+    "input_audio": ((), "only text is read here"),
+    "file": ((), "only text is read here"),
     "verbosity": (("medium",), "leave it out; ask for it in the prompt"),
     "store": ((False,), "leave it out; answers are not kept"),
     "service_tier": (("auto", "default"), "leave it out"),
@@ -235,12 +238,15 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "background": ((False,), "leave it out; answers are not kept"),
     "previous_response_id": ((), "send the conversation as input; answers are not kept"),
     "conversation": ((), "send the conversation as input; answers are not kept"),
-    "prompt_template": ((), "send the text itself"),
     "max_tool_calls": ((), "leave it out; tools are called by the client"),
     "context_management": (([],), "leave it out; nothing is ever cut short"),
     "use_beam_search": ((False,), "leave it out"),
     "stop_token_ids": (([],), "use stop"),
     "bad_words": (([],), "use logit_bias"),
+    "allowed_token_ids": ((), "use response_format or logit_bias"),
+    "include_stop_str_in_output": ((False,), "leave it out; stop strings are never sent"),
+    "skip_special_tokens": ((True,), "leave it out"),
+    "add_special_tokens": ((True,), "send the prompt as ids, which /tokenize gives"),
     "prompt_logprobs": ((0,), "use /v1/completions with echo and logprobs"),
     "truncate_prompt_tokens": ((), "shorten the prompt; nothing is ever cut short"),
     "add_generation_prompt": ((True,), "leave it out"),
@@ -253,6 +259,21 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+SERVED = frozenset({*ChatFields.model_fields, *CompletionFields.model_fields, "input", "instructions"}) | {
+    "max_output_tokens",
+    "text",
+    "truncation",
+}  # what some route that makes text honours: on another it must not pass for something that nobody knows
+NOTHING: dict[str, tuple[Any, ...]] = {  # values with which such a field asks for nothing, beside False, [] and {}
+    "n": (1,),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "min_tokens": (0,),
+    "stream_options": ({"include_obfuscation": False},),
+}
+
+
 def extras(fields: Fields, path: str = "") -> Iterator[tuple[str, Any]]:
     """The fields that nobody knows, with where they stand, however deep.
 
@@ -260,7 +281,7 @@ def extras(fields: Fields, path: str = "") -> Iterator[tuple[str, Any]]:
     ['messages[0].weight']
     """
     for name, value in (fields.model_extra or {}).items():
-        yield f"{path}{name}", value
+        yield f"{path}{name}", _without_nulls(value)
     for name in type(fields).model_fields:
         value = getattr(fields, name)
         for i, one in enumerate(value if isinstance(value, list) else [value]):
@@ -275,10 +296,24 @@ def ignored(fields: Fields) -> list[str]:
         ApiError: one of them has a meaning that is not honoured here.
     """
     found = []
-    for name, value in extras(fields):
+    for path, value in extras(fields):
+        name = path.rpartition(".")[2]
         harmless, mend = UNSUPPORTED.get(name, ((value,), ""))
         if value not in harmless:
-            raise ApiError(f"{name}: {brief(value)} is not supported here; {mend}", param=name)
+            raise ApiError(f"{path}: {brief(value)} is not supported here; {mend}", param=path)
+        if isinstance(fields, SamplingFields) and path in SERVED and not _asks_nothing(name, value):
+            raise ApiError(f"{path}: is a field of another route, and does nothing here; leave it out", param=path)
         if name not in UNSUPPORTED:
-            found.append(name)
+            found.append(path)
     return found
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    return value is False or value in ([], {}) or value in NOTHING.get(name, ())
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of JSON whose fields are all there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return value

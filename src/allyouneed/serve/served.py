@@ -66,9 +66,9 @@ class Served:
         pieces = functools.partial(self.tokenizer.stream, skip_special_tokens=not special)
         return Generation(self.driver, requests, pieces, self.most_seconds)
 
-    async def embed(self, texts: list[str]) -> np.ndarray:
+    async def embed(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """(n, dim), of unit length."""
-        return await anyio.to_thread.run_sync(self.lm.embed, texts, limiter=self._vectors)
+        return await anyio.to_thread.run_sync(self.lm.embed_ids, rows, limiter=self._vectors)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text that may be long."""
@@ -85,8 +85,8 @@ class Served:
         if not isinstance(self.lm, LocalModel):
             raise ApiError(f"{self.name} is an encoder: it makes vectors only; ask /v1/embeddings", param="model")
         lm = self.lm
-        length = sum(len(str(one)) for one in (*messages, variables))
-        return await self.aside(lambda: self.tokenizer.encode(lm.chat_prompt(messages, **variables)), length)
+        length = _size(messages) + _size(variables)
+        return await self.aside(lambda: self.tokenizer.encode(lm.chat_prompt(messages, variables)), length)
 
     async def guide(self, make: Callable[[Guides], Guide], param: str) -> Guide:
         """What `make` makes of the model's guides.
@@ -154,6 +154,19 @@ class Served:
         except InputError:  # it depends on what follows: each as if alone
             size = self.tokenizer.vocab_size
             return [self.tokenizer.decode([i], skip_special_tokens=False).encode() for i in range(size)]
+
+
+def _size(value: Any) -> int:
+    """About how many characters a value of JSON has, counted no further than to `SHORT`."""
+    total, left = 0, [value]
+    while left and total < SHORT:
+        one = left.pop()
+        if isinstance(one, Mapping):
+            left += one.values()
+        total += len(one) if isinstance(one, str) else 8
+        if isinstance(one, list | tuple):
+            left += one
+    return total
 
 
 def spread_seeds(sampling: Sampling, copies: int) -> list[Sampling]:

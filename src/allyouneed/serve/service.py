@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
+from weakref import WeakSet
 
 from fastapi import Depends, Request
 
-from allyouneed.core.errors import unknown
+from allyouneed.core.errors import InputError, unknown
 from allyouneed.serve.driver import Generation
-from allyouneed.serve.errors import ApiError
+from allyouneed.serve.errors import ApiError, busy, refused
 from allyouneed.serve.metrics import Metrics
 from allyouneed.serve.served import Served
 from allyouneed.serve.settings import Settings
@@ -23,6 +24,7 @@ class Service:
     models: Mapping[str, Served]
     settings: Settings
     metrics: Metrics
+    generations: WeakSet[Generation] = field(default_factory=WeakSet)  # those that are under way, and maybe some more
 
     def find(self, name: str | None) -> Served:
         """The model of that name.
@@ -41,11 +43,25 @@ class Service:
         encoders = [served for served in self.models.values() if not served.generates]
         return encoders[0] if name is None and encoders else self.find(name)
 
-    def watched(self, generation: Generation) -> Generation:
-        """`generation`, whose prompt is counted and whose news will be."""
-        self.metrics.read.inc(sum(len(job.request.ids) for job in generation.jobs))
-        generation.watch = self.metrics.watch
-        return generation
+    async def start(self, generation: Generation, prompt: str) -> None:
+        """Hand a generation over. What the engine refuses is the fault of the field `prompt`.
+
+        Raises:
+            ApiError: it is refused, or as many answers are under way as this server takes.
+        """
+        under_way = sum(len(one.left) for one in self.generations)
+        if under_way >= self.settings.max_requests:
+            raise busy(f"{under_way} answers are under way, as many as this server takes; come again soon")
+        self.generations.add(generation)
+        generation.watch, generation.ended = self.metrics.watch, self.metrics.end
+        try:
+            await generation.start()
+        except InputError as error:
+            raise refused(prompt, error) from None
+        finally:
+            if not generation.started:
+                generation.close()
+        self.metrics.read.inc(sum({id(job.request.ids): len(job.request.ids) for job in generation.jobs}.values()))
 
 
 def _service(request: Request) -> Service:

@@ -24,6 +24,7 @@ class Settings(Config):
     api_key: str | None = None
     context: int | None = None  # the most tokens of one request, prompt and answer; None: what the model holds
     max_requests: int = 256  # under way at once, waiting ones included; more are sent away
+    max_receiving: int = 1024  # whose bodies are not there yet
     max_body: int = 4 << 20  # of one body
     most_body_bytes: int = 256 << 20  # of all bodies that are being received
     body_seconds: float = 30.0  # until a body is there

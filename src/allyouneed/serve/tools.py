@@ -40,6 +40,12 @@ _HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*({_STRING})\s*,\s*"(?:arguments|para
 _PLAIN_HEAD = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]\s*(?=\{)")  # Mistral's since its tokenizer v11
 
 
+_FIRST = re.compile(rf"\s*\{{\s*({_STRING})\s*:", re.S)
+_KEYS = frozenset({'"name"', '"arguments"', '"parameters"', '"function"', '"type"', '"id"', '"index"'})  # of calls
+MOST_HEAD = 1024  # characters in which a call's name must have come
+_OTHER_MARKS = re.compile(r"<[^<>\s]*(?:tool|function)[_▁-]?calls?[^<>\s]*>|<function=", re.I)
+
+
 @dataclass(frozen=True)
 class Form:
     """How a family writes calls: JSON objects, or a list of them, from `opening` to `closing` or the end.
@@ -61,14 +67,16 @@ BARE = Form(None, bare=True)
 
 
 def form_of(template: str | None) -> Form | None:
-    """The form that a chat template teaches; None where it takes no tools.
+    """The form that a chat template teaches; None where it takes no tools, or marks calls in a way not known here, of
+    which nothing could be read.
 
     >>> form_of("{% if tools %}<tool_call>{% endif %}").closing, form_of("{{ messages }}")
     ('</tool_call>', None)
     """
     if template is None or not re.search(r"\btools\b", template):
         return None
-    return next((form for form in (HERMES, MISTRAL, LLAMA) if str(form.opening) in template), BARE)
+    known = next((form for form in (HERMES, MISTRAL, LLAMA) if str(form.opening) in template), None)
+    return known or (None if _OTHER_MARKS.search(template) else BARE)
 
 
 class Scanner:
@@ -110,8 +118,11 @@ class Reader:
         self.form, self.rest, self.space, self.raw = form, "", "", ""
         self.begun = self.whole = 0  # calls whose name is known, and those that are complete
         self.fresh = form.bare
-        self._at = self._head if forced else self._text
         self._scanner, self._plain = Scanner(), False
+        self._at = self._text
+        self._scanned, self._object = 0, Scanner()
+        if forced:
+            self._await_head()
 
     @property
     def cut(self) -> bool:
@@ -138,7 +149,8 @@ class Reader:
         if self.fresh and not self.rest.strip():
             return None
         if self.fresh and self.rest.lstrip().startswith("{"):
-            self.fresh, self._at = False, self._head
+            self.fresh = False
+            self._await_head()
             return []
         self.fresh = False
         opening = self.form.opening or "\0"
@@ -155,12 +167,17 @@ class Reader:
 
     def _open(self, opening: str) -> None:
         self.raw, self.rest = self.space + opening, self.rest[len(opening) :]
-        self.space, self._at = "", self._head
+        self.space = ""
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self._at = self._head
+        self._scanned, self._object = 0, Scanner()  # of an object that does not begin with the name
 
     def _head(self) -> list[Event] | None:
         if self.rest.lstrip().startswith("["):
             self.raw, self.rest = self.raw + self.rest[: self.rest.index("[") + 1], self.rest.lstrip()[1:]
-        found = _HEAD.match(self.rest) or _PLAIN_HEAD.match(self.rest)
+        found = _HEAD.match(self.rest, 0, MOST_HEAD) or _PLAIN_HEAD.match(self.rest, 0, MOST_HEAD)
         if found:
             return self._named(found)
         if self.rest.lstrip().startswith("{"):
@@ -179,10 +196,15 @@ class Reader:
         return [Called(name)]
 
     def _unordered(self) -> list[Event] | None:
-        """An object that does not begin with the name is read as a whole."""
-        end = Scanner().end(self.rest)
+        """An object that does not begin with the name is read as a whole, unless its first key is none of a call's."""
+        first = _FIRST.match(self.rest, 0, MOST_HEAD)
+        if first and first[1] not in _KEYS:
+            return self._no_call()
+        end = self._object.end(self.rest[self._scanned :])
         if end is None:
+            self._scanned = len(self.rest)
             return None
+        end += self._scanned
         call = _loaded(self.rest[:end])
         call = call.get("function", call) if isinstance(call, dict) else {}
         name = call.get("name") if isinstance(call, dict) else None
@@ -220,7 +242,7 @@ class Reader:
         if closing and self.rest.startswith(closing):
             self.rest, self._at = self.rest[len(closing) :], self._text
         elif self.rest.startswith("{"):
-            self._at = self._head
+            self._await_head()
         elif not self.rest or (closing and closing.startswith(self.rest)):
             return None
         else:

@@ -32,11 +32,13 @@ class Turn:
     def __init__(self, reader: Reader | None = None, *, forced: bool = False, parallel: bool = True) -> None:
         self.reader, self.forced, self.parallel = reader, forced, parallel
         self.content, self.calls, self.tokens = "", [], 0  # type: str, list[CallAnswer], int
+        self.cached: int | None = None  # tokens of its prompt that were not read for it; None: nothing was heard yet
         self.finish_reason: FinishReason | None = None
 
     def hear(self, news: News) -> list[Delta]:
         """What `news` adds to the message."""
         self.tokens += len(news.steps)
+        self.cached = news.steps[0].cached if self.cached is None else self.cached
         if self.reader is None:
             deltas = self._deltas([Said(news.text)] if news.text else [])
         else:

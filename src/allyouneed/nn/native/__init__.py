@@ -1,8 +1,8 @@
 """The C++ kernels: built once on the machine that runs them, kept in the user's cache folder.
 
-The sources ask nothing of torch's headers, so any g++ or clang++ builds them in a few seconds. Their OpenMP runtime is
-the one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in `packed.cpp`
-(packed weights), `program.cpp` (whole passes of decoders) and `wkv.cpp` (RWKV's weighted sums).
+The sources ask nothing of torch's headers, so g++ (11 or later) or clang++ builds them in a few seconds. Their OpenMP
+runtime is the one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in
+`packed.cpp` (packed weights), `program.cpp` (whole passes of decoders) and `wkv.cpp` (RWKV's weighted sums).
 """
 
 from __future__ import annotations

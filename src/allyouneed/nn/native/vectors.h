@@ -87,10 +87,18 @@ constexpr int source(int i) {
     return run % 2 * LANES + run / 2 * WIDTH + i % (WIDTH / 2);
 }
 
+template <int... I>
+inline Floats picked(Floats a, Floats b) {  // lanes of a, then of b, by their numbers
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+    return __builtin_shuffle(a, b, Ints{I...});
+#else
+    return __builtin_shufflevector(a, b, I...);
+#endif
+}
+
 template <int WIDTH, int... I>
 inline Floats fold(Floats a, Floats b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, source<WIDTH>(I)...) +
-           __builtin_shufflevector(a, b, (source<WIDTH>(I) + WIDTH / 2)...);
+    return picked<source<WIDTH>(I)...>(a, b) + picked<(source<WIDTH>(I) + WIDTH / 2)...>(a, b);
 }
 
 // The sum of v[i] ends in lane i · LANES / COUNT; COUNT is a power of two.
