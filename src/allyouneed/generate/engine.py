@@ -367,14 +367,14 @@ class Engine:
                 token = one.sampler.judge(logits, drafts.tokens[i], drafts.odds[i])
             else:
                 token = one.sampler.choose(logits)
-            if isnan(logprobs[i, token]):  # greedy, too
-                raise InputError(f"request {one.number}: {NO_NUMBERS}")
             one.tokens.append(token)
-            reason = self._finished(one, token)
-            self._tell(one.step(token, logprobs[i], reason))
-            if reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
+            step = one.step(token, logprobs[i], self._finished(one, token))
+            if isnan(step.logprob):  # greedy, too
+                raise InputError(f"request {one.number}: {NO_NUMBERS}")
+            self._tell(step)
+            if step.finish_reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
                 break
-        return i, reason is not None
+        return i, step.finish_reason is not None
 
     def _settle(self, one: Continuation, kept: int, over: bool) -> None:
         """Hold the drafts that were kept, and no others."""
