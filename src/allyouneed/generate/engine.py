@@ -100,7 +100,7 @@ class Engine:
             InputError: the speculator does not fit the module, or drafts could not be taken back from its state.
         """
         self.module, self.eos_ids, self.config = module, frozenset(eos_ids), config or Engine.Config()
-        self.vocab_size: int = vocab_size or module.config.vocab_size
+        self._vocab_size = vocab_size
         like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
         each = bytes_per_block(like, size, eight_bits=eight)
         storage = Storage(like, self._count(each, speculator), size, eight_bits=eight)
@@ -123,6 +123,11 @@ class Engine:
     def idle(self) -> bool:
         """Whether nothing waits or runs, and all was told."""
         return not (self._under_way or self._steps or self._errors)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids may come: of the module, which may have grown since, where no number was given."""
+        return self._vocab_size or int(self.module.config.vocab_size)
 
     @property
     def room(self) -> int | None:
