@@ -11,9 +11,10 @@ import transformers
 
 import allyouneed as ayn
 from allyouneed.data import materials
-from allyouneed.generate.drafting import Draft, EarlyExit
-from allyouneed.generate.engine import Engine
+from allyouneed.generate.drafting import Draft, EarlyExit, Length, first_layers
+from allyouneed.generate.engine import Engine, Statistics
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.reading import TorchReader
 from allyouneed.generate.requests import Request
 from allyouneed.generate.speculation import PromptLookup, Speculator
 from allyouneed.models.checkpoints import huggingface
@@ -21,7 +22,7 @@ from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder_decoder import Answering
 
 NEW, SMOLLM2 = 8, "smollm2-135m-instruct"
-MANY = 64  # prompts
+MANY, FEWER = 64, 16  # prompts
 
 
 def expected(theirs: transformers.PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
@@ -129,23 +130,41 @@ def arriving(module: Decoder, prompts: list[list[int]], new: int) -> list[list[i
 
 def guessed(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
     """Drafts of every kind, in mixed batches, chunks and after interruptions: all give the same."""
-    found = [judged(module, prompts, new, one) for one in (PromptLookup(), Draft(module), EarlyExit(1))]
+    found = [judged(module, prompts, new, one)[0] for one in (PromptLookup(), Draft(module), EarlyExit(1))]
     assert found[0] == found[1] == found[2]
     return found[0]
 
 
 def exited(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
     """Two thirds of the layers guess."""
-    return judged(module, prompts, new, EarlyExit(2 * module.config.num_layers // 3))
+    found, _ = judged(module, prompts, new, EarlyExit(2 * module.config.num_layers // 3))
+    return found
 
 
-def judged(module: Decoder, prompts: list[list[int]], new: int, speculator: Speculator) -> list[list[int]]:
+def looked_up(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Drafts after a single token that agrees: most are wrong, and none may leave anything behind."""
+    found, statistics = judged(module, prompts, new, PromptLookup(PromptLookup.Config(shortest=1)))
+    assert 0 < statistics.kept < statistics.drafts
+    return found
+
+
+def drafted(module: Decoder, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Another model, with a cache of its own: most of the layers as they are."""
+    draft = Draft(first_layers(module, 5 * module.config.num_layers // 6), Length(least=0.1))
+    found, statistics = judged(module, prompts, new, draft)
+    assert 0 < statistics.kept < statistics.drafts
+    return found
+
+
+def judged(
+    module: Decoder, prompts: list[list[int]], new: int, speculator: Speculator
+) -> tuple[list[list[int]], Statistics]:
     longest = max(map(len, prompts)) + new
     config = Engine.Config(block_size=4, blocks=-(-longest // 4) + 8, max_batch=7, chunk=16)
     engine = Engine(module, config=config, speculator=speculator)
     found = collect(engine, [engine.add(Request(ids=ids, sampling=greedy(new))) for ids in prompts])
     assert freed(engine) and engine.statistics().drafts > 0
-    return found
+    return found, engine.statistics()
 
 
 Path = Callable[[Decoder, list[list[int]], int], list[list[int]]]
@@ -168,6 +187,16 @@ def case(request, tmp_path_factory):
 def test_tokens_equal_theirs(case, path):
     module, prompts, wanted = case
     assert path(module, prompts, NEW) == wanted
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
+def test_tokens_equal_theirs_where_pytorch_reads(case, path, monkeypatch):
+    """What every model without a program is read with; some prompts, since it takes longer."""
+    monkeypatch.setattr("allyouneed.generate.native_reader.native_reader", lambda module, storage: None)
+    read, passes = TorchReader.read, list[int]()
+    monkeypatch.setattr(TorchReader, "read", lambda self, pieces: passes.append(len(pieces)) or read(self, pieces))
+    module, prompts, wanted = case
+    assert path(module, prompts[:FEWER], NEW) == wanted[:FEWER] and passes
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -212,6 +241,13 @@ def test_the_real_models_tokens_equal_theirs(smollm2, path):
     assert path(module, prompts, 6) == wanted
 
 
+@pytest.mark.parametrize("path", [shared, looked_up, drafted], ids=lambda path: path.__name__)
+def test_the_real_models_tokens_equal_theirs_for_some(smollm2, path):
+    """Paths that take longer."""
+    module, prompts, wanted = smollm2
+    assert path(module, prompts[:28], 6) == wanted[:28]
+
+
 def test_recurrent_models_come_and_go(tmp_path):
     theirs = oracles.rwkv()
     theirs.save_pretrained(tmp_path)
@@ -221,7 +257,7 @@ def test_recurrent_models_come_and_go(tmp_path):
     wanted = [expected(theirs, [ids], NEW)[0] for ids in prompts]
     for path in (alone, mixed, chunked, arriving):
         assert path(module, prompts, NEW) == wanted, path.__name__
-    engine = engine_of(module, max_batch=24)
+    engine = engine_of(module, max_batch=40)  # all run at once, so that each pair can be read as one
     found = collect(engine, [engine.add(Request(ids=ids, sampling=greedy())) for ids in prompts for _ in range(2)])
     assert found[::2] == found[1::2] == wanted and engine.statistics().shared == sum(lengths)
 

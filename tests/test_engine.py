@@ -198,12 +198,25 @@ def test_order_kept_over_batches(lm):
         ({"top_k": -1}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty"),
+        ({"frequency_penalty": 1e39}, "frequency_penalty"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"logit_bias": ((5, 1e39),)}, "logit_bias"),
+        ({"temperature": 1e300}, "temperature"),
         ({"max_tokens": 3}, "max_new_tokens"),
     ],
 )
 def test_options_without_a_meaning_are_refused(lm, options, named):
     with pytest.raises(InputError, match=named):
         lm.generate(["a"], **options)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_options_leave_numbers(lm, sign):
+    options = {"repetition_penalty": 1e9**sign, "frequency_penalty": 1e9 * sign, "presence_penalty": 1e9 * sign}
+    for temperature in (1e-5, 1e9):
+        sampling = Sampling(max_new_tokens=6, temperature=temperature, logit_bias=((5, 1e9 * sign),), **options)
+        assert len(list(lm.engine.steps([[1, 2, 3]], [sampling]))) == 6
 
 
 def test_too_long_a_prompt_says_by_how_much(lm):

@@ -238,6 +238,17 @@ def test_what_is_allowed_is_all_that_leads_to_a_choice(tokenizer, spelling, guid
         assert written in wanted
 
 
+def test_every_character_can_be_chosen(of_bytes):
+    texts = [*map(chr, range(0x100)), "\u2028", "\ufeff", "\uffff", "\U0001f600", "\U0010ffff", '"\\n\x7f\x00']
+    guide = of_bytes.choice([text + "." for text in texts])
+    for text in texts:
+        copy = guide.copy()
+        for byte in f"{text}.".encode():
+            assert copy.allowed()[byte], ascii(text)
+            copy.take(byte)
+        assert copy.finished
+
+
 def test_a_grammar_in_larks_notation(tokenizer, guides):
     guide, ids = guides.grammar('start: "[" item ("," item)* "]"\nitem: /[0-9]{2}/'), list[int]()
     guide, source = guide.copy(), random.Random(1)
@@ -327,6 +338,7 @@ def test_schemas_that_cannot_be_held_to_are_refused_at_once(schema, named, of_by
         (lambda guides: guides.regex(r"[^\s\S]"), "regex"),
         (lambda guides: guides.regex("(a{1000}){1000}"), "too "),
         (lambda guides: guides.choice([]), "no texts"),
+        (lambda guides: guides.choice(["a", "b\ud800"]), r"'b.+ud800' has half of a surrogate pair"),
         (lambda guides: guides.grammar("start: nope"), "nope"),
         (lambda guides: guides.grammar('start: "a" start'), "grammar"),
         (lambda guides: guides.grammar("start: <|endoftext|>"), "special token"),
@@ -373,6 +385,22 @@ def test_whether_a_schema_ends(schema, finite):
     assert ends(schema) is finite
 
 
+@pytest.mark.parametrize(("last", "finite"), [(True, True), ({"$ref": "#/$defs/0"}, False)])
+def test_chained_references_take_time_in_proportion(last, finite):
+    count = 6_000
+    chain = {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(count)} | {str(count): last}
+    start = time.perf_counter()
+    assert ends({"$ref": "#/$defs/0", "$defs": chain}) is finite
+    assert time.perf_counter() - start < 2  # 0.05 seconds of arithmetic; all against all take eight
+
+
+def test_a_schema_of_many_characters_is_refused_before_it_is_read(of_bytes, monkeypatch):
+    monkeypatch.setattr("allyouneed.generate.guides.ends", pytest.fail)
+    for schema in ({"const": "x" * (1 << 18)}, '{"const": "' + "x" * (1 << 18)):
+        with pytest.raises(InputError, match="at most 262144"):
+            of_bytes.json_schema(schema)
+
+
 def test_a_model_in_this_process_writes_what_was_asked_for():
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
@@ -392,6 +420,27 @@ def test_a_model_in_this_process_writes_what_was_asked_for():
     assert lm.complete(["x"], sampling)[0].finish_reason == "stop"
     with pytest.raises(InputError, match="without json_schema"):
         sampling.replace(json_schema="{}")
+
+
+def test_a_stream_that_its_guide_gives_up_says_so(monkeypatch):
+    torch.manual_seed(0)
+    module = llama.architecture(vocab_size=257, context=128, dim=16, num_layers=1, num_heads=2).build().eval()
+    lm, sampling = LocalModel(module, byte_tokenizer(), "tiny"), Sampling(max_new_tokens=30, seed=2, regex="[a-z]{20}")
+    taken, take = list[int](), GrammarGuide.take
+
+    def give_up(self, token):
+        taken.append(token)
+        if len(taken) == 5:
+            raise InputError("too complex")
+        take(self, token)
+
+    monkeypatch.setattr(GrammarGuide, "take", give_up)
+    pieces = list[str]()
+    with pytest.raises(InputError, match="tiny: the text could not go on"):
+        pieces.extend(lm.stream("x", sampling))
+    assert "".join(pieces) == bytes(taken[:4]).decode()
+    monkeypatch.undo()
+    assert len("".join(lm.stream("x", sampling))) == 20
 
 
 def test_the_command_takes_a_schema_and_a_pattern(tmp_path):

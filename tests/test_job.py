@@ -137,13 +137,13 @@ def test_the_engine_is_full_until_the_last_rows(
 ) -> None:
     """One row of eight is long: windows of 64 rows, which `complete` is asked for one after another, thin out."""
     rows = [{"prompt": "a", "max_tokens": 64 if i % 8 == 0 else 2, "ignore_eos": True} for i in range(320)]
-    passes, step = [0], lm.engine.step
+    passes, read = [0], lm.engine.reader.read
 
-    def counted() -> Any:
+    def counted(pieces: Any) -> Any:
         passes[-1] += 1
-        return step()
+        return read(pieces)
 
-    monkeypatch.setattr(lm.engine, "step", counted)
+    monkeypatch.setattr(lm.engine.reader, "read", counted)
     found = answers(lm, tmp_path, rows)
     passes.append(0)
     for start in range(0, 320, 64):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 
@@ -177,7 +178,7 @@ def test_no_end_before_the_least_number_of_tokens(module):
         assert end not in tokens(steps)[:least] and len(steps) >= least
     asked: list[int] = []
     steps = ask(engine_of(module), ids, max_new_tokens=9, min_tokens=5, stop=lambda token: asked.append(token) or True)
-    assert len(steps) == 5 and steps[-1].finish_reason == "stop" and asked == tokens(steps)
+    assert len(steps) == 1 and steps[-1].finish_reason == "stop" and asked == tokens(steps)  # whoever says so knows
 
 
 def test_stop_strings_before_the_least_number_of_tokens_are_text():
@@ -232,6 +233,104 @@ def test_a_listener_that_leaves_takes_its_requests_along(module):
     rest = [step.token for step in second]
     alone = [step.token for step in engine_of(module).steps([[3]], [sampling])]
     assert [found[0], found[2], *rest] == alone and engine.idle
+
+
+class BrokenError(Exception):
+    """What a caller's own code raises."""
+
+
+def breaking(at: int, error: type[BaseException] = BrokenError):
+    """A `stop` that raises at its token number `at`."""
+    asked: list[int] = []
+
+    def stop(token: int) -> bool:
+        asked.append(token)
+        if len(asked) == at:
+            raise error("no such luck")
+        return False
+
+    return stop
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_breaks_one_request_ends_no_other(module, place):
+    """Neither do others lose a token, wherever the broken one stands among them."""
+    sampling = [Sampling(max_new_tokens=9, seed=i) for i in range(3)]
+    alone = [tokens(ask(engine_of(module), [i + 1], max_new_tokens=9, seed=i)) for i in range(3)]
+    engine = engine_of(module)
+    for i, one in enumerate(sampling):
+        stop = {"stop": breaking(4)} if i == place else {}
+        engine.add(Request(ids=[i + 1], sampling=one, **stop))
+    found: dict[int, list[Step]] = {i: [] for i in range(3)}
+    broken: list[str] = []
+    while not engine.idle:
+        try:
+            for step in engine.step():
+                found[step.request].append(step)
+        except BrokenError as error:
+            broken += error.__notes__
+    assert broken == [f"It ended request {place} of the engine; others go on."]
+    assert found[place][-1].finish_reason == "error"
+    for i in range(3):
+        assert tokens(found[i]) == (alone[i][:4] if i == place else alone[i])
+    assert engine.statistics().free == engine.statistics().blocks
+
+
+def test_an_error_reaches_the_listener_it_belongs_to(module):
+    engine, sampling = engine_of(module), Sampling(max_new_tokens=6, seed=1)
+    alone = [step.token for step in engine_of(module).steps([[1]], [sampling])]
+    stop = breaking(3)
+    healthy, broken = (
+        engine.steps([[1]], [sampling]),
+        engine.steps([[2]], [sampling], lambda request, token: stop(token)),
+    )
+    found = [next(broken).token, next(healthy).token]
+    assert [found[1], *(step.token for step in healthy)] == alone  # it steps the broken one, too
+    with pytest.raises(BrokenError):
+        list(broken)
+    assert engine.idle and engine.statistics().free == engine.statistics().blocks
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 5}, {"min_p": 0.1, "seed": 3}])
+def test_logits_that_are_no_numbers_end_their_request_only(module, options):
+    module, sampling = copy.deepcopy(module), Sampling(max_new_tokens=4, **options)
+    with torch.no_grad():
+        module.embedding.weight[7] = float("nan")
+    engine = engine_of(module)
+    broken, healthy = (engine.add(Request(ids=[token], sampling=sampling)) for token in (7, 1))
+    with pytest.raises(InputError, match="no finite numbers"):
+        engine.step()
+    found = finish(engine)
+    assert broken not in found and len(found[healthy]) == 4
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("when", ["reading", "after reading", "choosing"])
+def test_a_pass_that_breaks_off_is_made_up_for(module, recurrent, when, monkeypatch):
+    """Ctrl-C at any place: who interrupts loses its own request only, all others get the tokens that they would."""
+    module = rwkv.EXAMPLE.build().eval() if recurrent else module
+    sampling = [Sampling(max_new_tokens=6, seed=i) for i in range(3)]
+    alone = [[step.token for step in engine_of(module).steps([[i + 1]], [sampling[i]])] for i in range(3)]
+    engine = engine_of(module)
+    stops = [breaking(3, KeyboardInterrupt) if when == "choosing" and i == 1 else breaking(99) for i in range(3)]
+    streams = [engine.steps([[i + 1]], [sampling[i]], lambda _, token, i=i: stops[i](token)) for i in range(3)]
+    found = [[next(stream).token] for stream in streams]
+    read = engine.reader.read
+
+    def interrupted(pieces):
+        monkeypatch.undo()
+        if when == "after reading":
+            read(pieces)
+        raise KeyboardInterrupt
+
+    if when != "choosing":
+        monkeypatch.setattr(engine.reader, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for step in streams[1]:
+            found[1].append(step.token)
+    for i in (0, 2):
+        assert found[i] + [step.token for step in streams[i]] == alone[i]
+    assert engine.idle and engine.statistics().free == engine.statistics().blocks
 
 
 def test_higher_priorities_come_first_and_interrupt(module):
@@ -289,6 +388,45 @@ def test_a_client_that_comes_back_is_owed_nothing(module):
     while not engine.idle:
         order += [step.request in later for step in engine.step() if step.finish_reason]
     assert 3 <= sum(order[:10]) <= 7
+
+
+@pytest.mark.parametrize("rank", [{"client": "other"}, {"client": "other", "priority": 1}])
+def test_samples_of_one_prompt_do_not_pass_those_whose_turn_is_sooner(module, rank):
+    engine = engine_of(module, max_batch=3, chunk=8)
+    many = [
+        engine.add(Request(ids=list(range(16)), sampling=Sampling(max_new_tokens=9, seed=i), client="many"))
+        for i in range(4)
+    ]
+    assert engine.step() == []  # half of the prompt is read
+    other = engine.add(Request(ids=[9] * 8, sampling=Sampling(max_new_tokens=9), **rank))
+    assert [step.request for step in engine.step()] == many[:2]  # two of them, from one reading; a place is left
+    assert engine.statistics().shared == 16 and engine.running == 2
+    assert sorted(step.request for step in engine.step()) == [*many[:2], other]
+    finish(engine)
+
+
+def test_samples_of_one_prompt_are_charged_a_token_each(module):
+    engine = engine_of(module, max_batch=4)
+    for i in range(4):
+        engine.add(Request(ids=list(range(8)), sampling=Sampling(max_new_tokens=9, seed=i), client="many"))
+    engine.step()
+    assert engine.running == 4 and engine._scheduler._served == {"many": 8 + 3}
+
+
+def test_none_is_interrupted_where_that_makes_no_room(module):
+    """Blocks that a lower priority shares with others do not become free with it."""
+    engine, ids = engine_of(module, block_size=4, blocks=16), list(range(32))
+    ask(engine, ids, max_new_tokens=1)  # to be found
+    shared = {"sampling": Sampling(max_new_tokens=20), "client": "one"}
+    engine.add(Request(ids=[*ids, 1], priority=1, **shared))
+    low = engine.add(Request(ids=[*ids, 2], priority=0, **shared))
+    engine.step()
+    assert engine.running == 2 and engine.statistics().free == 6
+    waits = engine.add(Request(ids=[7] * 28, sampling=Sampling(max_new_tokens=1), priority=1))
+    told = {step.request for _ in range(3) for step in engine.step()}
+    assert engine.statistics().preemptions == 0 and low in told and waits not in told
+    engine.add(Request(ids=[8] * 8, sampling=Sampling(max_new_tokens=1), priority=2))
+    assert len(finish(engine)) == 4 and engine.statistics().free == 16
 
 
 def test_long_prompts_do_not_hold_up_those_that_run(module):
@@ -359,6 +497,13 @@ def test_what_can_never_run_is_refused(module, fields, named):
 def test_configurations_that_nothing_could_run_with_are_refused(name):
     with pytest.raises(InputError, match=f"{name}=0"):
         Engine.Config(**{name: 0})
+
+
+def test_recurrent_models_read_together():
+    engine = engine_of(rwkv.EXAMPLE.build().eval())
+    for i in range(5):
+        engine.add(Request(ids=[i + 1], sampling=Sampling(max_new_tokens=2)))
+    assert len(engine.step()) == engine.running == 5
 
 
 def test_states_and_keys_in_one_model():

@@ -216,6 +216,51 @@ def test_seeds_give_the_same_tokens_alone_and_in_any_batch(target, name):
         assert alone == run(target, requests)[0]
 
 
+@pytest.mark.parametrize("blocks", [14, 16, 20, 30])
+def test_a_draft_model_without_room_for_all_texts_holds_what_it_read(target, blocks):
+    """The model shares the blocks of a prefix, its draft does not: some texts must do without."""
+    prefix, draft = list(range(12)) * 2, model(1, 2)
+    sampling = Sampling(max_new_tokens=12, temperature=0)
+    requests = [Request(ids=[*prefix, i], sampling=sampling) for i in range(4)]
+    wanted, _ = run(target, requests)
+    found, engine = run(target, requests, Draft(draft, Length(first=4, most=4)), blocks=blocks, max_batch=8)
+    assert found == wanted and engine.statistics().drafts > 0
+
+
+@pytest.mark.parametrize("blocks", [14, 16, 20, 30])
+def test_seeds_give_the_same_tokens_whatever_room_drafts_have(target, blocks):
+    prefix, draft = list(range(12)) * 2, model(1, 2)
+    samplings = [Sampling(max_new_tokens=16, temperature=1.0, seed=i) for i in range(5)]
+    requests = [Request(ids=[*prefix, i], sampling=one) for i, one in enumerate(samplings)]
+
+    def guessing() -> Draft:
+        return Draft(draft, Length(first=4, most=4, least=0.1))
+
+    alone = [run(target, [request], guessing())[0][0] for request in requests]
+    together, engine = run(target, requests, guessing(), blocks=blocks, max_batch=8, chunk=7)
+    assert together == alone and engine.statistics().kept > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_model_reads_no_more_than_a_chunk(target, temperature, monkeypatch):
+    """Beside the tokens that came last: else a long prompt holds up all that run."""
+    draft, chunk = Draft(model(1, 2)), 8
+    engine = Engine(target, config=Engine.Config(block_size=4, chunk=chunk), speculator=draft)
+    read, sizes = draft._reader.read, list[int]()
+    monkeypatch.setattr(
+        draft._reader, "read", lambda pieces: sizes.append(sum(len(one.ids) for one in pieces)) or read(pieces)
+    )
+    engine.add(Request(ids=[1, 2], sampling=Sampling(max_new_tokens=40, temperature=temperature, seed=0)))
+    for _ in range(5):
+        engine.step()
+    for i in range(2):
+        ids = [j % V for j in range(100 + i)]
+        engine.add(Request(ids=ids, sampling=Sampling(max_new_tokens=20, temperature=temperature, seed=1)))
+    passes = [engine.step() for _ in range(100) if not engine.idle]
+    assert engine.idle and {step.request for steps in passes for step in steps} == {0, 1, 2}
+    assert chunk <= max(sizes) <= chunk + 2 * 3 and sum(sizes) > 150  # one prompt at least
+
+
 def test_all_that_the_same_model_guesses_is_kept(target):
     requests = [
         Request(ids=ids, sampling=Sampling(max_new_tokens=30, temperature=t)) for ids, t in [([1, 2], 0.0), ([3], 1.0)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ from allyouneed.generate.speculation import Asked, Drafts, Pace
 from allyouneed.generate.tables import BlockTable, Tables
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.paged import Storage, bytes_per_block
-
-READ = 512  # tokens that a draft model reads of one text in a pass
 
 NextPiece = Callable[["_Guess"], Piece]
 
@@ -101,11 +99,9 @@ def _guess(reader: Reader, guesses: Sequence[_Guess], piece: NextPiece) -> list[
     """Let a model guess for all at once, token by token; `piece` is what it reads next for one."""
     active = [guess for guess in guesses if not guess.done]
     while active:
-        pieces = [piece(guess) for guess in active]
-        rows = iter(reader.read(pieces))
-        for guess, read in zip(active, pieces, strict=True):
-            if read.wanted:
-                guess.extend(next(rows))
+        rows = reader.read([piece(guess) for guess in active])
+        for guess, logits in zip(active, rows, strict=True):
+            guess.extend(logits)
         active = [guess for guess in active if not guess.done]
     return [Drafts(guess.tokens, guess.odds) for guess in guesses]
 
@@ -127,7 +123,7 @@ class EarlyExit:
         """Keys and values are the model's own."""
         return 0
 
-    def attach(self, module: Continues, storage: Storage) -> None:
+    def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
         """Guess for this model, whose keys and values are in `storage`.
 
         Raises:
@@ -170,7 +166,7 @@ def _own_piece(guess: _Guess) -> Piece:
 
 @dataclass(eq=False)
 class _Held:
-    """What a draft model holds of a text: `tokens`, of which the first `sure` ones are no drafts."""
+    """What a draft model holds of a text: `tokens`, of which the first `sure` ones were compared with the text."""
 
     table: BlockTable
     tokens: list[int] = field(default_factory=list)
@@ -182,11 +178,15 @@ class _Held:
         while length < min(len(self.tokens), len(tokens) - 1) and self.tokens[length] == tokens[length]:
             length += 1
         del self.tokens[length:]
-        self.table.length, self.sure = length, len(tokens)
+        self.table.length = self.sure = length  # what it will read of the text may never come to be read
 
 
 class Draft:
     """A smaller model with the same vocabulary guesses, with a paged cache of its own.
+
+    A text waits for its drafts where they decide which tokens a seed gives: while the model catches up with it, a
+    chunk in a pass, and while older texts take the cache. So its tokens do not depend on what else runs. Other texts
+    go on without drafts meanwhile.
 
     Args:
         module: a decoder.
@@ -201,7 +201,7 @@ class Draft:
         """Of its own cache, which has as many blocks as the model's."""
         return bytes_per_block(self.module.new_cache(1, 0), size)
 
-    def attach(self, module: Continues, storage: Storage) -> None:
+    def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
         """Guess for this model; the cache has room for as many tokens as the model's own `storage`.
 
         Raises:
@@ -216,46 +216,85 @@ class Draft:
         if own.states or self.module.answers:
             raise InputError("draft: a model with a state, or one that answers another text, cannot take drafts back")
         self._tables, self._reader = Tables(self.module, own, share=False), CurrentReader(self.module, own)
+        self._chunk = chunk
 
     def pace(self) -> Pace:
         """Of a new request."""
         return self.length.pace()
 
-    def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
-        """What the smaller model says follows; nothing for texts beyond its context or its cache."""
-        able = [one for one in asked if self._prepare(one, asked)]
-        found = dict(zip(able, _guess(self._reader, self._sources.guesses(able), self._piece), strict=True))
+    def propose(self, asked: Sequence[Asked]) -> list[Drafts | None]:
+        """What the smaller model says follows; nothing for texts beyond its context."""
+        fitting = [one for one in asked if self.module.limit is None or _total(one) <= self.module.limit]
+        places = {one.number: place for place, one in enumerate(fitting)}
+        roomy = [one for one in fitting if self._prepare(one, places)]
+        found: dict[Asked, Drafts | None] = {one: None if _bound(one) else Drafts() for one in fitting}
+        try:
+            able = self._catch_up(roomy)
+            found |= zip(able, _guess(self._reader, self._sources.guesses(able), self._piece), strict=True)
+        except BaseException:  # nobody knows what was read
+            for number in list(self._held):
+                self._drop(number)
+            raise
         return [found.get(one, Drafts()) for one in asked]
 
     def forget(self, number: int) -> None:
         """A request is over."""
         self._sources.forget(number)
+        self._drop(number)
+
+    def _drop(self, number: int) -> None:
         if number in self._held:
             self._tables.close(self._held.pop(number).table)
 
-    def _prepare(self, one: Asked, asked: Sequence[Asked]) -> bool:
-        """Hold no token that the text has not, and have room for the drafts; False where there is none."""
-        total, limit = len(one.tokens) + one.count, self.module.limit
-        if limit is not None and total > limit:
-            return False
+    def _prepare(self, one: Asked, places: Mapping[int, int]) -> bool:
+        """Hold no token that the text has not, and have room for the drafts; False where those before it in `places`
+        leave none. The first has it always: the model's own cache would hold its text, too.
+        """
         held = self._held.get(one.number)
         if held is None:
             held = self._held[one.number] = _Held(self._tables.open())
         held.rewind(one.tokens)
-        numbers = {other.number for other in asked}
-        while not self._tables.reserve(held.table, total - held.table.length):
-            idle = next((number for number in self._held if number not in numbers), None)
-            if idle is None:
+        while not self._tables.reserve(held.table, _total(one) - held.table.length):
+            last = max(self._held, key=lambda number: places.get(number, len(places)))
+            if places.get(last, len(places)) <= places[one.number]:
                 return False
-            self._tables.close(self._held.pop(idle).table)
+            self._drop(last)
         return True
 
+    def _catch_up(self, asked: Sequence[Asked]) -> list[Asked]:
+        """Those that drafts can be made for in this pass, all of them together reading no more than a chunk besides the
+        last two tokens of each, as many as come where all drafts were kept; the first of the others reads the rest.
+        """
+        budget, able = self._chunk, list[Asked]()
+        for one in asked:
+            held = self._held[one.number]
+            length = held.table.length
+            behind = max(0, len(one.tokens) - length - 2)
+            if behind <= budget:  # it is read with the first draft
+                able.append(one)
+            elif budget:
+                self._reader.read([self._read(held, one.tokens[length : length + budget], wanted=0)])
+            budget -= min(behind, budget)
+        return able
+
     def _piece(self, guess: _Guess) -> Piece:
-        """The tokens of a text and its drafts that were not read, or the next of them."""
+        """The tokens of a text and its drafts that were not read."""
         held, text = self._held[guess.asked.number], guess.asked.tokens
         length = held.table.length
-        unread = [*text[length:], *guess.tokens] if length < len(text) else guess.tokens[length - len(text) :]
-        piece = self._tables.piece(held.table, unread[:READ], wanted=int(len(unread) <= READ))
-        held.tokens += piece.ids
-        held.table.length += len(piece.ids)
+        return self._read(held, [*text[length:], *guess.tokens[max(0, length - len(text)) :]], wanted=1)
+
+    def _read(self, held: _Held, ids: Sequence[int], wanted: int) -> Piece:
+        piece = self._tables.piece(held.table, ids, wanted)
+        held.tokens += ids
+        held.table.length += len(ids)
         return piece
+
+
+def _total(one: Asked) -> int:
+    """Tokens of a text with its drafts."""
+    return len(one.tokens) + one.count
+
+
+def _bound(one: Asked) -> bool:
+    """Whether drafts decide which tokens the text's seed gives."""
+    return one.sampler.sampling.seed is not None and not one.sampler.greedy

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.reading import Continues, CurrentReader
 from allyouneed.generate.requests import Guide, Request, Step
-from allyouneed.generate.sampling import Sampler
+from allyouneed.generate.sampling import NO_NUMBERS, Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
 from allyouneed.generate.speculation import Asked, Drafts, Speculator
 from allyouneed.generate.tables import Tables
@@ -99,7 +100,7 @@ class Engine:
             InputError: the speculator does not fit the module, or drafts could not be taken back from its state.
         """
         self.module, self.eos_ids, self.config = module, frozenset(eos_ids), config or Engine.Config()
-        self.vocab_size: int = vocab_size or module.config.vocab_size
+        self._vocab_size = vocab_size
         like, size, eight = module.new_cache(1, 0), self.config.block_size, self.config.kv8
         each = bytes_per_block(like, size, eight_bits=eight)
         storage = Storage(like, self._count(each, speculator), size, eight_bits=eight)
@@ -107,18 +108,26 @@ class Engine:
         self.reader = CurrentReader(module, storage)
         self._scheduler = Scheduler(self.tables, max_batch=self.config.max_batch, chunk=self.config.chunk)
         self._under_way: dict[int, Continuation] = {}
-        self._letters: dict[int, deque[Step]] = {}  # steps that came while another call of `steps` was served
+        self._letters: dict[int, deque[Step]] = {}  # what came for calls of `steps`
+        self._broken: dict[int, BaseException] = {}  # what broke their requests
+        self._steps: list[Step] = []  # what came for those that were added one by one
+        self._errors: list[Exception] = []  # and what broke them
         self._added = self._read = self._made = self._drafts = self._kept = 0
         self._speculator = speculator
         if speculator is not None:
             if storage.states:
                 raise InputError("speculation: drafts cannot be taken back from a recurrent state; go without")
-            speculator.attach(module, storage)
+            speculator.attach(module, storage, self.config.chunk)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits or runs."""
-        return not self._under_way
+        """Whether nothing waits or runs, and all was told."""
+        return not (self._under_way or self._steps or self._errors)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids may come: of the module, which may have grown since, where no number was given."""
+        return self._vocab_size or int(self.module.config.vocab_size)
 
     @property
     def room(self) -> int | None:
@@ -179,18 +188,23 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Forget a request; its blocks are free at once. Unknown and finished numbers are fine."""
-        one = self._under_way.pop(number, None)
-        if one is not None:
-            self._scheduler.remove(one)
-            if self._speculator:
-                self._speculator.forget(number)
+        self._steps = [step for step in self._steps if step.request != number]
+        self._end(number)
 
-    @torch.inference_mode()
     def step(self) -> list[Step]:
-        """One pass over everything that is due, and the tokens that came of it: none while prompts are only being read,
-        none when `idle`.
+        """One pass over everything that is due, and the tokens that came of it for requests that were `add`ed: none
+        while prompts are only being read, none when `idle`.
+
+        Raises:
+            Exception: what a request's `stop` or guide raised, or its logits. It is over, the others go on: what the
+                pass gave them is told by the next call. What broke a whole pass; all are then read anew.
         """
-        return [] if self.idle else self._pass(self._scheduler.plan())
+        if self._under_way and not (self._steps or self._errors):
+            self._pass()
+        if self._errors:
+            raise self._errors.pop(0)
+        steps, self._steps = self._steps, []
+        return steps
 
     def steps(
         self,
@@ -211,6 +225,7 @@ class Engine:
 
         Raises:
             InputError: as `add`.
+            Exception: what `stop` or a guide raised; other calls go on.
         """
         memories = [None] * len(prompts) if memory is None else memory.rows()
         numbers: dict[int, int] = {}
@@ -219,7 +234,8 @@ class Engine:
             for i, (ids, sampling, row, guide) in enumerate(zip(prompts, samplings, memories, guided, strict=True)):
                 if sampling.max_new_tokens:
                     request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
-                    numbers[self.add(request)] = i
+                    number = self.add(request)
+                    numbers[number], self._letters[number] = i, deque()
                 else:
                     self.check(ids, 0)
             yield from self._told(numbers)
@@ -227,6 +243,7 @@ class Engine:
             for number in numbers:
                 self.cancel(number)
                 self._letters.pop(number, None)
+                self._broken.pop(number, None)
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Refuse a prompt that is empty, or that the context cannot hold together with what is asked for."""
@@ -245,8 +262,7 @@ class Engine:
         self.reader.renew()
 
     def _told(self, numbers: dict[int, int]) -> Iterator[Step]:
-        """The steps of some requests, those of others being kept for whoever waits for them."""
-        self._letters |= {number: deque() for number in numbers}
+        """The steps of some requests of `steps`; what comes for others meanwhile is kept for them."""
         left = set(numbers)
         while left:
             for number in sorted(left):
@@ -255,15 +271,49 @@ class Engine:
                     if step.finish_reason:
                         left.discard(number)
                     yield replace(step, request=numbers[number])
+                if number in self._broken:
+                    raise self._broken.pop(number)
             if left:
-                for step in self.step():
-                    if step.request in self._letters:
-                        self._letters[step.request].append(step)
+                self._pass()
 
-    def _pass(self, turns: Turns) -> list[Step]:
-        """One pass of the model over those whose turn it is, and what came of it."""
+    def _tell(self, step: Step) -> None:
+        """Keep a step for whoever waits for it; a pass that breaks off later loses none."""
+        self._made += 1
+        self._letters.get(step.request, self._steps).append(step)
+
+    def _break(self, one: Continuation, error: BaseException) -> None:
+        """Have whoever waits for a request hear what broke it."""
+        error.add_note(f"It ended request {one.number} of the engine; others go on.")
+        if one.number in self._letters:
+            self._broken[one.number] = error
+        elif isinstance(error, Exception):
+            self._errors.append(error)
+
+    def _end(self, number: int) -> None:
+        """Hold nothing of a request any more."""
+        one = self._under_way.pop(number, None)
+        if one is not None:
+            self._scheduler.remove(one)
+            if self._speculator:
+                self._speculator.forget(number)
+
+    @torch.inference_mode()
+    def _pass(self) -> None:
+        """One pass over those whose turn it is. Where it breaks off, nobody knows what was read: all read anew."""
+        turns = self._scheduler.plan()
         assert turns, "requests wait, and none of them can run"
-        self._guess(turns)
+        try:
+            self._guess(turns)
+            self._chosen(self._read_all(turns))
+        except BaseException:
+            for one in self._scheduler.interrupt_all():
+                one.drafts = Drafts()
+            raise
+
+    def _read_all(self, turns: Turns) -> list[tuple[Continuation, Tensor]]:
+        """Have the model read; those that go on with a token, and the logits that say which."""
+        if not turns:  # all wait for their drafts
+            return []
         pieces = [self.tables.piece(one.held, one.next(count), one.wanted(count)) for one, count in turns.items()]
         rows = self.reader.read(pieces).split([piece.wanted for piece in pieces])
         due: list[tuple[Continuation, Tensor]] = []
@@ -276,40 +326,44 @@ class Engine:
             if one.unread == 0:
                 alike = self._scheduler.fork(one) if not one.made else []
                 due += [(one, logits[-1 - len(one.drafts.tokens) :]), *((each, logits[-1:]) for each in alike)]
-        return self._chosen(due)
+        return due
 
     def _guess(self, turns: Turns) -> None:
-        """Have drafts made for those that read their last token."""
+        """Have drafts made for those that read their last token; those that wait for theirs lose their turn."""
         if self._speculator is None:
             return
         able = [one for one in turns if one.unread == 1 and one.ahead > 0]
         asked = [Asked(one.number, one.tokens, one.ahead, one.sampler, one.held) for one in able]
         for one, drafts in zip(able, self._speculator.propose(asked) if asked else (), strict=True):
+            if drafts is None:
+                del turns[one]
+                continue
             one.drafts = drafts
             self._drafts += len(drafts.tokens)
 
-    def _chosen(self, due: Sequence[tuple[Continuation, Tensor]]) -> list[Step]:
+    def _chosen(self, due: Sequence[tuple[Continuation, Tensor]]) -> None:
         """Choose a token for each, given logits (1, V), and with drafts (n + 1, V) as many as follow kept ones."""
         if not due:
-            return []
+            return
         logits = torch.cat([rows for _, rows in due])
         logprobs = logits.log_softmax(-1)[:, : self.vocab_size]
-        likeliest = (
-            logits[:, : self.vocab_size].numpy().argmax(-1).tolist()
-        )  # in a tenth of the time of PyTorch's: 4 µs for 49 k logits
-        steps: list[Step] = []
+        known = logits[:, : self.vocab_size].numpy()
+        likeliest = known.argmax(-1).tolist()  # in a tenth of the time of PyTorch's: 4 µs for 49 k logits
         start = 0
         for one, rows in due:
-            found = self._followed(one, rows, logprobs[start:], likeliest[start:])
-            self._settle(one, found)
-            steps += found
+            try:
+                self._settle(one, *self._follow(one, rows, logprobs[start:], likeliest[start:]))
+            except BaseException as error:
+                self._break(one, error)
+                self._end(one.number)
+                if not isinstance(error, Exception):  # someone wants out at once
+                    raise
             start += len(rows)
-        self._made += len(steps)
-        return steps
 
-    def _followed(self, one: Continuation, rows: Tensor, logprobs: Tensor, likeliest: Sequence[int]) -> list[Step]:
-        """The tokens that come, as long as they are those that were guessed."""
-        steps: list[Step] = []
+    def _follow(self, one: Continuation, rows: Tensor, logprobs: Tensor, likeliest: Sequence[int]) -> tuple[int, bool]:
+        """Tell of the tokens that come, as long as they are those that were guessed: how many of these were kept, and
+        whether the request is over.
+        """
         drafts = one.drafts
         for i, logits in enumerate(rows):
             if one.sampler.plain:
@@ -319,34 +373,43 @@ class Engine:
             else:
                 token = one.sampler.choose(logits)
             one.tokens.append(token)
-            reason = self._finished(one, token)
-            steps.append(one.step(token, logprobs[i], reason))
-            if reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
+            step = one.step(token, logprobs[i], self._finished(one, token))
+            if isnan(step.logprob):  # greedy, too
+                raise InputError(f"request {one.number}: {NO_NUMBERS}")
+            self._tell(step)
+            if step.finish_reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
                 break
-        return steps
+        return i, step.finish_reason is not None
 
-    def _settle(self, one: Continuation, steps: Sequence[Step]) -> None:
+    def _settle(self, one: Continuation, kept: int, over: bool) -> None:
         """Hold the drafts that were kept, and no others."""
-        tried, kept = len(one.drafts.tokens), len(steps) - 1
         self._kept += kept
-        if steps[-1].finish_reason:
-            self.cancel(one.number)
+        if over:
+            self._end(one.number)
         elif one.pace is not None:
             self.tables.commit(one.held, one.tokens, one.held.length + kept)
             self.tables.trim(one.held)
-            one.pace.hear(tried, kept)
+            one.pace.hear(len(one.drafts.tokens), kept)
             one.drafts = Drafts()
 
     def _finished(self, one: Continuation, token: int) -> str | None:
         """Why the request ends with this token, if it does."""
-        sampling, guide = one.request.sampling, one.request.guide
-        if token in self.eos_ids and not sampling.ignore_eos:
+        if token in self.eos_ids and not one.request.sampling.ignore_eos:
             return "stop"
         try:
             one.sampler.take(token)
         except InputError:  # the guide gives up
             return "error"
-        if one.request.stop(token) and one.made >= sampling.min_tokens:
+        try:
+            return self._ended(one, token)
+        except Exception as error:
+            self._break(one, error)
+            return "error"
+
+    def _ended(self, one: Continuation, token: int) -> str | None:
+        """The same, of a token that is no end token."""
+        sampling, guide = one.request.sampling, one.request.guide
+        if one.request.stop(token):
             return "stop"
         if guide is not None and guide.finished:
             return "stop"

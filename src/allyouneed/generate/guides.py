@@ -8,7 +8,8 @@ allowed but for an end token, where the text may end. Shapes: V the tokenizer's 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +106,11 @@ class Guides:
         Raises:
             InputError: no schema, one that nothing satisfies, or too large; names what is wrong.
         """
-        try:
-            value = json.loads(schema) if isinstance(schema, str) else schema
+        with _schema_errors():
+            text = schema if isinstance(schema, str) else json.dumps(schema)
+        _check_length("schema", text)
+        with _schema_errors():
+            value = json.loads(text)
             if value is True:
                 value = {}
             if not isinstance(value, dict):
@@ -115,8 +119,6 @@ class Guides:
             grammar = self._library.LLMatcher.grammar_from_json_schema(
                 json.dumps(value), overrides={"whitespace_pattern": SPACE}
             )
-        except (ValueError, TypeError, RecursionError, AttributeError) as error:
-            raise InputError(f"schema: is no JSON schema that values satisfy: {brief(str(error))}") from None
         if endless:
             raise InputError("schema: only values without end satisfy it; let one of the references be optional")
         return self._guide("schema", grammar)
@@ -142,9 +144,12 @@ class Guides:
         if not texts:
             raise InputError("choice: there are no texts to choose from")
         for text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"choice: {brief(text)} has half of a surrogate pair, which no text can hold")
             if not self._spelling.complete and not _writes(self._spelling, text):
                 raise InputError(f"choice: {brief(text)} cannot be written with the tokens of {self._name}")
-        options = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+        written = [json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in texts]
+        options = " | ".join(written)  # JSON leaves the one control character as it is that Lark's strings cannot hold
         return self._guide("choice", f"start: {options}", partial=True)
 
     def grammar(self, lark: str) -> GrammarGuide:
@@ -159,8 +164,7 @@ class Guides:
         """`partial`: will do with a vocabulary that cannot write every text."""
         if not partial and not self._spelling.complete:
             raise InputError(f"{what}: {self._name} has no token for every byte, so that not every text can be written")
-        if len(grammar) > MOST_CHARACTERS:
-            raise InputError(f"{what}: {len(grammar)} characters; at most {MOST_CHARACTERS} are accepted")
+        _check_length(what, grammar)
         return self._compiled(what, grammar).copy()
 
     def _compile(self, what: str, grammar: str) -> GrammarGuide:
@@ -191,6 +195,19 @@ class _Wrapper:
     def __call__(self, text: str | bytes) -> list[int]:
         """The tokens of a text. Never asked for, since grammars are told to force none (`_framed`)."""
         return self._tokenizer.encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
+
+
+@contextmanager
+def _schema_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, RecursionError, AttributeError) as error:
+        raise InputError(f"schema: is no JSON schema that values satisfy: {brief(str(error))}") from None
+
+
+def _check_length(what: str, text: str) -> None:
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"{what}: {len(text)} characters; at most {MOST_CHARACTERS} are accepted")
 
 
 def _library() -> Any:

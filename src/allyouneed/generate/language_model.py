@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import inf, isfinite
 from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from allyouneed.core.config import Config
@@ -30,6 +29,7 @@ class Message(TypedDict):
     content: str
 
 
+MOST = 1e9  # of penalties, biases and temperatures: what they make of logits stays a float32
 Turns = str | Sequence[Message]  # a text to continue, or a conversation to answer
 
 
@@ -58,11 +58,11 @@ class Sampling(Config):
         for name, valid, right in (
             ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_new_tokens, f"0 to max_new_tokens={self.max_new_tokens}"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("frequency_penalty", isfinite(self.frequency_penalty), "a finite number"),
-            ("presence_penalty", isfinite(self.presence_penalty), "a finite number"),
-            ("logit_bias", all(isfinite(bias) for _, bias in self.logit_bias), "of finite numbers"),
-            ("temperature", 0 <= self.temperature < inf, "0 (greedy) or more"),
+            ("repetition_penalty", 1 / MOST <= self.repetition_penalty <= MOST, f"{1 / MOST} to {MOST}"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= MOST, f"{-MOST} to {MOST}"),
+            ("presence_penalty", abs(self.presence_penalty) <= MOST, f"{-MOST} to {MOST}"),
+            ("logit_bias", all(abs(bias) <= MOST for _, bias in self.logit_bias), f"of numbers from {-MOST} to {MOST}"),
+            ("temperature", 0 <= self.temperature <= MOST, f"0 (greedy) to {MOST}"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),

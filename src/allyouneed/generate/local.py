@@ -67,7 +67,11 @@ class LocalModel:
         return [completion.text for completion in self.complete(prompts, sampling_from(sampling))]
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
-        """Pieces of the completion's text as they come."""
+        """Pieces of the completion's text as they come.
+
+        Raises:
+            InputError: also after the last piece, where a guided text could not be gone on with.
+        """
         return self._stream(self.prompt_ids(prompt), sampling)
 
     def chat(self, messages: Sequence[Message], **sampling: object) -> str:
@@ -75,7 +79,7 @@ class LocalModel:
         return "".join(self.chat_stream(messages, sampling_from(sampling)))
 
     def chat_stream(self, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
-        """Pieces of the assistant's answer as they come."""
+        """Pieces of the assistant's answer as they come; raises as `stream`."""
         return self._stream(self.prompt_ids(messages), sampling)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
@@ -184,12 +188,16 @@ class LocalModel:
     def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         text = StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens)
         guides = [self.guide(sampling)]
-        for _ in self.engine.steps([prompt], [sampling], lambda request, token: text.push(token), guides=guides):
+        reason = None
+        for step in self.engine.steps([prompt], [sampling], lambda request, token: text.push(token), guides=guides):
+            reason = step.finish_reason
             if piece := text.take():
                 yield piece
         text.finish()
         if piece := text.take():
             yield piece
+        if reason == "error":
+            raise InputError(f"{self.name}: the text could not go on as its schema or pattern demands; it is not whole")
 
 
 class _Reader:

@@ -54,8 +54,8 @@ class Request:
     """
 
     ids: Sequence[int]  # at least one
-    sampling: Sampling  # its stop strings are the caller's business: `stop` says where a text ends
-    stop: Callable[[int], bool] = never  # asked after every token but an end token, once: does the text end here?
+    sampling: Sampling  # its stop strings, and from which token on they count, are the business of `stop`
+    stop: Callable[[int], bool] = never  # asked after every token but an end token, once: whether the text ends there
     guide: Guide | None = None  # which tokens may come next
     priority: int = 0  # higher first
     client: str = ""  # whose it is: turns are shared fairly between clients of one priority

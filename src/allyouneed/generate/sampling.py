@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from allyouneed.core.errors import InputError
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.requests import Guide
 
 NEVER = float("-inf")
+NO_NUMBERS = "the model's logits are no finite numbers; look at its weights, and whether their type is wide enough"
 GREEDY = 1e-5  # temperatures below it would only overflow
 
 
@@ -86,9 +89,16 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(logits: Tensor, source: random.Random) -> int:
-    """A token drawn from softmax(logits (V,)): the first whose cumulative probability passes a number from `source`."""
+    """A token drawn from softmax(logits (V,)): the first whose cumulative probability passes a number from `source`.
+
+    Raises:
+        InputError: there is no such distribution.
+    """
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    place = torch.searchsorted(cumulative, source.random() * cumulative[-1].item(), right=True)
+    total = cumulative[-1].item()
+    if not isfinite(total):
+        raise InputError(f"sampling: {NO_NUMBERS}")
+    place = torch.searchsorted(cumulative, source.random() * total, right=True)
     return int(place.clamp(max=len(logits) - 1))
 
 

@@ -9,7 +9,8 @@ anew.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.tables import Tables
@@ -61,21 +62,39 @@ class Scheduler:
             self._admit_all(budget)
         return self._turns
 
+    def interrupt_all(self) -> list[Continuation]:
+        """Have those that run wait again, holding nothing: a pass broke off."""
+        found = list(self.running)
+        for one in found:
+            self._interrupt(one)
+        return found
+
     def fork(self, leader: Continuation) -> list[Continuation]:
         """Those that wait with the very prompt that `leader` has just read: they hold what it holds, and run from now
-        on.
+        on. None passes another whose turn is sooner, unless there is room for both.
         """
-        if not self.tables.forks:
-            return []
-        alike = [one for one in self.waiting if one.whole == leader.whole and not (one.echoing or one.made)]
-        found = sorted(alike, key=_order)[: self.max_batch - len(self.running)]
-        for one in found:
-            one.table = self.tables.fork(leader.held)
-            self.shared += one.table.length
-            one.cached = one.table.length
-            self.waiting.remove(one)
-            self.running.append(one)
+        found: list[Continuation] = []
+        if not self.tables.forks or all(one.whole != leader.whole for one in self.waiting):
+            return found
+        places, blocks = self.max_batch - len(self.running), self.tables.pool.free - len(self.running)
+        for one in self._queue():
+            alike = one.whole == leader.whole and not (one.echoing or one.made)
+            needed = min(1, self.tables.count(1)) if alike else self.tables.count(len(one.tokens))
+            places, blocks = places - 1, blocks - needed
+            if places < 0 or (needed and blocks < 0):
+                break
+            if alike:
+                self._fork(one, leader)
+                found.append(one)
         return found
+
+    def _fork(self, one: Continuation, leader: Continuation) -> None:
+        one.table = self.tables.fork(leader.held)
+        self.shared += one.table.length
+        one.cached = one.table.length
+        self._served[one.request.client] += 1  # as one that finds all but the last token of its prompt
+        self.waiting.remove(one)
+        self.running.append(one)
 
     def _continue(self) -> None:
         """A turn for those that have one token to read, after room was made for it."""
@@ -107,40 +126,56 @@ class Scheduler:
         return most is not None and any(one.request.priority < most for one in self.running)
 
     def _admit_all(self, budget: int) -> None:
-        """A turn for those that wait, as long as there is room: higher priorities first, then the client that was
-        served least, then the oldest.
-        """
-        queues: dict[tuple[int, str], deque[Continuation]] = {}
-        for one in sorted(self.waiting, key=_order):
-            queues.setdefault((-one.request.priority, one.request.client), deque()).append(one)
-        while budget > 0 and queues:
-            first = min(queues, key=lambda key: (key[0], self._served[key[1]], queues[key][0].number))
-            one = queues[first].popleft()
-            if not queues[first]:
-                del queues[first]
+        """A turn for those that wait, as long as there is room."""
+        for one in self._queue():
+            if budget <= 0:
+                break
             if self._being_read(one):
                 continue
             if not self._admit(one):
                 break
             budget -= self._give(one, budget)
 
+    def _queue(self) -> Iterator[Continuation]:
+        """Those that wait: higher priorities first, then the client that was served least so far, then the oldest."""
+        queues: dict[tuple[int, str], deque[Continuation]] = {}
+        for one in sorted(self.waiting, key=_order):
+            queues.setdefault((-one.request.priority, one.request.client), deque()).append(one)
+        while queues:
+            first = min(queues, key=lambda key: (key[0], self._served[key[1]], queues[key][0].number))
+            yield queues[first].popleft()
+            if not queues[first]:
+                del queues[first]
+
     def _admit(self, one: Continuation) -> bool:
         """Have it run, if there is room or lower priorities can make some."""
         while len(self.running) == self.max_batch or not self._open(one):
             lower = [other for other in self.running if other.request.priority < one.request.priority]
-            held = sum(len(other.held.blocks) for other in lower)
-            if not lower or self.tables.count(len(one.tokens)) > self.tables.pool.free + held:
+            if not lower or not self._room_without(lower, one):
                 return False
             self._interrupt(max(lower, key=_order))
         self.waiting.remove(one)
         self.running.append(one)
         return True
 
+    def _room_without(self, lower: Sequence[Continuation], one: Continuation) -> bool:
+        """Whether `_open` would find room if `lower` were interrupted: blocks that others hold, too, stay taken."""
+        needed = self.tables.count(len(one.tokens))
+        if not needed:
+            return True
+        pool, held = self.tables.pool, Counter(block for other in lower for block in other.held.blocks)
+        keys = [] if one.echoing else one.keys[: self.tables.found(one.keys)]
+        found = [block for key in keys if (block := pool.find(key)) is not None]
+        needed -= sum(pool.holders(block) > held[block] for block in found)  # no block is taken for these
+        freed = sum(pool.holders(block) == count for block, count in held.items())
+        return needed + len(self.running) - len(lower) <= pool.free + freed
+
     def _open(self, one: Continuation) -> bool:
         """Take the blocks for all its tokens: those that can be found, and room for the rest."""
-        spare = len(self.running)  # those that run will soon want a block each
+        needed = self.tables.count(len(one.tokens))
+        spare = len(self.running) if needed else 0  # those that run will soon want a block each, where there are any
         keys = [] if one.echoing else one.keys[: self.tables.found(one.keys)]
-        if self.tables.count(len(one.tokens)) - len(keys) + spare > self.tables.pool.free:
+        if needed - len(keys) + spare > self.tables.pool.free:
             return False
         table = self.tables.open(one.request.memory)
         self.tables.adopt(table, keys)
@@ -157,7 +192,7 @@ class Scheduler:
             return False
         found = self.tables.found(one.keys)
         for other in self.running:
-            if other.unread > 1 and not other.made:
+            if not other.made:
                 further = found < min(len(one.keys), len(other.keys)) and one.keys[found] == other.keys[found]
                 if further or one.whole == other.whole:
                     return True

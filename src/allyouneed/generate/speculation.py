@@ -96,14 +96,16 @@ class Speculator(Protocol):
     def bytes_per_block(self, size: int) -> int:
         """What it keeps itself for each block of `size` tokens that the model's storage has."""
 
-    def attach(self, module: Continues, storage: Storage) -> None:
-        """Guess for this model; called once, by its engine."""
+    def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
+        """Guess for this model, reading at most `chunk` tokens of texts in a pass; called once, by its engine."""
 
     def pace(self) -> Pace:
         """Of a new request."""
 
-    def propose(self, asked: Sequence[Asked]) -> list[Drafts]:
-        """Guesses for each, at most `count`, maybe none."""
+    def propose(self, asked: Sequence[Asked]) -> Sequence[Drafts | None]:
+        """Guesses for each, at most `count`, maybe none. None: it waits for them, sitting out this pass; the first of
+        those that would wait never has to wait for another.
+        """
 
     def forget(self, number: int) -> None:
         """A request is over."""
@@ -149,7 +151,7 @@ class PromptLookup:
         """It keeps no keys and values."""
         return 0
 
-    def attach(self, module: Continues, storage: Storage) -> None:
+    def attach(self, module: Continues, storage: Storage, chunk: int) -> None:
         """Nothing of the model is needed."""
 
     def pace(self) -> Pace:
