@@ -29,6 +29,7 @@ from allyouneed.data import materials
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.requests import Request
+from allyouneed.nn.flops import product
 
 NAME, PROMPT, TEXT, STREAMS, NEW = "smollm2-135m-instruct", 512, 64, 8, 32
 CASES = {"prefill, 512 tokens": PROMPT, "decode, one stream": NEW, "decode, 8 streams": STREAMS * NEW}
@@ -86,8 +87,8 @@ def best_rate(amount: float, work: Callable[[], object]) -> float:
 
 def limits() -> tuple[float, float]:
     """GB/s of reading memory and GFLOP/s of a matrix product, by PyTorch's kernels."""
-    long, square = torch.ones(64 << 20), torch.ones(1024, 1024)
-    return best_rate(long.nbytes, long.sum), best_rate(2 * 1024**3, lambda: square @ square)
+    long, vector, square = torch.ones(16384, 4096), torch.ones(4096), torch.ones(2048, 2048)
+    return best_rate(long.nbytes, lambda: long @ vector), best_rate(2 * 2048**3, lambda: square @ square)
 
 
 def main() -> None:
@@ -102,17 +103,21 @@ def main() -> None:
     weights = sum(buffer.nbytes for buffer in ours.module.head.buffers()) + sum(
         buffer.nbytes for buffer in ours.module.blocks.buffers()
     )
-    work = ours.module.config.flops(1, 1)
+    work = {1: ours.module.config.flops(1, 1)}
+    work[PROMPT] = work[1] - product(ours.module.head, 1)  # the head reads the last token only; without scores
     memory, arithmetic = limits()
     print(f"{arguments.threads} threads; at most {memory:.1f} GB/s, {arithmetic:.0f} GFLOP/s; a token reads", end=" ")
-    print(f"{weights / 1e6:.0f} MB and takes {work / 1e6:.0f} MFLOP")
+    print(f"{weights / 1e6:.0f} MB and takes {work[1] / 1e6:.0f} MFLOP")
     rows = []
     for case, tokens in CASES.items():
         found = turns_of(theirs, ours, case, arguments.rounds)
         rates = [tokens / statistics.median(side.clock for side in sides) for sides in zip(*found, strict=True)]
         busy = [statistics.median(side.processor for side in sides) for sides in zip(*found, strict=True)]
         row = {"case": case, "llama_cpp_tok_s": rates[0], "allyouneed_tok_s": rates[1], "ratio": rates[1] / rates[0]}
-        row |= {"processor_ratio": busy[0] / busy[1], "gflop_s": rates[1] * work / 1e9}
+        row |= {
+            "processor_ratio": busy[0] / busy[1],
+            "gflop_s": rates[1] * work[PROMPT if "prefill" in case else 1] / 1e9,
+        }
         row |= {"gb_s": rates[1] / (STREAMS if "8" in case else 1) * weights / 1e9 if "decode" in case else None}
         rows.append(row)
         print(
