@@ -338,9 +338,9 @@ PAPER = Paper(
         ),
         "laptop": Config(
             techniques=_techniques(
-                mixed=Mixed(requests=48), streams=12, copies=4, common=256, length=1024, answer=96, scarce=64
+                mixed=Mixed(requests=24), streams=12, copies=4, common=256, length=1024, answer=96, scarce=64
             ),
-            offered=Mixed(requests=48),
+            offered=Mixed(requests=24),
         ),
         "paper": Config(
             model="HuggingFaceTB/SmolLM2-1.7B-Instruct",
