@@ -63,6 +63,7 @@ class Mixed(core.Config):
     rate: float | None = None
     longest: int = 128  # tokens of an answer at most
     paragraphs: int = 8  # of a prompt at most
+    most: int = 512  # tokens of a prompt at most: the reference has tables of thousands
 
     def arrivals(self, text: Text, seed: int) -> list[Arrival]:
         """Drawn anew for each seed."""
@@ -72,7 +73,7 @@ class Mixed(core.Config):
             count = int(np.exp(source.uniform(0, np.log(self.paragraphs + 1))))
             start = int(source.integers(len(text.paragraphs) - count))
             prompt, answer = text.run(start, count), text.paragraphs[start + count]
-            requests.append(asked(prompt, min(len(answer), self.longest)))
+            requests.append(asked(prompt[: self.most], min(len(answer), self.longest)))
         return poisson(requests, self.rate, seed)
 
 

@@ -277,7 +277,7 @@ def _techniques(
             without=Setting(engine=Engine.Config(chunk=8192)),
             treated=Setting(engine=Engine.Config(chunk=128)),
             measure=PAUSE,
-            helps=Interrupted(streams=streams // 2, answer=answer, prompts=4, length=length, every=answer / 48),
+            helps=Interrupted(streams=streams // 2, answer=answer, prompts=4, length=length, every=answer / 400),
             gain=2.0,
             cost_measure=ALL,
             hurts=mixed,
