@@ -1,8 +1,8 @@
-"""Kernels for GPUs run in an interpreter, and no test may take long."""
+"""Kernels for GPUs run in an interpreter, and no test may take long; fixtures that several files share."""
 
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,17 @@ collect_ignore = ["vllm_run.py"]  # run by hand, where vLLM is
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--most-seconds", type=float, default=60.0, help="a test that takes longer fails; 0: none does")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many threads PyTorch and the kernels may use: what is computed does not depend on it."""
+    import torch  # not before the variable above is set, and not where no test asks
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def spent() -> tuple[float, float]:

@@ -79,14 +79,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_products_are_those_of_the_dequantised_weight(path: str, kind: Kind, threads: int) -> None:
     for layer in (layer_of(kind), layer_of(kind, 1), layer_of(kind, 8, 64, bias=True), layer_of(kind, 301, 256)):
