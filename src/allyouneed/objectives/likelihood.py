@@ -1,0 +1,31 @@
+"""How likely a model holds the tokens of a batch: what preferences, policies and references are compared by.
+
+Shapes: B rows, T tokens, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allyouneed.objectives.next_token import IGNORED
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p(target), natural, computed in float32 at least: (B, T, V), (B, T) -> (B, T), 0 where it is `IGNORED`.
+
+    >>> token_logprobs(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORED]])).exp()
+    tensor([[0.2500, 1.0000]])
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return -nll.view_as(targets)
+
+
+def likelihood(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """log p(target | the tokens up to here) of a batch as `next_token` takes it: (B, T), 0 where it is `IGNORED`."""
+    logits = module(batch["ids"], segments=batch.get("segments")).logits
+    return token_logprobs(logits, batch["targets"])
