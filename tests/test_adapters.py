@@ -69,6 +69,7 @@ def logits(model: nn.Module) -> Tensor:
         return model(x, x[:, :9]).logits
     if isinstance(model, huggingface.Decoder | huggingface.MaskedModel):
         return model(x).logits
+    model.config._experts_implementation = "eager"  # Mixtral's grouped product takes no float64
     given = {"decoder_input_ids": x[:, :9]} if getattr(model.config, "is_encoder_decoder", False) else {}
     found = model(x, **given)
     return found.prediction_logits if "prediction_logits" in found else found.logits

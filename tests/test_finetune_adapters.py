@@ -1,4 +1,4 @@
-"""`finetune --lora`: every method by adapters alone, what is kept, taken up and refused; from JSONL to a merged model."""
+"""`finetune --lora`: every method by adapters alone, what is kept, gone on with and refused; a merged model."""
 
 from __future__ import annotations
 
@@ -89,17 +89,17 @@ def test_every_kind_of_method(model, method, rows, models, tmp_path, capsys):
 
 def test_from_lines_to_a_merged_model_that_peft_agrees_with(models, tmp_path, capsys):
     path, out = data(tmp_path, ANSWERS * 8), tmp_path / "run"
-    given = ("--lora", 4, "--lora-alpha", 8, "--lora-targets", "q,k,v,out,up", "--lr", 0.01, "--epochs", 4)
-    code, told, err = run(models["decoder"], path, *given, "--out", out, "--json", capsys=capsys)
+    given = ("--lora", 4, "--lora-alpha", 8, "--lora-targets", "q,v,up,head", "--lr", 0.03, "--epochs", 4)
+    code, told, err = run(models["llama"], path, *given, "--out", out, "--json", capsys=capsys)
     assert code == 0, err
     results = json.loads(told)
     assert results["nats_per_token"] < results["nats_per_token_before"] - 1
-    assert cli.main(["merge", str(models["decoder"]), str(out / "model"), str(tmp_path / "merged")]) == 0
+    assert cli.main(["merge", str(models["llama"]), str(out / "model"), str(tmp_path / "merged")]) == 0
     x = torch.tensor([byte_tokenizer().encode("4 is blue")])
     with torch.no_grad():
         ours = load_module(out / "model")(x).logits
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        base = transformers.AutoModelForCausalLM.from_pretrained(models["decoder"])
+        base = transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
         theirs = peft.PeftModel.from_pretrained(base, out / "model").eval()
         assert torch.allclose(merged(x).logits, ours, atol=1e-5) and torch.allclose(theirs(x).logits, ours, atol=1e-5)
     capsys.readouterr()

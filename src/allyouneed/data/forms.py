@@ -7,6 +7,7 @@ three letters, the price with two digits, goods in the singular) is a house's ow
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from allyouneed.core.seeds import derive
 from allyouneed.data.jsonl import Completion
@@ -15,8 +16,10 @@ GIVEN = ("Anna", "Bruno", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "
 FAMILY = ("Rossi", "Meyer", "Novak", "Silva", "Larsen", "Dubois", "Kowal", "Moreau", "Weber", "Costa", "Lund", "Horvat")
 CITIES = ("Lyon", "Turin", "Porto", "Vienna", "Oslo", "Gdansk", "Bergen", "Zagreb", "Leeds", "Malaga", "Basel", "Ghent")
 GOODS = ("lamp", "chair", "clock", "table", "mirror", "carpet", "kettle", "ladder", "pillow", "basket", "mug", "stove")
-MONTHS = ("January", "February", "March", "April", "May", "June")
-MONTHS += ("July", "August", "September", "October", "November", "December")
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 SENTENCES = (
     "On {day} {month} {year} {given} {family} of {city} paid {price:g} euros for {number} {goods}s.",
@@ -32,7 +35,7 @@ def draw(source: random.Random) -> Completion:
      LUND, G. | VIE | 2008-12-20 | 6 x stove | EUR 69.25
     """
     month, number = source.randrange(12), source.randrange(len(NUMBERS))
-    facts = {
+    facts: dict[str, Any] = {
         "given": source.choice(GIVEN),
         "family": source.choice(FAMILY),
         "city": source.choice(CITIES),

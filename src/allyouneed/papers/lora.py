@@ -20,8 +20,9 @@ Apart   135 million parameters instead of 125 million to 175 billion, one task o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,8 @@ class _World:
         lora.merge(module)
         lora.unload(module)
         moved = (module(ids).logits - beside).abs().max() / beside.abs().max()
-        cases: dict[str, Callable[[], object]] = {
-            name: lambda one=one: one(ids) for name, one in (("base", self.base), ("beside", apart), ("merged", module))
-        }
+        models = {"base": self.base, "beside": apart, "merged": module}
+        cases = {name: partial(one, ids) for name, one in models.items()}
         times = in_turn(cases, rounds=5, repeats=2, warm_up=1)
         return {"moved": moved.item()} | {name: min(seconds) for name, seconds in times.items()}
 
