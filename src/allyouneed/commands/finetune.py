@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="The results as JSON, for programs.")] = False,
 ) -> None:
     """Fine-tune a model. Ctrl-C saves; the same command goes on from there. Runs under torchrun as it is."""
+    from allyouneed.commands.methods import estimates
     from allyouneed.commands.methods.base import Task
     from allyouneed.commands.methods.table import methods
     from allyouneed.core.seeds import seed_everything
@@ -105,6 +107,8 @@ def finetune(
         _announce(job, model, method, training, batch, bad)
     _same_task(out, fresh, first, {"model": model, "learned": job.digest(task)})
     found = dict(job.begin())
+    if job.probe is not None and join().world == 1:
+        print(f"estimate: {estimates.told(job, batch, training)}", file=sys.stderr)
     before = dict(job.judge(job.valid)) if job.before else {}
 
     def evaluate(trained: nn.Module) -> Mapping[str, float]:

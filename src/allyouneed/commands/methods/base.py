@@ -59,6 +59,7 @@ class Job:
     judge: Callable[[Sequence[Any]], Mapping[str, float]]
     before: bool = False  # whether it can be judged as it came, too
     begin: Callable[[], Mapping[str, float]] = dict  # what takes long and comes before training; what was found
+    probe: Callable[[], dict[str, Tensor]] | None = None  # the batch of its longest example, to see what training takes
     told: Mapping[str, str] = field(default_factory=dict)  # what else is said before training, a row each
     identity: Sequence[Any] = ()  # what beside examples and options makes it this job and no other
 
@@ -110,6 +111,11 @@ def means(
             for name, x in {"loss": loss.total, **loss.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + x.item()
     return {name: total / max(weight, 1) for name, total in sums.items()}
+
+
+def longest(lengths: Sequence[int]) -> int:
+    """The place of the longest example."""
+    return max(range(len(lengths)), key=lambda i: lengths[i])
 
 
 def most(length: int | None, context: int) -> int:

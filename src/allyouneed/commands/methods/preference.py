@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from allyouneed.align import references
-from allyouneed.commands.methods.base import Job, Method, Task, means, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, longest, means, most, over, parted
 from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl, preferences
 from allyouneed.data.preferences import Ranked
@@ -26,14 +26,15 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         raise InputError(f"--method {task.method}: a decoder is wanted; of this model the likelihood is not asked")
     beta = task.options.get("beta", 0.1)
     loss = _loss(task, beta)
-    longest = most(task.length, module.config.context)
+    limit = most(task.length, module.config.context)
 
     def example(record: jsonl.Record) -> Ranked:
         assert isinstance(record, jsonl.Preference)
-        return preferences.within(preferences.pair(tokenizer, record), longest)
+        return preferences.within(preferences.pair(tokenizer, record), limit)
 
     learned, judged = parted(task, (jsonl.Preference,), example)
     objective = objectives.preference(loss, beta)
+    lengths = [one.longest for one in learned]
     pairs = _Pairs(module, learned, judged, task, objective)
     return Job(
         module=module,
@@ -42,7 +43,8 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         train=learned,
         valid=judged,
         batches=over(range(len(learned)), pairs.batch),
-        lengths=[one.longest for one in learned],
+        lengths=lengths,
+        probe=lambda: pairs.batch([longest(lengths)]),
         judge=pairs.judge,
         begin=pairs.begin,
         told=shown(tokenizer, learned[0]),
