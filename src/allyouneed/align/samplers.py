@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, about
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Completion, Sampling, Turns
@@ -37,7 +37,7 @@ class Sampler(Writer, Protocol):
 class LocalSampler:
     """The engine over the policy itself: one model in memory.
 
-        >>> from allyouneed.core.errors import InputError
+        >>> from allyouneed.core.errors import InputError, about
     from allyouneed.data.tokenizers import byte_tokenizer
         >>> from allyouneed.models import llama
         >>> model = llama.EXAMPLE.replace(vocab_size=257).build().eval()
@@ -69,15 +69,20 @@ class LocalSampler:
         self.lm.engine.forget()
 
 
-def check_lengths(sampler: Sampler, prompts: Sequence[Turns], max_new_tokens: int, limit: int | None) -> int:
-    """The tokens of the longest prompt.
+def check_length(sampler: Sampler, prompt: Turns, max_new_tokens: int, limit: int | None) -> int:
+    """The tokens of a prompt.
 
     Raises:
-        InputError: the first prompt that leaves no room for an answer within `limit`, the model's context.
+        InputError: it leaves no room for an answer within `limit`, the model's context.
     """
-    lengths = [len(sampler.prompt_ids(prompt)) for prompt in prompts]
-    for i, length in enumerate(lengths if limit is not None else ()):
-        if limit is not None and length + max_new_tokens > limit:
-            asked = f"its {length} tokens and max_new_tokens={max_new_tokens}"
-            raise InputError(f"prompt {i}: {asked} exceed the model's context of {limit}")
-    return max(lengths, default=0)
+    length = len(sampler.prompt_ids(prompt))
+    if limit is not None and length + max_new_tokens > limit:
+        raise InputError(f"its {length} tokens and max_new_tokens={max_new_tokens} exceed the context of {limit}")
+    return length
+
+
+def check_lengths(sampler: Sampler, prompts: Sequence[Turns], max_new_tokens: int, limit: int | None) -> None:
+    """The same of all prompts; names the first by its number."""
+    for i, prompt in enumerate(prompts):
+        with about(f"prompt {i}"):
+            check_length(sampler, prompt, max_new_tokens, limit)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from allyouneed.commands.methods.base import Job, Method, Task, adapted, means, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, joined, means, most, over, parted, rows
 from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl
-from allyouneed.data.packing import fit, pad_right, take
+from allyouneed.data.packing import pad_right
 from allyouneed.data.pairs import apart
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.models.decoder import Decoder
@@ -39,15 +38,14 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
 
     learned, judged = parted(task, instructions.KINDS, example)
     lengths = [len(one.ids) for one in learned]
-    packed = fit(learned, max(lengths))
-    rows = [take(packed, [i]) for i in range(len(packed["ids"]))]
+    packed = rows(learned, max(lengths))
     return Job(
         module=adapted(module, task),
         tokenizer=tokenizer,
         objective=next_token,
-        train=rows,
+        train=packed,
         valid=judged,
-        batches=over(rows, lambda chosen: {name: torch.cat([row[name] for row in chosen]) for name in chosen[0]}),
+        batches=over(packed, joined),
         lengths=lengths,
         judge=_judge(module, next_token, pad_right),
         before=True,
