@@ -20,7 +20,6 @@ from allyouneed.align.rollouts import Rollouts
 from allyouneed.align.samplers import LocalSampler, check_length
 from allyouneed.commands.methods.base import Job, Method, Task, adapted, joined, most, over, parted, rows
 from allyouneed.core.errors import InputError
-from allyouneed.core.files import read_text
 from allyouneed.core.seeds import derive
 from allyouneed.data import instructions, jsonl
 from allyouneed.data.tokenizers import Tokenizer
@@ -137,7 +136,6 @@ def _job(
         judge=set_.held.judge,
         before=True,
         told=set_.told | {"reward": reward},
-        identity=(read_text(Path(reward)) if reward.endswith(".py") else reward,),
         repeats=passes,
         model=lambda trained: trained.model if isinstance(trained, LanguagePolicy) else trained,
         end=end,
