@@ -1,4 +1,4 @@
-"""`finetune --method ppo|rejection`: what they learn and leave behind, what they refuse; rollouts by other processes."""
+"""`finetune --method ppo|rejection`: what they learn, leave behind and refuse; rollouts by other processes."""
 
 from __future__ import annotations
 
