@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from allyouneed.commands.methods.base import Job, Method, Task, longest, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, longest, most, over, parted
 from allyouneed.core.errors import InputError, brief
 from allyouneed.data import jsonl, labelled
 from allyouneed.data.tokenizers import Tokenizer
@@ -40,6 +40,8 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
 
     def collate(chosen: Sequence[Any]) -> dict[str, Tensor]:
         return labelled.collate([labelled.example_of(one) for one in chosen])
+
+    adapted(head, task)
 
     def judge(examples: Sequence[Any]) -> Mapping[str, float]:
         return (judging.spans if task.method == "spans" else judging.classes)(head, examples)

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from allyouneed.commands.methods.base import Job, Method, Task, longest, means, most, over, parted
+from allyouneed.commands.methods.base import (
+    Job,
+    Method,
+    Task,
+    adapted,
+    joined,
+    longest,
+    means,
+    most,
+    over,
+    parted,
+    rows,
+)
 from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl
-from allyouneed.data.packing import fit, pad_right, take
+from allyouneed.data.packing import pad_right
 from allyouneed.data.pairs import apart
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.models.decoder import Decoder
@@ -39,21 +50,16 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
 
     learned, judged = parted(task, instructions.KINDS, example)
     lengths = [len(one.ids) for one in learned]
-    packed = fit(learned, max(lengths))
-    rows = [take(packed, [i]) for i in range(len(packed["ids"]))]
-
-    def collate(chosen: Sequence[Any]) -> dict[str, Tensor]:
-        return {name: torch.cat([row[name] for row in chosen]) for name in chosen[0]}
-
+    packed = rows(learned, max(lengths))
     return Job(
-        module=module,
+        module=adapted(module, task),
         tokenizer=tokenizer,
         objective=next_token,
-        train=rows,
+        train=packed,
         valid=judged,
-        batches=over(rows, collate),
+        batches=over(packed, joined),
         lengths=lengths,
-        probe=lambda: rows[0],
+        probe=lambda: packed[0],
         judge=_judge(module, next_token, pad_right),
         before=True,
         told={"example": instructions.shown(tokenizer, learned[0])},
@@ -78,7 +84,7 @@ def _between_stacks(module: EncoderDecoder, tokenizer: Tokenizer, task: Task) ->
     learned, judged = parted(task, (jsonl.Completion,), example)
     lengths = [size(one) for one in learned]
     return Job(
-        module=module,
+        module=adapted(module, task),
         tokenizer=tokenizer,
         objective=target_given_source,
         train=learned,
