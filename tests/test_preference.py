@@ -116,6 +116,14 @@ def test_the_objective_is_the_loss_of_each_pair_alone():
         torch.testing.assert_close(loss.metrics[name], BETA * value.sum(), rtol=1e-10, atol=1e-10)
 
 
+def test_per_token_every_answer_counts_by_its_mean():
+    module, batch = policy(), collate(pairs()) | {"reference": torch.zeros(3, 2, dtype=torch.float64)}
+    counts = torch.tensor([[1, 4], [2, 4], [3, 4]])  # tokens of the answers
+    scores = preference.answer_logprobs(module, batch) / counts
+    loss = preference.preference(LOSSES["ipo"], BETA, per_token=True)(module, batch)
+    torch.testing.assert_close(loss.total, LOSSES["ipo"](scores[:, 0] - scores[:, 1]).sum())
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_reach_the_policy_as_differences_say(name):
     module, batch = policy(), collate(pairs()) | {"reference": torch.zeros(3, 2, dtype=torch.float64)}

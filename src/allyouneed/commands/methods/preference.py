@@ -25,7 +25,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
     if not isinstance(module, Decoder):
         raise InputError(f"--method {task.method}: a decoder is wanted; of this model the likelihood is not asked")
     beta = task.options.get("beta", 0.1)
-    loss = _loss(task, beta)
+    objective = _objective(task, beta)
     limit = most(task.length, module.config.context)
 
     def example(record: jsonl.Record) -> Ranked:
@@ -33,7 +33,6 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         return preferences.within(preferences.pair(tokenizer, record), limit)
 
     learned, judged = parted(task, (jsonl.Preference,), example)
-    objective = objectives.preference(loss, beta)
     lengths = [one.longest for one in learned]
     pairs = _Pairs(adapted(module, task), learned, judged, task, objective)
     return Job(
@@ -85,10 +84,10 @@ class _Pairs:
         return found | {"kl_per_token": references.divergence(self.module, self.reference, held)}
 
 
-def _loss(task: Task, beta: float) -> objectives.PairLoss:
+def _objective(task: Task, beta: float) -> Any:
     if task.method == "ipo":
-        return objectives.ipo(beta)
-    return objectives.dpo(beta, task.options.get("label_smoothing", 0.0))
+        return objectives.preference(objectives.ipo(beta), beta, per_token=True)
+    return objectives.preference(objectives.dpo(beta, task.options.get("label_smoothing", 0.0)), beta)
 
 
 METHODS = {
