@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.align import references
 from allyouneed.align.exact import Point, Truth, reached, text_logprobs
 from allyouneed.align.language_ppo import LanguagePPO
-from allyouneed.align.policies import LanguagePolicy, logprobs
+from allyouneed.align.policies import LanguagePolicy
 from allyouneed.align.rollouts import Rollouts
 from allyouneed.align.samplers import LocalSampler
 from allyouneed.core.seeds import generator, seed_everything
@@ -229,14 +230,14 @@ class _Arms:
             return found
 
         seed_everything(self.seed)
-        config, reference = self.config.rollouts, self.begun.reference
-        policy = LanguagePolicy(copy.deepcopy(reference).requires_grad_(True))
+        config = self.config.rollouts
+        policy = LanguagePolicy(copy.deepcopy(self.begun.reference).requires_grad_(True))
         tokens = 1 + self.world.length
         sampler = LocalSampler.of(policy.model, self.world.tokenizer, width=config.episodes, tokens=tokens)
         rollouts = Rollouts(
             policy,
             sampler,
-            lambda batch: logprobs(reference, batch),
+            references.of(policy.model),
             told,
             [self.world.tokenizer.decode([PROMPT])],
             config.replace(kl=FixedKl(beta=beta), max_new_tokens=self.world.length),
