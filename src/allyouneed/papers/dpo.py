@@ -72,9 +72,9 @@ class Config(core.Config):
     acting: Training  # PPO
     rollouts: Rollouts.Config
     ppo: LanguagePPO = field(default_factory=LanguagePPO)
-    betas: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25)
+    betas: tuple[float, ...] = (1.0, 0.5, 0.25)
     parts: tuple[float, ...] = (0.25, 1.0)  # of the steps, after which fine-tuning is looked at; the last is judged
-    divergences: tuple[float, ...] = (0.5, 1.0, 2.0)  # nats, within which gains are compared
+    divergences: tuple[float, ...] = (0.25, 0.5, 1.0)  # nats, within which gains are compared
     not_worse: float = 0.02  # DPO may gain this much less than PPO with a reward model and still be as good
     better: float = 0.0  # than fine-tuning on the preferred texts
 
