@@ -281,7 +281,7 @@ def test_a_reward_that_is_no_number_is_named_and_the_last_checkpoint_stands(tmp_
         return float("nan") if next(calls) >= 40 else small(completion)
 
     acting = policy()
-    with pytest.raises(InputError, match=r"reward mine: gave nan for the completion '.*' of the prompt '. is'"):
+    with pytest.raises(InputError, match=r"step 9: reward mine: gave nan for the completion '.*' of the prompt '. is'"):
         run(acting, rollouts(acting, EachOf(failing, "mine")), tmp_path, training=settings(save_every=4))
     again = policy(1)
     again.load_state_dict(policy().state_dict())
