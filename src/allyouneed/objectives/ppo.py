@@ -52,7 +52,7 @@ class Ppo(core.Config):
     - `module(observations)`, (B, D), gives `.values`, (B), and `.policy` with `logprobs(actions)`, `entropy()` and
       `kl_from(parameters)`, each (B);
     - a batch has `observations`, `actions`, and (B) each `old_logprobs`, `old_values`, `advantages` and `returns`;
-      where divergence is to be penalised also `old_parameters`, (B, P), and its weight `beta`, (B), the same in every row.
+      where divergence is to be penalised also `old_parameters`, (B, P), and its weight `beta`, (B).
 
     Metrics: `surrogate`, `value_loss`, `entropy`, `kl` (k3 of the actions taken), and `far`, the share of actions whose
     ratio is further than 0.2 from 1.
