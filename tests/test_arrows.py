@@ -20,6 +20,7 @@ SHARED = {
     "objectives": {"nn", "core"},
     "train": {"core"},
     "generate": {"models", "adapt", "nn", "data", "core"},
+    "align": {"generate", "objectives", "adapt", "models", "nn", "data", "core"},
     "execute": {"core"},
     "retrieve": {"generate", "models", "data", "core"},
     "synthesize": {"generate", "execute", "retrieve", "data", "core"},

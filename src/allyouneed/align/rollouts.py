@@ -8,7 +8,7 @@ T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from allyouneed import core
 from allyouneed.align import experience
-from allyouneed.align.policies import LanguagePolicy
+from allyouneed.align.policies import LanguagePolicy, logprobs
+from allyouneed.align.references import Reference
 from allyouneed.align.rewards import Reward, scored
 from allyouneed.align.samplers import Sampler
 from allyouneed.core.errors import InputError, brief
@@ -29,7 +30,6 @@ from allyouneed.data.packing import IGNORED, Batch, answer, pad_right, take
 from allyouneed.generate.language_model import Completion, Sampling, Turns
 from allyouneed.objectives.policy import AdaptiveKl, FixedKl, ProportionalKl
 
-Reference = Callable[[Batch], Tensor]  # a batch -> log-probabilities of its targets (B, T), 0 where there is none
 SAME = 1e-6  # nats: what policy and reference may differ by before training
 
 
@@ -55,7 +55,7 @@ class Rollouts(Iterator[Batch]):
     Args:
         policy: what acts, and is trained on these batches.
         sampler: writes with the policy's weights.
-        reference: the log-probabilities that the KL penalty is against.
+        reference: what the KL penalty is against, mostly the policy as it began (`references.of`).
         reward: scores an answer.
         prompts: drawn from, each once an epoch.
         config: how much, and what counts.
@@ -189,7 +189,8 @@ class Rollouts(Iterator[Batch]):
             chosen = take(batch, slice(start, start + self.config.minibatch))
             piece = {name: x.to(device) for name, x in experience.narrowed(chosen).items()}
             read = self.policy(piece)
-            found = (read.logprobs, read.values, self.reference(piece))
+            with self.reference() as reference:
+                found = (read.logprobs, read.values, logprobs(reference, piece))
             parts.append([experience.widened(x.float().cpu(), batch["ids"].shape[1]) for x in found])
         return {name: torch.cat(x) for name, x in zip(names, zip(*parts, strict=True), strict=True)}
 

@@ -22,8 +22,8 @@ class Sampler(Protocol):
     def prompt_ids(self, prompt: Turns) -> list[int]:
         """The tokens that an answer follows."""
 
-    def complete(self, prompts: Sequence[Turns], sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order, with its tokens and their log-probabilities."""
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order, with its tokens and their log-probabilities; as of `LanguageModel`."""
 
     def renew(self) -> None:
         """The weights have changed: use nothing that was made of them before."""
@@ -54,7 +54,7 @@ class LocalSampler:
         """As of the model: a text's own tokens, a conversation's through the chat template."""
         return self.lm.prompt_ids(prompt)
 
-    def complete(self, prompts: Sequence[Turns], sampling: Sampling) -> list[Completion]:
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """The engine's completions."""
         return self.lm.complete(prompts, sampling)
 

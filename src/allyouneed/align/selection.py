@@ -29,7 +29,7 @@ def sample(
     lm: LanguageModel, prompts: Sequence[Turns], reward: Reward, n: int, sampling: Sampling
 ) -> list[list[Sampled]]:
     """`n` scored answers to each prompt, in the order they were drawn; with a seed, answer k of prompt i draws from
-    `seed + n·i + k`, so that more of them do not change the first ones of the first prompt only.
+    `seed + n·i + k`.
 
     Raises:
         InputError: n below 1, or the reward's own.

@@ -32,7 +32,10 @@ def finetune(
     data: Annotated[Path, typer.Argument(metavar="DATA.jsonl", help="What to learn; its keys depend on --method.")],
     out: Annotated[Path, typer.Option(help="The run's folder; the model ends up in OUT/model.")],
     method: Annotated[
-        str, typer.Option(help="sft, classify, pairs, similarity, choices, spans or tokens: see docs/finetune.md.")
+        str,
+        typer.Option(
+            help="sft; dpo, ipo, reward; classify, pairs, similarity, choices, spans, tokens: see docs/finetune.md."
+        ),
     ] = "sft",
     valid: Annotated[Path | None, typer.Option(help="What to judge by; without it, a tenth of DATA.")] = None,
     epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 3.0,
@@ -41,6 +44,15 @@ def finetune(
     lr: Annotated[float | None, typer.Option(help="The peak rate; default: 6.25e-5·√(117 M/parameters).")] = None,
     auxiliary: Annotated[
         float | None, typer.Option(help="λ of the language model's own loss beside the labels' (GPT: 0.5); default: 0.")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="β of dpo and ipo, what a nat away from the reference costs; default: 0.1.")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="ε of dpo, the share of preferences that are wrong; default: 0.")
+    ] = None,
+    margin_field: Annotated[
+        str | None, typer.Option(help="Of DATA, a number from 0: how clear a preference is, for reward.")
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave lines out that are wrong, and say so.")] = False,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default: an epoch.")] = None,
@@ -62,7 +74,8 @@ def finetune(
     from allyouneed.train.ranks import join
     from allyouneed.train.schedules import Linear
 
-    known, options = methods(), {"auxiliary": auxiliary}
+    known, options = methods(), {"auxiliary": auxiliary, "beta": beta}
+    options |= {"label_smoothing": label_smoothing, "margin_field": margin_field}
     if method not in known:
         raise unknown("method", method, known)
     if not 0 < epochs < math.inf:
@@ -91,6 +104,7 @@ def finetune(
     if first:
         _announce(job, model, method, training, batch, bad)
     _same_task(out, fresh, first, {"model": model, "learned": job.digest(task)})
+    found = dict(job.begin())
     before = dict(job.judge(job.valid)) if job.before else {}
 
     def evaluate(trained: nn.Module) -> Mapping[str, float]:
@@ -110,7 +124,7 @@ def finetune(
     if trained.averages is not None:  # what was judged all along
         job.module.load_state_dict(trained.averages, strict=False)
     results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
-    results |= {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
+    results |= found | {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
     results |= {"left_out": len(bad or ())}
     _keep(job, out, results, as_json)
 

@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Any
 from allyouneed.core.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from allyouneed.data import jsonl
     from allyouneed.data.tokenizers import Tokenizer
     from allyouneed.models.checkpoints.huggingface import Model
     from allyouneed.train.loop import Batches
 
-OPTIONS = {"auxiliary": "--auxiliary"}  # what only some methods take, and how it is written
+# what only some methods take, and how it is written
+OPTIONS = {
+    "auxiliary": "--auxiliary",
+    "beta": "--beta",
+    "label_smoothing": "--label-smoothing",
+    "margin_field": "--margin-field",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,7 @@ class Job:
     lengths: Sequence[int]  # tokens of each example to learn from
     judge: Callable[[Sequence[Any]], Mapping[str, float]]
     before: bool = False  # whether it can be judged as it came, too
+    begin: Callable[[], Mapping[str, float]] = dict  # what takes long and comes before training; what was found
     told: Mapping[str, str] = field(default_factory=dict)  # what else is said before training, a row each
     identity: Sequence[Any] = ()  # what beside examples and options makes it this job and no other
 
@@ -87,6 +94,24 @@ def over(examples: Sequence[Any], collate: Callable[[Any], dict[str, Tensor]]) -
     return lambda size, seed: Epochs(examples, batch_size=size, collate=collate, seed=seed)
 
 
+def means(
+    module: nn.Module, objective: Any, held: Sequence[Any], collate: Callable[[Any], dict[str, Tensor]]
+) -> dict[str, float]:
+    """The `loss` per target of what is judged by, and so the objective's metrics; eight examples at a time."""
+    import torch
+
+    device, sums, weight = next(module.parameters()).device, dict[str, float](), 0
+    module.eval()
+    with torch.inference_mode():
+        for start in range(0, len(held), 8):
+            batch = collate(held[start : start + 8])
+            loss = objective(module, {name: x.to(device) for name, x in batch.items()})
+            weight += int(loss.weight)
+            for name, x in {"loss": loss.total, **loss.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + x.item()
+    return {name: total / max(weight, 1) for name, total in sums.items()}
+
+
 def most(length: int | None, context: int) -> int:
     """The tokens that an example may have.
 
@@ -98,8 +123,14 @@ def most(length: int | None, context: int) -> int:
     return length or context
 
 
-def parted(task: Task, kinds: Sequence[jsonl.Kind], make: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
-    """What is learned and what is judged by: a tenth of the former where there is nothing else.
+def parted(
+    task: Task,
+    kinds: Sequence[jsonl.Kind],
+    make: Callable[[Any], Any],
+    named: Mapping[str, str] | None = None,
+) -> tuple[list[Any], list[Any]]:
+    """What is learned and what is judged by: a tenth of the former where there is nothing else; `named` is as of
+    `jsonl.made`.
 
     Raises:
         InputError: a line that is wrong, if these are not left out; nothing to learn from, or to judge by.
@@ -109,9 +140,9 @@ def parted(task: Task, kinds: Sequence[jsonl.Kind], make: Callable[[Any], Any]) 
     from allyouneed.core.seeds import generator
     from allyouneed.data import jsonl
 
-    found = jsonl.made(task.data, kinds, make, bad=task.bad)
+    found = jsonl.made(task.data, kinds, make, bad=task.bad, named=named)
     if task.valid is not None:
-        held = jsonl.made(task.valid, kinds, make, bad=task.bad)
+        held = jsonl.made(task.valid, kinds, make, bad=task.bad, named=named)
     else:
         order = torch.randperm(len(found), generator=generator(task.seed, "held out")).tolist()
         count = max(1, len(found) // 10)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allyouneed.commands.methods.base import Job, Method, Task, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, means, most, over, parted
 from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl
 from allyouneed.data.packing import fit, pad_right, take
@@ -51,6 +51,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         lengths=lengths,
         judge=_judge(module, next_token, pad_right),
         before=True,
+        told={"example": instructions.shown(tokenizer, learned[0])},
     )
 
 
@@ -89,19 +90,7 @@ def _check(size: int, longest: int) -> None:
 
 
 def _judge(module: Any, objective: Any, collate: Collate) -> Callable[[Sequence[Any]], Mapping[str, float]]:
-    """The mean loss of a target over examples, eight at a time."""
-
-    @torch.inference_mode()
-    def judge(held: Sequence[Any]) -> Mapping[str, float]:
-        module.eval()
-        device, total, weight = next(module.parameters()).device, 0.0, 0
-        for start in range(0, len(held), 8):
-            batch = collate(held[start : start + 8])
-            loss = objective(module, {name: x.to(device) for name, x in batch.items()})
-            total, weight = total + loss.total.item(), weight + int(loss.weight)
-        return {"nats_per_token": total / max(weight, 1)}
-
-    return judge
+    return lambda held: {"nats_per_token": means(module, objective, held, collate)["loss"]}
 
 
 METHODS = {"sft": Method(prepare)}
