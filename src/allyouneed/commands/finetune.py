@@ -109,7 +109,8 @@ def finetune(
     from allyouneed.train.ranks import join
     from allyouneed.train.schedules import Linear
 
-    known, options = methods(), {"auxiliary": auxiliary, "beta": beta}
+    known = methods()
+    options: dict[str, Any] = {"auxiliary": auxiliary, "beta": beta}
     options |= {"label_smoothing": label_smoothing, "margin_field": margin_field}
     options |= {"reward": reward, "samples": samples, "passes": passes, "max_new_tokens": max_new_tokens}
     options |= {"kl": kl, "kl_target": kl_target, "unended": unended, "ptx": ptx, "ptx_weight": ptx_weight}
