@@ -9,8 +9,8 @@ Here    A world of 16 tokens in which every text of five can be written out (`da
         and the best policy π* ∝ π_ref·exp(r/β) are sums, not estimates. A small LLaMA learns how people write there
         and is the reference; pairs drawn from it are labelled by Bradley and Terry's chances. DPO, IPO, PPO with a
         reward model, PPO with the true reward and fine-tuning on the preferred texts begin from that reference, the
-        first four once for every β. What each gains within a divergence is told as a share of what π* gains within it.
-        Judged are DPO against PPO with the reward model, and DPO against fine-tuning, the latter at the divergence
+        first four once for every β. What each gains within a divergence, read off the line through its policies, is
+        told as a share of what π* gains within it. Judged are DPO against PPO with the reward model, and DPO against fine-tuning, the latter at the divergence
         that it comes to. PPO with the true reward, of which the paper found DPO to be the better too, IPO and the best
         of n are shown and not judged.
 Apart   0.1 million parameters instead of GPT-2 large and GPT-J, texts of five tokens after one prompt instead of
