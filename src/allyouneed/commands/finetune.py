@@ -131,8 +131,8 @@ def finetune(
     if isinstance(module, Head):
         module = module.model  # of what it was tuned to before only the layer is replaced
     bad: list[str] | None = [] if skip_bad else None
-    files: dict[str, Path | None] = {"data": data, "valid": valid, "out": out}
-    task = Task(method=method, **files, length=length, seed=seed, bad=bad, options=given, lora=lora)
+    what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out}
+    task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora)
     job = known[method].prepare(module, tokenizer, task)
     parameters = sum(p.numel() for p in job.module.parameters())
     usual = known[method].lr or 6.25e-5 * math.sqrt(117e6 / parameters)
