@@ -10,9 +10,9 @@ Here    A world of 16 tokens in which every text of five can be written out (`da
         and is the reference; pairs drawn from it are labelled by Bradley and Terry's chances. DPO, IPO, PPO with a
         reward model, PPO with the true reward and fine-tuning on the preferred texts begin from that reference, the
         first four once for every β. What each gains within a divergence, read off the line through its policies, is
-        told as a share of what π* gains within it. Judged are DPO against PPO with the reward model, and DPO against fine-tuning, the latter at the divergence
-        that it comes to. PPO with the true reward, of which the paper found DPO to be the better too, IPO and the best
-        of n are shown and not judged.
+        told as a share of what π* gains within it. Judged are DPO against PPO with the reward model, and DPO against
+        fine-tuning, the latter at the divergence that it comes to. PPO with the true reward, of which the paper found
+        DPO to be the better too, IPO and the best of n are shown and not judged.
 Apart   0.1 million parameters instead of GPT-2 large and GPT-J, texts of five tokens after one prompt instead of
         reviews and summaries, simulated labellers whose model is the one that DPO assumes. Nothing is shown about
         judges, about prompts that were not trained on, or about answers of many lengths.
