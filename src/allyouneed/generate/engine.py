@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from allyouneed import core
+from allyouneed.adapt.rows import mix_of
 from allyouneed.core import devices
 from allyouneed.core.errors import InputError
 from allyouneed.generate.blocks import chained
@@ -26,7 +27,7 @@ from allyouneed.generate.requests import Guide, Request, Step
 from allyouneed.generate.sampling import NO_NUMBERS, Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
 from allyouneed.generate.speculation import Asked, Drafts, Speculator
-from allyouneed.generate.tables import Tables
+from allyouneed.generate.tables import Tables, root
 from allyouneed.nn.paged import Storage, bytes_per_block
 from allyouneed.nn.sight import Memory
 
@@ -173,16 +174,17 @@ class Engine:
 
         Raises:
             InputError: it could never run: no or unknown tokens, more than the context or all blocks hold, nothing to
-                generate, a memory that is missing or that nobody reads.
+                generate, a memory that is missing or that nobody reads, an adapter that the module has not.
         """
         ids = [int(token) for token in request.ids]
         self._check(request, ids)
         number, self._added = self._added, self._added + 1
-        keys = self.tables.keys(ids[:-1])
-        whole = chained((keys[-1] if keys else b"") + repr(id(request.memory)).encode(), ids)
+        adapters = mix_of(self.module, request.adapter)
+        keys = self.tables.keys(ids[:-1], adapters)
+        whole = chained(root(adapters) + repr(id(request.memory)).encode(), ids)
         sampler = partial(Sampler, request.sampling, ids, self.vocab_size, self.eos_ids, request.guide)
         pace = self._speculator.pace() if self._speculator else None
-        self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole, pace=pace)
+        self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole, adapters, pace=pace)
         self._scheduler.add(self._under_way[number])
         return number
 
@@ -213,6 +215,7 @@ class Engine:
         stop: Stop = lambda request, token: False,
         memory: Memory | None = None,
         guides: Sequence[Guide | None] | None = None,
+        adapter: str | None = None,
     ) -> Iterator[Step]:
         """Tokens as they come, numbers being places in `prompts`; several such calls may take turns on one engine.
 
@@ -222,6 +225,7 @@ class Engine:
             stop: asked after every token but an end token, once.
             memory: what was read of another model, a row for each prompt.
             guides: which tokens may come, for each prompt.
+            adapter: who answers, as of a `Request`.
 
         Raises:
             InputError: as `add`.
@@ -233,8 +237,8 @@ class Engine:
             guided = guides or [None] * len(prompts)
             for i, (ids, sampling, row, guide) in enumerate(zip(prompts, samplings, memories, guided, strict=True)):
                 if sampling.max_new_tokens:
-                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
-                    number = self.add(request)
+                    asked = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
+                    number = self.add(replace(asked, adapter=adapter))
                     numbers[number], self._letters[number] = i, deque()
                 else:
                     self.check(ids, 0)

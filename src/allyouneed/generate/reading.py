@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from allyouneed.adapt.rows import Mix, chosen
 from allyouneed.nn.paged import Storage
 from allyouneed.nn.sight import Memory
 from allyouneed.nn.watch import Watch
@@ -55,6 +56,7 @@ class Piece:
     length: int  # tokens it holds already
     wanted: int  # of so many of its last new tokens logits are wanted: 0 none, 1 to go on, more to judge drafts
     slot: int = 0  # of its state and its memory, where the model has such
+    adapters: Mix = ()  # of the module, that read it, and how much of each
 
 
 class Reader(Protocol):
@@ -126,7 +128,8 @@ class TorchReader:
         hidden = torch.cat(found)
         if places != list(range(total)):
             hidden = hidden[torch.tensor(places).argsort().to(hidden.device)]
-        return self.module.head(hidden).float().cpu()
+        with chosen([piece.adapters for piece in pieces for _ in range(piece.wanted)]):
+            return self.module.head(hidden).float().cpu()
 
     def _wanted(self, pieces: Sequence[Piece]) -> Tensor:
         """What the head sees where logits are wanted, (sum of `wanted`, dim)."""
@@ -149,7 +152,8 @@ class TorchReader:
         )
         padded = min(counts) < width
         device = self.module.device
-        return self.module.hidden(ids.to(device), cache=cache, counts=torch.tensor(counts) if padded else None)
+        with chosen([piece.adapters for piece in pieces]):
+            return self.module.hidden(ids.to(device), cache=cache, counts=torch.tensor(counts) if padded else None)
 
     def _groups(self, pieces: Sequence[Piece]) -> Iterator[list[int]]:
         """Which pieces to read together: those of like length, and those whose memory no layer has looked at apart."""
