@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.adapt.rows import Mix, current
 from allyouneed.adapt.targets import Targets, find, is_linear, is_table, layers, shared
 from allyouneed.core.errors import InputError, unknown
 from allyouneed.core.seeds import generator
@@ -129,8 +130,10 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the base gives, and what the chosen adapters add to it."""
+        """What the base gives, and what the chosen adapters add to it: to all of it, or to each row its own."""
         y: Tensor = self.base(x)
+        if (by_row := current()) is not None:
+            return y if self.merged else by_row.join(y, x, dict(self.adapters.items()))
         for name, weight in {} if self.merged else self.weights.items():
             y = y + weight * self.adapters[name](x).to(y.dtype)
         return y
@@ -286,6 +289,22 @@ def adapted(module: nn.Module) -> list[Adapted]:
 def names(module: nn.Module) -> list[str]:
     """The adapters that any layer has."""
     return list(dict.fromkeys(name for layer in adapted(module) for name in layer.adapters))
+
+
+def mix_of(module: object, name: str | None = None) -> Mix:
+    """What joins a request's rows: the adapter of that name alone; None: those in use, of which merged ones are none.
+
+    Raises:
+        InputError: no such adapter, or some are merged.
+    """
+    layers = adapted(module) if isinstance(module, nn.Module) else []
+    if name is None:
+        used = {key: w for layer in layers if not layer.merged for key, w in layer.weights.items()}
+        return tuple(used.items())
+    if name not in (known := {key for layer in layers for key in layer.adapters}):
+        raise unknown("adapter", name, known)
+    _check_unmerged(module)
+    return ((name, 1.0),)
 
 
 def parameters(module: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:

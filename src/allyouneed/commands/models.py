@@ -26,6 +26,9 @@ MinP = Annotated[float, typer.Option(help="Drop tokens less than this times as l
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 makes repetition less likely.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="KIND", help="Pack float weights while they are loaded: int8 or int4.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 
 
@@ -51,6 +54,7 @@ def generate(
     stop: Stop = None,
     schema: Annotated[Path | None, typer.Option(help="A JSON schema that the text satisfies.")] = None,
     regex: Annotated[str, typer.Option(help="What the text matches as a whole.")] = "",
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts: one is written as it comes, several one after the other.
@@ -78,7 +82,7 @@ def generate(
         regex=regex,
     )
     files = _files(prompts)
-    lm = load(model)
+    lm = load(model, quantize=quantize)
     if files:
         _answer_rows(lm, *files, sampling, as_json)
     elif as_json:

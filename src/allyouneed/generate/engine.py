@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from allyouneed import core
-from allyouneed.adapt.rows import mix_of
+from allyouneed.adapt.lora import mix_of
 from allyouneed.core import devices
 from allyouneed.core.errors import InputError
 from allyouneed.generate.blocks import chained

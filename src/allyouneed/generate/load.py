@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from allyouneed.core.errors import InputError, about
 from allyouneed.generate.language_model import LanguageModel
 
+if TYPE_CHECKING:
+    from allyouneed.models.decoder import Decoder
 
-def load(name: str | Path | Sequence[str], *, packed: bool = True) -> LanguageModel:
+
+def load(
+    name: str | Path | Sequence[str],
+    *,
+    packed: bool = True,
+    quantize: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+) -> LanguageModel:
     """A language model; an encoder can only be asked for vectors, and says so.
 
     Args:
@@ -17,13 +28,18 @@ def load(name: str | Path | Sequence[str], *, packed: bool = True) -> LanguageMo
             one model.
         packed: keep a GGUF's quantised blocks as they are and compute from them, which is faster to generate with and
             a sixth of the memory; False: float32 weights, for training.
+        quantize: pack float weights while they are loaded, "int8" or "int4" (`adapt.packing`).
+        adapters: folders in PEFT's layout by the names that `LocalModel.with_adapter` knows them by; none is in use.
 
     Raises:
-        InputError: nothing of that name, or its files are broken.
+        InputError: nothing of that name, or its files are broken; weights that are packed already, an adapter of
+            another base.
     """
     if not isinstance(name, str | Path) or str(name).startswith(("http://", "https://")):
         from allyouneed.generate.remote import RemoteModel
 
+        if quantize or adapters:
+            raise InputError(f"{name}: an endpoint has weights and adapters of its own; name a model of this machine")
         return RemoteModel(str(name) if isinstance(name, Path) else name)
     from allyouneed.generate.local import LocalModel
     from allyouneed.generate.local_encoder import LocalEncoder, Reading
@@ -35,6 +51,24 @@ def load(name: str | Path | Sequence[str], *, packed: bool = True) -> LanguageMo
     module, tokenizer = load_module(found, packed=packed), load_tokenizer(found)
     if isinstance(module, Encoder):
         assert isinstance(found, Path), "no encoder comes in a GGUF file"
+        if quantize or adapters:
+            raise InputError(f"{name}: an encoder is neither quantised nor adapted while it is loaded; name a decoder")
         prepack(module)
         return LocalEncoder(module, tokenizer, str(name), Reading.of(found, module.config.context))
-    return LocalModel(as_decoder(module, name), tokenizer, str(name))
+    return LocalModel(_joined(as_decoder(module, name), str(name), quantize, adapters or {}), tokenizer, str(name))
+
+
+def _joined(module: Decoder, name: str, quantize: str | None, adapters: Mapping[str, str | Path]) -> Decoder:
+    """The module with packed weights, and adapters beside them."""
+    from allyouneed.adapt.lora import use
+    from allyouneed.adapt.packing import pack
+    from allyouneed.models.checkpoints.adapters import load_adapter
+
+    if quantize is not None:
+        with about(name):
+            pack(module, quantize)
+    for adapter, folder in adapters.items():
+        load_adapter(module, folder, adapter)
+    if adapters:
+        use(module, {})
+    return module

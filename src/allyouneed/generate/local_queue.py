@@ -62,7 +62,8 @@ class LocalQueue:
         writing = Writing(self.lm.tokenizer, ids, sampling)
         if sampling.max_new_tokens:
             guide = self.lm.guide(sampling)
-            request = Request(ids=ids, sampling=sampling, stop=writing.text.push, guide=guide)
+            adapter = self.lm.adapter
+            request = Request(ids=ids, sampling=sampling, stop=writing.text.push, guide=guide, adapter=adapter)
             self._under_way[self.lm.engine.add(request)] = number, writing
         else:
             self.lm.engine.check(ids, 0)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import allyouneed.adapt.lowering  # noqa: F401  # how adapted layers are lowered
 from allyouneed.generate.reading import Continues, Piece
 from allyouneed.models.lowering import lowered
 from allyouneed.nn import native
@@ -84,6 +85,16 @@ class NativeReader:
         memory = ctypes.addressof(self._layers), adapted, self._workspace.data_ptr(), logits.data_ptr()
         self._run(ctypes.byref(self._records), ctypes.byref(_Pass(*places, *memory, *numbers)))
         return logits
+
+    def _shares(self, pieces: Sequence[Piece]) -> np.ndarray | None:
+        """How much each piece has of each of the program's adapters, (P, adapters); None where none has any."""
+        known = self.program.adapters
+        shares = np.zeros((len(pieces), len(known)), np.float32)
+        for i, piece in enumerate(pieces):
+            for name, share in piece.adapters:
+                if name in known:  # else it joins none of these layers: of a model's first ones, say
+                    shares[i, known[name]] = share
+        return shares if shares.any() else None
 
     def _check(self, pieces: Sequence[Piece], arrays: Sequence[np.ndarray]) -> None:
         """The library would read and write beyond its memory."""

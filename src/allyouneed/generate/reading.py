@@ -5,7 +5,8 @@ Knows blocks and slots by number only; who holds them is said by the caller. Sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
@@ -128,7 +129,7 @@ class TorchReader:
         hidden = torch.cat(found)
         if places != list(range(total)):
             hidden = hidden[torch.tensor(places).argsort().to(hidden.device)]
-        with chosen([piece.adapters for piece in pieces for _ in range(piece.wanted)]):
+        with self._chosen(piece.adapters for piece in pieces for _ in range(piece.wanted)):
             return self.module.head(hidden).float().cpu()
 
     def _wanted(self, pieces: Sequence[Piece]) -> Tensor:
@@ -152,8 +153,12 @@ class TorchReader:
         )
         padded = min(counts) < width
         device = self.module.device
-        with chosen([piece.adapters for piece in pieces]):
+        with self._chosen(piece.adapters for piece in pieces):
             return self.module.hidden(ids.to(device), cache=cache, counts=torch.tensor(counts) if padded else None)
+
+    def _chosen(self, mixes: Iterable[Mix]) -> AbstractContextManager[None]:
+        """The adapters of each row; only modules themselves can be asked for them."""
+        return chosen(list(mixes), self.module.device) if isinstance(self.module, nn.Module) else nullcontext()
 
     def _groups(self, pieces: Sequence[Piece]) -> Iterator[list[int]]:
         """Which pieces to read together: those of like length, and those whose memory no layer has looked at apart."""

@@ -62,7 +62,9 @@ class Request:
     top_logprobs: int = 0  # how many of the likeliest alternatives each `Step` carries
     prompt_logprobs: bool = False  # the first `Step` carries the prompt's own log-probabilities (OpenAI's `echo`)
     memory: Memory | None = None  # what an encoder read, one row of it, for encoder–decoders
-    adapter: str | None = None  # who answers, of the module's adapters; None: the module as it stands when this is added
+    adapter: str | None = (
+        None  # who answers, of the module's adapters; None: the module as it stands when this is added
+    )
 
 
 @dataclass(frozen=True)

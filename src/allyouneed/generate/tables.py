@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from allyouneed.adapt.rows import Mix, mix_of
+from allyouneed.adapt.lora import mix_of
+from allyouneed.adapt.rows import Mix
 from allyouneed.generate.blocks import BlockPool, Key, chained
 from allyouneed.generate.reading import Continues, Piece
 from allyouneed.nn.paged import Storage

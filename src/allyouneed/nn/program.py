@@ -30,7 +30,7 @@ class NotLowered(Exception):  # noqa: N818  # no error: the model runs on PyTorc
 
 
 @dataclass(frozen=True)
-class LowRank:
+class Pair:
     """What an adapter adds to a product, b (a x), for the rows of those that ask for it: a (rank, features), b (rows,
     rank), its scale in it (Hu et al. 2022, eq. 3).
     """
@@ -49,7 +49,7 @@ class Weight:
     rows: int
     features: int
     bias: Tensor | None = None
-    adapters: tuple[LowRank, ...] = ()
+    adapters: tuple[Pair, ...] = ()
 
     @staticmethod
     def plain(matrix: Tensor, bias: Tensor | None = None) -> Weight:
@@ -81,7 +81,7 @@ class Program:
         self.adapters: dict[str, int] = {}  # their numbers
         self._ops: list[records.Op] = []
         self._weights: list[records.Weight] = []
-        self._low_ranks: list[records.LowRank] = []
+        self._pairs: list[records.Pair] = []
         self._slots: list[records.Slot] = []
         self._free: list[int] = []
         self._held: list[Tensor] = []  # their memory is what the records point to
@@ -120,15 +120,15 @@ class Program:
         return self._norm(Code.LAYER_NORM, x, gain, bias, eps)
 
     def multiply(self, x: int, weights: Sequence[Weight]) -> int:
-        """x Wᵀ + b of several weights side by side: one product, no matrix copied. To each row its adapters add theirs."""
+        """x Wᵀ + b of several weights side by side: one product, no matrix copied; and what each row's adapters add."""
         to = self._slot(sum(weight.rows for weight in weights), picked=self._picked(x))
         places = [self._weight(weight) for weight in weights]
         self._add(Code.MULTIPLY, source=x, to=to, first=places[0], count=len(weights))
-        first, column = len(self._low_ranks), 0
+        first, column = len(self._pairs), 0
         for weight in weights:
-            self._low_ranks += [self._low_rank(one, column) for one in weight.adapters]
+            self._pairs += [self._pair(one, column) for one in weight.adapters]
             column += weight.rows
-        if count := len(self._low_ranks) - first:
+        if count := len(self._pairs) - first:
             self._add(Code.ADAPT, source=x, to=to, first=first, count=count)
         return to
 
@@ -190,7 +190,7 @@ class Program:
         lists: tuple[tuple[Any, list[Any]], ...] = (
             (records.Op, self._ops),
             (records.Weight, self._weights),
-            (records.LowRank, self._low_ranks),
+            (records.Pair, self._pairs),
             (records.Slot, self._slots),
         )
         arrays = [(kind * len(found))(*found) for kind, found in lists]
@@ -231,11 +231,13 @@ class Program:
         self._weights.append(records.Weight(place, bias, weight.rows, weight.features, weight.kind))
         return len(self._weights) - 1
 
-    def _low_rank(self, one: LowRank, column: int) -> records.LowRank:
+    def _pair(self, one: Pair, column: int) -> records.Pair:
         """The record of what an adapter adds from a column on. The copies lie as they are read: b by its columns."""
         (rank, features), rows = one.a.shape, len(one.b)
         a, b = (self._place(matrix.detach().float().clone()) for matrix in (one.a, one.b.T.contiguous()))
-        return records.LowRank(a, b, rank, features, rows, column, self.adapters.setdefault(one.adapter, len(self.adapters)))
+        return records.Pair(
+            a, b, rank, features, rows, column, self.adapters.setdefault(one.adapter, len(self.adapters))
+        )
 
     def _numbers(self, vector: Tensor) -> int:
         return self._place(vector.detach().float().contiguous())

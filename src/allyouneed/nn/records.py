@@ -49,7 +49,7 @@ class Weight(ctypes.Structure):
     ]
 
 
-class LowRank(ctypes.Structure):
+class Pair(ctypes.Structure):
     """What an adapter adds to a product."""
 
     _fields_ = [
@@ -68,6 +68,6 @@ class Records(ctypes.Structure):
     """A whole program."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("ops", "weights", "low_ranks", "slots")),
+        *((name, ctypes.c_void_p) for name in ("ops", "weights", "pairs", "slots")),
         *((name, ctypes.c_int64) for name in ("num_ops", "num_slots", "num_adapters", "output")),
     ]

@@ -6,8 +6,10 @@ and never before what is short.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import anyio
@@ -18,7 +20,7 @@ from allyouneed.generate.guides import Guides
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.local import LocalModel
 from allyouneed.generate.local_encoder import LocalEncoder
-from allyouneed.generate.requests import Guide
+from allyouneed.generate.requests import Guide, Request
 from allyouneed.serve.driver import Driver, Generation
 from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.tools import form_of
@@ -45,6 +47,18 @@ class Served:
         self._texts, self._grammars = anyio.CapacityLimiter(WORKERS), anyio.CapacityLimiter(WORKERS)
         self._vectors = anyio.CapacityLimiter(1)
 
+    def with_adapter(self, name: str) -> Served:
+        """The same model as one of its adapters has it: beside it in the same engine, with a name of its own.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        assert isinstance(self.lm, LocalModel), "an encoder has no adapters"
+        found = copy.copy(self)
+        found.lm = self.lm.with_adapter(name)
+        found.name = found.lm.name
+        return found
+
     @property
     def generates(self) -> bool:
         """Whether it makes text."""
@@ -61,10 +75,12 @@ class Served:
             raise ApiError(f"{self.name} is an encoder: it makes vectors only; ask /v1/embeddings", param="model")
         return self._driver
 
-    def generation(self, requests: Sequence[Any], *, special: bool = False) -> Generation:
+    def generation(self, requests: Sequence[Request], *, special: bool = False) -> Generation:
         """Requests on their way to the engine; `special`: the text of special tokens is wanted too."""
-        pieces = functools.partial(self.tokenizer.stream, skip_special_tokens=not special)
-        return Generation(self.driver, requests, pieces, self.most_seconds)
+        driver, pieces = self.driver, functools.partial(self.tokenizer.stream, skip_special_tokens=not special)
+        assert isinstance(self.lm, LocalModel)
+        mine = [replace(request, adapter=self.lm.adapter) for request in requests]
+        return Generation(driver, mine, pieces, self.most_seconds)
 
     async def embed(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """(n, dim), of unit length."""

@@ -9,7 +9,7 @@
 constexpr size_t ADAPTED = 32;  // rows that go through an adapter together, at most: what of them lies in the nearest cache
 
 // y += share · B (A x) in the columns of `one`; `reduced` is one thread's room for A x.
-inline void adapt(const LowRank& one, float share, const Product& product, std::vector<float>& reduced) {
+inline void adapt(const Pair& one, float share, const Product& product, std::vector<float>& reduced) {
     reduced.resize(std::max<size_t>(reduced.size(), product.M * one.rank));
     multiply(one.a, one.rank, one.features, {product.x, reduced.data(), product.M, product.x_stride, (size_t)one.rank, false});
     for (size_t m = 0; m < product.M; m++) {

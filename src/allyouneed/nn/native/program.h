@@ -15,7 +15,7 @@ enum Code : int32_t {  // `from` and `to` are slots; numbered as in nn/records.p
     LAYER_NORM,
     MULTIPLY,  // to = from @ weights.T + biases, the weights' rows one below the other
     GROW,      // the same, added to what `to` holds
-    ADAPT,     // to += what the low ranks `first` … make of from, each row's adapters as much as it has of them
+    ADAPT,     // to += what the pairs `first` … make of from, each row's adapters as much as it has of them
     ANGLES,    // to = cosines, then sines of position * vector
     TURN,      // the first `heads` heads of `to` turned by the angles `from`
     KEEP,      // keys and values, which lie in `from` after its `heads` queries, into the storage of `layer`
@@ -29,14 +29,14 @@ enum Function : int32_t { RELU, GELU, GELU_TANH, SILU };
 
 struct Op {
     int32_t code, from, to, function;
-    int32_t first, count;  // weights, or low ranks
+    int32_t first, count;  // weights, or pairs
     int32_t width;         // of a row of `from` that is read, or of what is done to `to`
     int32_t layer, heads, kv_heads, head_dim, window;  // window 0: no bound
     float number;                                      // eps, scale
     const float *vector, *other;                       // gain and bias of a norm, frequencies, slopes
 };
 
-struct LowRank {  // B (A x), added from a column on: a (rank, features), b (rank, rows), one by its rows and one by its columns
+struct Pair {  // B (A x), added from a column on: a (rank, features), b (rank, rows), one by its rows and one by its columns
     const float *a, *b;
     int64_t rank, features, rows, column, adapter;
 };
@@ -53,7 +53,7 @@ struct Layer {  // (blocks, H, block_size, D); with scales (blocks, H, block_siz
 struct Program {
     const Op* ops;
     const Weight* weights;
-    const LowRank* low_ranks;
+    const Pair* pairs;
     const Slot* slots;
     int64_t num_ops, num_slots, num_adapters, output;  // the slot of the logits
 };
