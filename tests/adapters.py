@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import nn
 
-from allyouneed.adapt.lora import Lora, adapt, merge, unload, use
+from allyouneed.adapt.layers import Lora
+from allyouneed.adapt.lora import adapt, merge, unload, use
 from allyouneed.adapt.rows import Mix
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.packed import PackedEmbedding, PackedLinear

@@ -11,7 +11,8 @@ from adapters import CONFIGS, MIXES, merged, with_adapters
 from test_native_reader import EXAMPLES, build, cache, model_of, packed, storage_of, table, tokens, whole  # noqa: F401
 from torch import Tensor, nn
 
-from allyouneed.adapt.lora import Lora, LoraLinear, adapt, disabled, use
+from allyouneed.adapt.layers import Lora, LoraLinear
+from allyouneed.adapt.lora import adapt, disabled, use
 from allyouneed.adapt.rows import Mix, chosen, current
 from allyouneed.core.errors import InputError
 from allyouneed.generate.beams import beam_search

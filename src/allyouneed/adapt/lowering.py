@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from allyouneed.adapt.lora import Lora, LoraLinear
+from allyouneed.adapt.layers import Lora, LoraLinear
 from allyouneed.nn.lowering import lower, lowers
 from allyouneed.nn.program import Pair, Weight
 

@@ -13,27 +13,38 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Mix = tuple[tuple[str, float], ...]  # (adapter, how much of it): what joins the frozen weights for one row
 
-Product = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor], Tensor]
+Change = Callable[["Part", Tensor, Tensor, Layer], Tensor]  # `Part.add` or `Part.put`
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class Part:
     """The rows of one adapter: `index` (n,) int64, None where these are all; `shares` (n,)."""
 
     index: Tensor | None
     shares: Tensor
 
-    def join(self, y: Tensor, x: Tensor, product: Product) -> Tensor:
-        """y with what the adapter makes of its rows of x."""
-        found = product(x if self.index is None else x[self.index])
+    def add(self, y: Tensor, x: Tensor, layer: Layer) -> Tensor:
+        """y, its rows grown by their shares of what a layer makes of x."""
+        found = layer(self.of(x))
         found = (self.shares.view(-1, *[1] * (found.ndim - 1)) * found).to(y.dtype)
         return y + found if self.index is None else y.index_add(0, self.index, found)
+
+    def put(self, y: Tensor, x: Tensor, layer: Layer) -> Tensor:
+        """y, its rows being what a layer makes of x."""
+        found = layer(self.of(x)).to(y.dtype)
+        return found if self.index is None else y.index_copy(0, self.index, found)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its rows."""
+        return x if self.index is None else x[self.index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +52,18 @@ class Rows:
     """Which adapters each of R rows has."""
 
     count: int
-    parts: Mapping[str, _Part]
+    parts: Mapping[str, Part]
 
-    def join(self, y: Tensor, x: Tensor, products: Mapping[str, Product]) -> Tensor:
-        """y (R, …) of a layer with what its adapters make of x (R, …); one row alone, as of positions, is all rows'."""
-        parts = [(part, products[name]) for name, part in self.parts.items() if name in products]
+    def fold(self, change: Change, y: Tensor, x: Tensor, layers: Mapping[str, Any]) -> Tensor:
+        """y (R, …), what a layer makes of x (R, …), after its adapters changed their rows. One row alone, of positions
+        say, is that of all.
+        """
+        parts = [(part, layers[name]) for name, part in self.parts.items() if name in layers]
         if parts and len(x) == 1 != self.count:
             y, x = (t.expand(self.count, *t.shape[1:]) for t in (y, x))
         assert not parts or len(x) == self.count, f"{len(x)} rows of a layer, adapters chosen for {self.count}"
-        for part, product in parts:
-            y = part.join(y, x, product)
+        for part, layer in parts:
+            y = change(part, y, x, layer)
         return y
 
 
@@ -61,10 +74,10 @@ _CHOSEN: ContextVar[Rows | None] = ContextVar("chosen", default=None)  # of each
 def chosen(mixes: Sequence[Mix], device: torch.device | str = "cpu") -> Iterator[None]:
     """Within, and in this thread, adapted layers join row i by the adapters of `mixes[i]`, not by those in use.
 
-    >>> from allyouneed.adapt.lora import Lora, LoraLinear
+    >>> from allyouneed.adapt.layers import Lora, LoraLinear
     >>> layer = LoraLinear(torch.nn.Linear(4, 3))
-    >>> torch.nn.init.ones_(layer.add("one", Lora.Config(rank=2)).B).shape
-    torch.Size([3, 2])
+    >>> layer.add("one", Lora.Config(rank=2))
+    >>> _ = torch.nn.init.ones_(layer.adapters["one"].B)
     >>> with torch.no_grad(), chosen([(), (("one", 0.5),)]):
     ...     (layer(torch.ones(2, 4)) == layer.base(torch.ones(2, 4))).all(1).tolist()
     [True, False]
@@ -81,7 +94,7 @@ def current() -> Rows | None:
     return _CHOSEN.get()
 
 
-def _parts(mixes: Sequence[Mix], device: torch.device | str) -> dict[str, _Part]:
+def _parts(mixes: Sequence[Mix], device: torch.device | str) -> dict[str, Part]:
     found: dict[str, dict[int, float]] = {}
     for i, mix in enumerate(mixes):
         for name, share in mix:
@@ -89,6 +102,6 @@ def _parts(mixes: Sequence[Mix], device: torch.device | str) -> dict[str, _Part]
     return {name: _part(shares, len(mixes), device) for name, shares in found.items()}
 
 
-def _part(shares: Mapping[int, float], count: int, device: torch.device | str) -> _Part:
+def _part(shares: Mapping[int, float], count: int, device: torch.device | str) -> Part:
     index = None if len(shares) == count else torch.tensor(list(shares), device=device)
-    return _Part(index, torch.tensor(list(shares.values()), device=device))
+    return Part(index, torch.tensor(list(shares.values()), device=device))

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import allyouneed.adapt.lowering  # noqa: F401  # how adapted layers are lowered
 from allyouneed.generate.reading import Continues, Piece
 from allyouneed.models.lowering import lowered
 from allyouneed.nn import native

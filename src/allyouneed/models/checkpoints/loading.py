@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from allyouneed.core.errors import InputError
+from allyouneed.adapt import lora
+from allyouneed.core.errors import InputError, about
 from allyouneed.data import materials
 from allyouneed.data.tokenizers import Tokenizer
-from allyouneed.models.checkpoints import ggml, huggingface
+from allyouneed.models.checkpoints import adapters, ggml, huggingface, peft_config
 from allyouneed.models.checkpoints.gguf import GGUF
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder import Encoder
@@ -29,7 +30,8 @@ def load_module(name: str | Path | GGUF, *, packed: bool = False, step: int | No
 
     Args:
         name: a material's name, a folder in the Hugging Face layout, a hub id (`org/name`) or a `.gguf` file, which may
-            be open already.
+            be open already. Of an adapter in PEFT's layout it is the base that the adapter names, with the adapter
+            merged.
         packed: compute from a GGUF's quantised blocks instead of float32 copies; such weights are frozen.
         step: of a model that was kept along its training: the folder `step<k>` in the folder `name` (`train.suite`),
             or the hub's revision of that name, as Pythia has them.
@@ -44,6 +46,8 @@ def load_module(name: str | Path | GGUF, *, packed: bool = False, step: int | No
     if isinstance(name, GGUF):
         return ggml.load(name, packed=packed)
     found = opened(name if step is None else _open_step(name, step))
+    if isinstance(found, Path) and adapters.is_adapter(found):
+        return _merged(found)
     return ggml.load(found, packed=packed) if isinstance(found, GGUF) else huggingface.load(found)
 
 
@@ -73,6 +77,8 @@ def as_decoder(module: huggingface.Model, name: object) -> Decoder:
 def load_tokenizer(name: str | Path | GGUF) -> Tokenizer:
     """The tokenizer that belongs to a checkpoint, with its chat template."""
     found = name if isinstance(name, GGUF) else opened(name)
+    if isinstance(found, Path) and adapters.is_adapter(found) and not (found / "tokenizer.json").is_file():
+        return load_tokenizer(_base_of(found))
     return Tokenizer.from_gguf(found) if isinstance(found, GGUF) else Tokenizer.from_folder(found)
 
 
@@ -102,6 +108,29 @@ def open_checkpoint(name: str | Path) -> Path:
     if _is_hub_id(name):
         return _from_hub(str(name))
     return materials.path(str(name))
+
+
+def _merged(folder: Path) -> huggingface.Model:
+    """The base that an adapter names, with it merged."""
+    module = load_module(_base_of(folder))
+    adapters.load_adapter(module, folder)
+    lora.merge(module)
+    lora.unload(module)
+    return module
+
+
+def _base_of(folder: Path) -> Path:
+    """Where the base of an adapter is, fetched where need be."""
+    named = peft_config.read(folder).base
+    if not named:
+        raise InputError(
+            f"{folder}: the adapter does not say its base; merge it into one: allyouneed merge MODEL {folder} OUT"
+        )
+    with about(f"{folder}: its base"):
+        base = open_checkpoint(named)
+    if base.is_dir() and adapters.is_adapter(base):
+        raise InputError(f"{folder}: its base {named} is an adapter itself; merge that one first")
+    return base
 
 
 def _open_step(name: str | Path, step: int) -> Path:
