@@ -141,14 +141,14 @@ def mix_of(module: object, name: str | None = None) -> Mix:
     Raises:
         InputError: no such adapter, or some are merged.
     """
-    found = adapted(module) if isinstance(module, nn.Module) else []
+    parts = adapted(module) if isinstance(module, nn.Module) else []
     if name is None:
-        used = {key: w for layer in found if not layer.merged for key, w in layer.weights.items()}
+        used = {key: w for layer in parts if not layer.merged for key, w in layer.weights.items()}
         return tuple(used.items())
-    if name not in (known := {key for layer in found for key in layer.adapters}):
+    if name not in (known := {key for layer in parts for key in layer.adapters}):
         raise unknown("adapter", name, known)
-    for layer in found:
-        _check_unmerged(layer)
+    assert isinstance(module, nn.Module)
+    _check_unmerged(module)
     return ((name, 1.0),)
 
 
