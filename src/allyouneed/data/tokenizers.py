@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, read_text, write_json, write_text
-from allyouneed.data import vocabularies
+from allyouneed.data import bounds, vocabularies
 from allyouneed.data.spelling import Spelling, spelling
 from allyouneed.data.tokenizer_json import build, guarded
 
@@ -234,6 +235,11 @@ class Tokenizer:
         roles = (self.bos_id, *self.eos_ids, self.pad_id, self.cls_id, self.sep_id, self.mask_id)
         with guarded(self.name):
             return spelling(self._backend, self._special.union(i for i in roles if i is not None))
+
+    @cached_property
+    def longest(self) -> int | None:
+        """The most characters of a text that one token stands for; None: nothing can be said (`data.bounds`)."""
+        return bounds.longest(json.loads(self._backend.to_str()))
 
     def token(self, i: int) -> str:
         """How the vocabulary spells token `i`."""

@@ -19,6 +19,7 @@ def load(
     packed: bool = True,
     quantize: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    timeout: float | None = None,
 ) -> LanguageModel:
     """A language model; an encoder can only be asked for vectors, and says so.
 
@@ -30,6 +31,7 @@ def load(
             a sixth of the memory; False: float32 weights, for training.
         quantize: pack float weights while they are loaded, "int8" or "int4" (`adapt.packing`).
         adapters: folders in PEFT's layout by the names that `LocalModel.with_adapter` knows them by; none is in use.
+        timeout: of an endpoint, seconds without a byte from it; None: as `RemoteModel` has it.
 
     Raises:
         InputError: nothing of that name, or its files are broken; weights that are packed already, an adapter of
@@ -40,7 +42,10 @@ def load(
 
         if quantize or adapters:
             raise InputError(f"{name}: an endpoint has weights and adapters of its own; name a model of this machine")
-        return RemoteModel(str(name) if isinstance(name, Path) else name)
+        asked = str(name) if isinstance(name, Path) else name
+        return RemoteModel(asked) if timeout is None else RemoteModel(asked, timeout=timeout)
+    if timeout is not None:
+        raise InputError(f"{name}: a timeout is for endpoints; a model of this machine answers when it is done")
     from allyouneed.generate.local import LocalModel
     from allyouneed.generate.local_encoder import LocalEncoder, Reading
     from allyouneed.models.checkpoints.loading import as_decoder, load_module, load_tokenizer, opened

@@ -91,18 +91,37 @@ class Served:
         work = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return await self.aside(work, len(text))
 
-    async def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids of a prompt; an empty one is the token that begins a text."""
+    async def prompt_ids(self, prompt: str, param: str) -> list[int]:
+        """The ids of a prompt, which stood in the field `param`; an empty one is the token that begins a text.
+
+        Raises:
+            ApiError: by its length alone it cannot fit the context.
+        """
         assert isinstance(self.lm, LocalModel)
+        self._check_length(prompt, param)
         return await self.aside(functools.partial(self.lm.prompt_ids, prompt), len(prompt))
 
-    async def chat_ids(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
-        """The ids of a conversation, through the model's own template."""
+    async def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], param: str | None
+    ) -> list[int]:
+        """The ids of a conversation, which stood in the field `param`, through the model's own template. None: however
+        long it is.
+
+        Raises:
+            InputError: the template refuses it.
+            ApiError: by its length alone it cannot fit the context.
+        """
         if not isinstance(self.lm, LocalModel):
             raise ApiError(f"{self.name} is an encoder: it makes vectors only; ask /v1/embeddings", param="model")
         lm = self.lm
-        length = _size(messages) + _size(variables)
-        return await self.aside(lambda: self.tokenizer.encode(lm.chat_prompt(messages, variables)), length)
+
+        def work() -> list[int]:
+            prompt = lm.chat_prompt(messages, variables)
+            if param is not None:
+                self._check_length(prompt, param)
+            return self.tokenizer.encode(prompt)
+
+        return await self.aside(work, _size(messages) + _size(variables))
 
     async def guide(self, make: Callable[[Guides], Guide], param: str) -> Guide:
         """What `make` makes of the model's guides.
@@ -139,6 +158,15 @@ class Served:
             mend = f"ask for at most {self.context - length}"
             raise ApiError(f"{said}; {mend}", param=param, code="context_length_exceeded")
         return self.context - length if asked is None else asked
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse, before it is tokenised, a text that no tokens of this vocabulary bring into the context."""
+        if self.context is None or len(text) < SHORT or self.tokenizer.longest is None:
+            return
+        least = -(-len(text) // self.tokenizer.longest)
+        if least > self.context:
+            said = f"{param}: {len(text)} characters are {least} tokens at least, and the context holds {self.context}"
+            raise ApiError(f"{said}; shorten it", param=param, code="context_length_exceeded")
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse ids that are not in the vocabulary."""
