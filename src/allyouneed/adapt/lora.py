@@ -50,7 +50,7 @@ def attach(
     Raises:
         InputError: as of `adapt`.
     """
-    _check_unmerged(module)
+    _check_unmerged(adapted(module))
     if name in names(module):
         raise InputError(f"adapter {name!r} is there already; choose another name")
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
@@ -147,8 +147,7 @@ def mix_of(module: object, name: str | None = None) -> Mix:
         return tuple(used.items())
     if name not in (known := {key for layer in parts for key in layer.adapters}):
         raise unknown("adapter", name, known)
-    assert isinstance(module, nn.Module)
-    _check_unmerged(module)
+    _check_unmerged(parts)
     return ((name, 1.0),)
 
 
@@ -164,7 +163,7 @@ def merge(module: nn.Module) -> None:
     Raises:
         InputError: they are merged already, or a base layer has no plain weight.
     """
-    _check_unmerged(module)
+    _check_unmerged(adapted(module))
     parts = {name: part for name, part in module.named_modules() if isinstance(part, Adapted)}
     for name, layer in parts.items():
         if isinstance(layer, LowRank) and not isinstance(getattr(layer.base, "weight", None), nn.Parameter):
@@ -191,7 +190,7 @@ def unload(module: nn.Module) -> nn.Module:
 
 
 def _choose(module: nn.Module, weights: Mapping[str, float]) -> None:
-    _check_unmerged(module)
+    _check_unmerged(adapted(module))
     known = names(module)
     for name in weights:
         if name not in known:
@@ -203,8 +202,8 @@ def _choose(module: nn.Module, weights: Mapping[str, float]) -> None:
         layer.weights = chosen
 
 
-def _check_unmerged(module: nn.Module) -> None:
-    merged = next((layer.merged for layer in adapted(module) if layer.merged), None)
+def _check_unmerged(parts: Iterable[Adapted]) -> None:
+    merged = next((layer.merged for layer in parts if layer.merged), None)
     if merged:
         raise InputError(f"adapter {', '.join(merged)} is merged; unmerge it first")
 
