@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import typer
 
 from allyouneed.commands import (
+    adapters,
     chatting,
     finetune,
     laws,
     materials,
-    merging,
     models,
     papers,
     planning,
@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (papers, chatting, models, serving, training, finetune, merging, laws, planning, materials):
+for group in (papers, chatting, models, serving, training, finetune, adapters, laws, planning, materials):
     group.register(app)
 
 

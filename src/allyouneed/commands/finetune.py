@@ -41,7 +41,9 @@ def finetune(
     epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 3.0,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step; with sft, rows as long as the longest.")] = 16,
     length: Annotated[int | None, typer.Option(help="The most tokens of an example; default: the context.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The peak rate; default: 6.25e-5·√(117 M/parameters).")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="The peak rate; default: 6.25e-5·√(117 M/parameters), of adapters tenfold.")
+    ] = None,
     auxiliary: Annotated[
         float | None, typer.Option(help="λ of the language model's own loss beside the labels' (GPT: 0.5); default: 0.")
     ] = None,
@@ -54,6 +56,15 @@ def finetune(
     margin_field: Annotated[
         str | None, typer.Option(help="Of DATA, a number from 0: how clear a preference is, for reward.")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--lora", metavar="R", help="Train adapters of this rank instead of the model.")
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="α, adapters count α/R; default: R.")] = None,
+    lora_targets: Annotated[
+        str | None, typer.Option(help="Layers by the ends of their names, a regex, or all-linear; default: q,v.")
+    ] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Of what adapters read; default: 0.")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Adapters count α/√R.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave lines out that are wrong, and say so.")] = False,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default: an epoch.")] = None,
     settings: Annotated[
@@ -64,6 +75,7 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="The results as JSON, for programs.")] = False,
 ) -> None:
     """Fine-tune a model. Ctrl-C saves; the same command goes on from there. Runs under torchrun as it is."""
+    from allyouneed.commands import adapters
     from allyouneed.commands.methods.base import Task
     from allyouneed.commands.methods.table import methods
     from allyouneed.core.seeds import seed_everything
@@ -82,15 +94,17 @@ def finetune(
         raise InputError(f"--epochs {epochs}; a number above 0 is needed")
     given = {name: value for name, value in options.items() if value is not None}
     known[method].check(method, given, known)
+    lora = adapters.config(rank, lora_alpha, lora_targets, lora_dropout, rslora)
     seed_everything(seed)
     module, tokenizer = load_module(model), load_tokenizer(model)
     if isinstance(module, Head):
         module = module.model  # of what it was tuned to before only the layer is replaced
     bad: list[str] | None = [] if skip_bad else None
-    task = Task(method=method, data=data, valid=valid, length=length, seed=seed, out=out, bad=bad, options=given)
+    files: dict[str, Path | None] = {"data": data, "valid": valid, "out": out}
+    task = Task(method=method, **files, length=length, seed=seed, bad=bad, options=given, lora=lora)
     job = known[method].prepare(module, tokenizer, task)
     parameters = sum(p.numel() for p in job.module.parameters())
-    rate = lr if lr is not None else min(1e-3, 6.25e-5 * math.sqrt(117e6 / parameters))
+    rate = lr if lr is not None else min(1e-3, 6.25e-5 * math.sqrt(117e6 / parameters) * (10 if lora else 1))
     each = math.ceil(len(job.train) / batch)
     training = Training(
         steps=max(1, round(epochs * each)),
@@ -103,7 +117,8 @@ def finetune(
     first = join().rank == 0
     if first:
         _announce(job, model, method, training, batch, bad)
-    _same_task(out, fresh, first, {"model": model, "learned": job.digest(task)})
+    asked = {"model": model, "learned": job.digest(task)} | ({"lora": lora.to_json()} if lora else {})
+    _same_task(out, fresh, first, asked)
     found = dict(job.begin())
     before = dict(job.judge(job.valid)) if job.before else {}
 
@@ -126,7 +141,7 @@ def finetune(
     results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
     results |= found | {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
     results |= {"left_out": len(bad or ())}
-    _keep(job, out, results, as_json)
+    _keep(job, model, out, results, as_json)
 
 
 def _same_task(out: Path, fresh: bool, first: bool, task: Mapping[str, Any]) -> None:
@@ -141,8 +156,10 @@ def _same_task(out: Path, fresh: bool, first: bool, task: Mapping[str, Any]) -> 
         write_json(path, dict(task))
 
 
-def _keep(job: Job, out: Path, results: dict[str, Any], as_json: bool) -> None:
+def _keep(job: Job, model: str, out: Path, results: dict[str, Any], as_json: bool) -> None:
     """Write the model and what was found, on the first rank, which all help to put the model together."""
+    from allyouneed.adapt import lora
+    from allyouneed.commands import adapters
     from allyouneed.core.files import write_json
     from allyouneed.models.checkpoints.loading import save
     from allyouneed.train.ranks import join
@@ -150,7 +167,10 @@ def _keep(job: Job, out: Path, results: dict[str, Any], as_json: bool) -> None:
 
     learned = whole(job.module.eval())
     if join().rank == 0:
-        save(learned, out / "model", job.tokenizer)
+        if lora.names(learned):
+            adapters.keep(job, learned, model, out / "model")
+        else:
+            save(learned, out / "model", job.tokenizer)
         write_json(out / "results.json", results)
         _show(results, out, as_json)
 
@@ -163,12 +183,17 @@ def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad:
 
     shown = Table(title=escape(f"{method}: {model}"), show_header=False)
     parts: Counter[str] = Counter()
+    called = {"layer.": "new layer", ".adapters.": "adapters", "embedding": "embeddings"}
     for name, parameter in job.module.named_parameters():
         name = name.removeprefix("model.")
-        inner = next((part for part in ("blocks", "embedding", "layer.") if part in name), "other")
-        parts[{"layer.": "new layer", "embedding": "embeddings"}.get(inner, inner)] += parameter.numel()
+        inner = next((part for part in (*called, "blocks") if part in name), "other")
+        if parameter.requires_grad:
+            parts[called.get(inner, inner)] += parameter.numel()
     total = sum(parts.values())
     shown.add_row("trained", f"{total:,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in parts.items()))
+    frozen = sum(p.numel() for p in job.module.parameters()) - total
+    if frozen:
+        shown.add_row("frozen", f"{frozen:,} parameters; {total / (total + frozen):.3%} of all are trained")
     shown.add_row("examples", f"{len(job.lengths):,} to learn from, {len(job.valid):,} to judge by")
     for name, value in job.told.items():
         shown.add_row(name, escape(value))

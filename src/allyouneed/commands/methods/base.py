@@ -17,6 +17,7 @@ from allyouneed.core.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from allyouneed.adapt.layers import Lora
     from allyouneed.data import jsonl
     from allyouneed.data.tokenizers import Tokenizer
     from allyouneed.models.checkpoints.huggingface import Model
@@ -43,6 +44,7 @@ class Task:
     out: Path  # the run's folder; what takes long to prepare may be kept there
     bad: list[str] | None  # where errors of lines go; None: the first one ends all
     options: Mapping[str, Any]  # those of `OPTIONS` that were given
+    lora: Lora.Config | None = None  # adapters to train instead of the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,16 @@ class Method:
         for option in sorted(set(given) - self.options):
             takers = ", ".join(sorted(other for other, method in others.items() if option in method.options))
             raise InputError(f"{OPTIONS[option]}: {name} has no use for it; leave it out (taken by {takers})")
+
+
+def adapted(module: Any, task: Task) -> Any:
+    """`module`, in place the base of adapters where the task asks for these; a head's new layer is trained whole."""
+    from allyouneed.adapt import lora
+    from allyouneed.models.heads import Head
+
+    if task.lora is not None:
+        lora.adapt(module, task.lora.replace(whole=("layer",) if isinstance(module, Head) else ()), seed=task.seed)
+    return module
 
 
 def over(examples: Sequence[Any], collate: Callable[[Any], dict[str, Tensor]]) -> Callable[[int, int], Batches]:

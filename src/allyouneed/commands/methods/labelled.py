@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from allyouneed.commands.methods.base import Job, Method, Task, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, most, over, parted
 from allyouneed.core.errors import InputError, brief
 from allyouneed.data import jsonl, labelled
 from allyouneed.data.tokenizers import Tokenizer
@@ -34,6 +34,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
 
     learned, judged = parted(task, [how.kind], example)
     head = _head(module, tokenizer, task.method, known)
+    adapted(head, task)
 
     def judge(examples: Sequence[Any]) -> Mapping[str, float]:
         return (judging.spans if task.method == "spans" else judging.classes)(head, examples)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from allyouneed.align import references
-from allyouneed.commands.methods.base import Job, Method, Task, means, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, means, most, over, parted
 from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl, preferences
 from allyouneed.data.preferences import Ranked
@@ -34,7 +34,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
 
     learned, judged = parted(task, (jsonl.Preference,), example)
     objective = objectives.preference(loss, beta)
-    pairs = _Pairs(module, learned, judged, task, objective)
+    pairs = _Pairs(adapted(module, task), learned, judged, task, objective)
     return Job(
         module=module,
         tokenizer=tokenizer,

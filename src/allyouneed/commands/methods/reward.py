@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from allyouneed.commands.methods.base import Job, Method, Task, means, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, means, most, over, parted
 from allyouneed.commands.methods.preference import shown
 from allyouneed.core.errors import InputError
 from allyouneed.data import jsonl, preferences
@@ -29,7 +29,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
     learned, judged = parted(task, (kind,), example, named)
     tokenizer = tokenizer.padded(piece.ids[-1] for one in (*learned, *judged) for piece in one.pieces)
     module.grow(tokenizer.vocab_size)
-    head = model(module, tokenizer.pad_id)
+    head = adapted(model(module, tokenizer.pad_id), task)
     objective = objectives.reward()
     return Job(
         module=head,

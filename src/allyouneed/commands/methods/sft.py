@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allyouneed.commands.methods.base import Job, Method, Task, means, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, means, most, over, parted
 from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl
 from allyouneed.data.packing import fit, pad_right, take
@@ -42,7 +42,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
     packed = fit(learned, max(lengths))
     rows = [take(packed, [i]) for i in range(len(packed["ids"]))]
     return Job(
-        module=module,
+        module=adapted(module, task),
         tokenizer=tokenizer,
         objective=next_token,
         train=rows,
@@ -72,7 +72,7 @@ def _between_stacks(module: EncoderDecoder, tokenizer: Tokenizer, task: Task) ->
 
     learned, judged = parted(task, (jsonl.Completion,), example)
     return Job(
-        module=module,
+        module=adapted(module, task),
         tokenizer=tokenizer,
         objective=target_given_source,
         train=learned,

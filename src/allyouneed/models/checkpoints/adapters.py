@@ -122,6 +122,19 @@ def load_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT) -> P
     return said
 
 
+def merge_adapter(module: Any, folder: Path | str) -> int:
+    """Put the adapter in `folder` into the weights of a model of ours, in place; how many layers it changed.
+
+    Raises:
+        InputError: as of `load_adapter`; or a layer has no plain weight.
+    """
+    load_adapter(module, folder)
+    layers = len(lora.adapted(module))
+    lora.merge(module)
+    lora.unload(module)
+    return layers
+
+
 def _sorted(tensors: Tensors, said: PeftConfig, found: Mapping[str, Place], folder: Path) -> tuple[_ByLayer, ...]:
     """By their layer the matrices A and B, the tensors of layers trained whole, and the base's own weights, which PEFT
     puts beside adapters of embeddings.

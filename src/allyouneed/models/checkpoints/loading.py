@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from allyouneed.adapt import lora
 from allyouneed.core.errors import InputError, about
 from allyouneed.data import materials
 from allyouneed.data.tokenizers import Tokenizer
@@ -78,7 +77,7 @@ def load_tokenizer(name: str | Path | GGUF) -> Tokenizer:
     """The tokenizer that belongs to a checkpoint, with its chat template."""
     found = name if isinstance(name, GGUF) else opened(name)
     if isinstance(found, Path) and adapters.is_adapter(found) and not (found / "tokenizer.json").is_file():
-        return load_tokenizer(_base_of(found))
+        return load_tokenizer(_chain(found)[1])
     return Tokenizer.from_gguf(found) if isinstance(found, GGUF) else Tokenizer.from_folder(found)
 
 
@@ -112,25 +111,26 @@ def open_checkpoint(name: str | Path) -> Path:
 
 def _merged(folder: Path) -> huggingface.Model:
     """The base that an adapter names, with it merged."""
-    module = load_module(_base_of(folder))
-    adapters.load_adapter(module, folder)
-    lora.merge(module)
-    lora.unload(module)
+    base, *found = reversed(_chain(folder))
+    module = load_module(base)
+    for one in found:
+        adapters.merge_adapter(module, one)
     return module
 
 
-def _base_of(folder: Path) -> Path:
-    """Where the base of an adapter is, fetched where need be."""
-    named = peft_config.read(folder).base
-    if not named:
-        raise InputError(
-            f"{folder}: the adapter does not say its base; merge it into one: allyouneed merge MODEL {folder} OUT"
-        )
-    with about(f"{folder}: its base"):
-        base = open_checkpoint(named)
-    if base.is_dir() and adapters.is_adapter(base):
-        raise InputError(f"{folder}: its base {named} is an adapter itself; merge that one first")
-    return base
+def _chain(folder: Path) -> list[Path]:
+    """An adapter's folder and that of its base, which may be an adapter as well, until one is a model."""
+    found = [folder.resolve()]
+    while adapters.is_adapter(found[-1]):
+        named = peft_config.read(found[-1]).base
+        if not named:
+            mend = f"merge it into one: allyouneed merge MODEL {folder} OUT"
+            raise InputError(f"{found[-1]}: the adapter does not name its base; {mend}")
+        with about(f"{found[-1]}: its base"):
+            found.append(open_checkpoint(named).resolve())
+        if found[-1] in found[:-1]:
+            raise InputError(f"{folder}: the adapter is its own base")
+    return found
 
 
 def _open_step(name: str | Path, step: int) -> Path:
