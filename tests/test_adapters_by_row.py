@@ -89,7 +89,7 @@ def test_over_packed_weights(kind: str, build: str, threads: int) -> None:  # no
 @pytest.mark.parametrize("kind", READERS)
 def test_a_head_of_its_own_is_adapted_too(kind: str) -> None:
     module = with_adapters(
-        model_of("untied"),
+        model_of("llama"),
         {name: Lora.Config(rank=3, targets=("head", "k")) for name in CONFIGS}
         | {"everywhere": Lora.Config(rank=2, targets=("head",))},
     )

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Mix = tuple[tuple[str, float], ...]  # (adapter, how much of it): what joins the frozen weights for one row
 
@@ -54,7 +53,7 @@ class Rows:
     count: int
     parts: Mapping[str, Part]
 
-    def fold(self, change: Change, y: Tensor, x: Tensor, layers: Mapping[str, Any]) -> Tensor:
+    def fold(self, change: Change, y: Tensor, x: Tensor, layers: nn.ModuleDict) -> Tensor:
         """y (R, …), what a layer makes of x (R, …), after its adapters changed their rows. One row alone, of positions
         say, is that of all.
         """

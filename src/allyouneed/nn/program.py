@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from allyouneed.nn import records
+from allyouneed.nn import records as structures
 from allyouneed.nn.records import Code
 
 PLAIN = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
@@ -79,10 +79,10 @@ class Program:
         self.vocabulary: int | None = None  # rows of the table of tokens, and of positions where there is one
         self.places: int | None = None
         self.adapters: dict[str, int] = {}  # their numbers
-        self._ops: list[records.Op] = []
-        self._weights: list[records.Weight] = []
-        self._pairs: list[records.Pair] = []
-        self._slots: list[records.Slot] = []
+        self._ops: list[structures.Op] = []
+        self._weights: list[structures.Weight] = []
+        self._pairs: list[structures.Pair] = []
+        self._slots: list[structures.Slot] = []
         self._free: list[int] = []
         self._held: list[Tensor] = []  # their memory is what the records point to
 
@@ -185,17 +185,17 @@ class Program:
         """The pass ends with these."""
         self.output = logits
 
-    def records(self) -> records.Records:
+    def records(self) -> structures.Records:
         """What the library is given; keeps alive what it points to."""
         lists: tuple[tuple[Any, list[Any]], ...] = (
-            (records.Op, self._ops),
-            (records.Weight, self._weights),
-            (records.Pair, self._pairs),
-            (records.Slot, self._slots),
+            (structures.Op, self._ops),
+            (structures.Weight, self._weights),
+            (structures.Pair, self._pairs),
+            (structures.Slot, self._slots),
         )
         arrays = [(kind * len(found))(*found) for kind, found in lists]
         places = (ctypes.addressof(array) for array in arrays)
-        record = records.Records(*places, len(self._ops), len(self._slots), len(self.adapters), self.output)
+        record = structures.Records(*places, len(self._ops), len(self._slots), len(self.adapters), self.output)
         record.arrays, record.held = arrays, self._held
         return record
 
@@ -211,7 +211,7 @@ class Program:
         return to
 
     def _add(self, code: Code, **fields: int | float | None) -> None:
-        self._ops.append(records.Op(code=code, **fields))
+        self._ops.append(structures.Op(code=code, **fields))
 
     def _slot(self, width: int, picked: bool = False) -> int:
         """A slot that is free, or a new one."""
@@ -219,7 +219,7 @@ class Program:
             if (self._slots[slot].width, bool(self._slots[slot].picked)) == (width, picked):
                 self._free.remove(slot)
                 return slot
-        self._slots.append(records.Slot(width, picked))
+        self._slots.append(structures.Slot(width, picked))
         return len(self._slots) - 1
 
     def _picked(self, slot: int) -> bool:
@@ -228,14 +228,14 @@ class Program:
     def _weight(self, weight: Weight) -> int:
         bias = None if weight.bias is None else self._numbers(weight.bias)
         place = self._place(weight.data)
-        self._weights.append(records.Weight(place, bias, weight.rows, weight.features, weight.kind))
+        self._weights.append(structures.Weight(place, bias, weight.rows, weight.features, weight.kind))
         return len(self._weights) - 1
 
-    def _pair(self, one: Pair, column: int) -> records.Pair:
+    def _pair(self, one: Pair, column: int) -> structures.Pair:
         """The record of what an adapter adds from a column on. The copies lie as they are read: b by its columns."""
         (rank, features), rows = one.a.shape, len(one.b)
         a, b = (self._place(matrix.detach().float().clone()) for matrix in (one.a, one.b.T.contiguous()))
-        return records.Pair(
+        return structures.Pair(
             a, b, rank, features, rows, column, self.adapters.setdefault(one.adapter, len(self.adapters))
         )
 
