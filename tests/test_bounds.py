@@ -1,4 +1,4 @@
-"""How many characters a token stands for at most: never fewer than any text shows, and not told where none can be."""
+"""How few tokens a text can have: never more than it has, and none where nothing can be said."""
 
 from __future__ import annotations
 
@@ -42,17 +42,15 @@ texts = st.text(max_size=60) | st.lists(
 @given(text=texts)
 def test_no_text_has_fewer_tokens_than_the_bound_says(name: str, text: str) -> None:
     tokenizer = BOUNDED[name]
-    assert tokenizer.longest is not None
     text = text.encode("utf-8", "replace").decode()
-    assert len(tokenizer.encode(text)) * tokenizer.longest >= len(text)
+    assert len(tokenizer.encode(text)) >= tokenizer.least(text) >= len(text) / 100
 
 
 def test_the_bound_is_reached() -> None:
-    """Spelled as one token, and four code points as one byte-level token of three bytes at most."""
     tokenizer = BOUNDED["trained"]
-    longest = max((tokenizer.token(i) for i in range(tokenizer.vocab_size)), key=len)
-    assert tokenizer.longest == len(longest)
-    assert len(tokenizer.encode(longest.replace("Ġ", " "))) == 1
+    longest = max((tokenizer.token(i) for i in range(tokenizer.vocab_size)), key=len).replace("Ġ", " ")
+    assert len(tokenizer.encode(longest)) == tokenizer.least(longest) == 1
+    assert tokenizer.least(longest + "a") == 2
 
 
 @pytest.mark.parametrize(
@@ -68,10 +66,12 @@ def test_the_bound_is_reached() -> None:
     ],
 )
 def test_where_a_token_may_stand_for_any_length_nothing_is_said(tokenizer: Tokenizer) -> None:
-    assert tokenizer.longest is None
+    assert tokenizer.least("a" * 10**6) == 0
 
 
-def test_smollm2() -> None:
+def test_smollm2_whose_vocabulary_drops_some_control_characters() -> None:
     tokenizer = Tokenizer.from_gguf(GGUF.open(materials.path("smollm2-135m-instruct")))
-    assert tokenizer.longest is not None and tokenizer.longest < 300
-    assert len(tokenizer.encode(" " * 5000)) * tokenizer.longest >= 5000
+    for text in ("\x04" * 9000, " " * 9000, "\x04\x05" * 4000, "the cat" * 900, "\U00050000" * 300, "\n" * 5000):
+        assert len(tokenizer.encode(text)) >= tokenizer.least(text)
+    assert tokenizer.encode("\x04" * 9) == [] and tokenizer.least("\x04" * 9) == 0
+    assert tokenizer.least("word " * 720_000) > 8192  # 3.6 MB

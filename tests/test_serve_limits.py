@@ -40,6 +40,29 @@ def refused(answer: httpx.Response, param: str | None, status: int = 400) -> str
     return error["message"]
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(server, monkeypatch):
+    long = "jump " * 100_000
+    assert tokenizer().least(long) > CONTEXT
+
+    def encode_batch(texts, **options):
+        assert max(map(len, texts)) < len(long), "tokenised"
+        return kept(texts, **options)
+
+    kept = tokenizer().encode_batch
+    monkeypatch.setattr(tokenizer(), "encode_batch", encode_batch)
+    for path, sent, param in (
+        ("/v1/completions", {"prompt": long}, "prompt"),
+        ("/v1/completions", {"prompt": ["fox", long]}, "prompt[1]"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}, "messages"),
+    ):
+        answer = server.post(path, json=sent)
+        assert "characters are" in refused(answer, param)
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+    monkeypatch.undo()
+    counted = server.post("/tokenize", json={"prompt": long}).json()
+    assert counted["count"] == len(tokenizer().encode(long))
+
+
 class TestBodies:
     @pytest.mark.parametrize(
         ("body", "said"),

@@ -236,10 +236,17 @@ class Tokenizer:
         with guarded(self.name):
             return spelling(self._backend, self._special.union(i for i in roles if i is not None))
 
+    def least(self, text: str) -> int:
+        """As many tokens a text has at least, found by its length alone; 0 where nothing can be said.
+
+        >>> byte_tokenizer(["</s>"]).least("a" * 400)
+        100
+        """
+        return 0 if self._bound is None else self._bound.least(text)
+
     @cached_property
-    def longest(self) -> int | None:
-        """The most characters of a text that one token stands for; None: nothing can be said (`data.bounds`)."""
-        return bounds.longest(json.loads(self._backend.to_str()))
+    def _bound(self) -> bounds.Bound | None:
+        return bounds.bound(json.loads(self._backend.to_str()))
 
     def token(self, i: int) -> str:
         """How the vocabulary spells token `i`."""

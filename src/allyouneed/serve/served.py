@@ -161,10 +161,8 @@ class Served:
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse, before it is tokenised, a text that no tokens of this vocabulary bring into the context."""
-        if self.context is None or len(text) < SHORT or self.tokenizer.longest is None:
-            return
-        least = -(-len(text) // self.tokenizer.longest)
-        if least > self.context:
+        least = self.tokenizer.least(text) if len(text) >= SHORT else 0
+        if self.context is not None and least > self.context:
             said = f"{param}: {len(text)} characters are {least} tokens at least, and the context holds {self.context}"
             raise ApiError(f"{said}; shorten it", param=param, code="context_length_exceeded")
 

@@ -71,6 +71,13 @@ GRANITE = Form("<|tool_call|>", special=True)  # 3.x; Granite 4 writes as Hermes
 MISTRAL = Form("[TOOL_CALLS]", special=True)
 LLAMA = Form("<|python_tag|>", bare=True, special=True)
 BARE = Form(None, bare=True)
+MARKS = (  # by which templates are told, the first that is there
+    ("<tool_call>", HERMES),
+    ("<|/tool_call|>", PHI),
+    ("<|tool_call|>", GRANITE),
+    ("[TOOL_CALLS]", MISTRAL),
+    ("<|python_tag|>", LLAMA),
+)
 
 
 def form_of(template: str | None) -> Form | None:
@@ -82,8 +89,7 @@ def form_of(template: str | None) -> Form | None:
     """
     if template is None or not re.search(r"\btools\b", template):
         return None
-    marked = (form for form in (HERMES, PHI, GRANITE, MISTRAL, LLAMA) if str(form.opening) in template)
-    known = next((form for form in marked if (form.closing or "") in template), None)
+    known = next((form for mark, form in MARKS if mark in template), None)
     return known or (None if _OTHER_MARKS.search(template) else BARE)
 
 
