@@ -1,9 +1,10 @@
 """Adapters by request with SmolLM2: 8 streams of the base beside 8 of the base and three adapters, interleaved.
 
-    python benchmarks/adapters.py [--ranks 8 16 64] [--tokens N] [--rounds N] [--json FILE]
+    python benchmarks/adapters.py [--ranks 8 16 64] [--tokens N] [--rounds N] [--threads N] [--torch]
+        [--json FILE]
 
 One case after the other, forwards and backwards by turns: 8 streams that are continued, and a prompt of 256 tokens that
-is read. `torch` reads without the native program. Adapters are on all linear layers but the head, and as many streams
+is read. With `--torch` also without the native program. Adapters are on all linear layers but the head; as many streams
 have none as have each of them.
 """
 
@@ -15,6 +16,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from turns import Seconds, seconds
 
 import allyouneed as ayn
@@ -84,9 +86,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 8, 8])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--torch", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    sides = cases(arguments.ranks, arguments.tokens)
+    torch.set_num_threads(arguments.threads)
+    sides = {
+        name: case
+        for name, case in cases(arguments.ranks, arguments.tokens).items()
+        if arguments.torch or "torch" not in name
+    }
     taken: dict[str, list[Seconds]] = {name: [] for name in sides}
     for number in range(1 + arguments.rounds):
         for name in list(sides)[:: 1 if number % 2 else -1]:
