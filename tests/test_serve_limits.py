@@ -645,11 +645,14 @@ class TestFailures:
             assert answer.status_code == (200 if stream else 504) and '"code":"timeout"' in answer.text
             assert server.settles(2)
 
-    def test_a_guide_that_fails_ends_its_own_request_alone(self):
+    @pytest.mark.parametrize("at, code, status", [("take", "format", 400), ("allowed", "engine_failed", 500)])
+    def test_a_guide_that_fails_ends_its_own_request_alone(self, at, code, status):
         class Broken:
             finished = False
 
             def allowed(self):
+                if at == "allowed":
+                    raise RuntimeError("out of luck")
                 return torch.ones(tokenizer().vocab_size, dtype=torch.bool)
 
             def take(self, token):
@@ -668,7 +671,7 @@ class TestFailures:
                 answer = server.post(
                     "/v1/chat/completions", json=CHAT | sent | {"response_format": {"type": "json_object"}}
                 )
-                assert '"code":"format"' in answer.text and answer.status_code == (200 if sent else 400)
+                assert f'"code":"{code}"' in answer.text and answer.status_code == (200 if sent else status)
             assert text + "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
 
 

@@ -23,7 +23,7 @@ from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.reading import Continues, CurrentReader
-from allyouneed.generate.requests import Guide, Request, Step
+from allyouneed.generate.requests import Guide, Request, RequestError, Step
 from allyouneed.generate.sampling import NO_NUMBERS, Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
 from allyouneed.generate.speculation import Asked, Drafts, Speculator
@@ -112,7 +112,7 @@ class Engine:
         self._letters: dict[int, deque[Step]] = {}  # what came for calls of `steps`
         self._broken: dict[int, BaseException] = {}  # what broke their requests
         self._steps: list[Step] = []  # what came for those that were added one by one
-        self._errors: list[Exception] = []  # and what broke them
+        self._errors: list[RequestError] = []  # and what broke them
         self._added = self._read = self._made = self._drafts = self._kept = 0
         self._speculator = speculator
         if speculator is not None:
@@ -198,13 +198,15 @@ class Engine:
         while prompts are only being read, none when `idle`.
 
         Raises:
-            Exception: what a request's `stop` or guide raised, or its logits. It is over, the others go on: what the
-                pass gave them is told by the next call. What broke a whole pass; all are then read anew.
+            RequestError: a request's `stop` or guide raised something, or its logits are no numbers. It is over, the
+                others go on: what the pass gave them is told by the next call.
+            Exception: what broke a whole pass; all are then read anew.
         """
         if self._under_way and not (self._steps or self._errors):
             self._pass()
         if self._errors:
-            raise self._errors.pop(0)
+            error = self._errors.pop(0)
+            raise error from error.cause
         steps, self._steps = self._steps, []
         return steps
 
@@ -287,11 +289,10 @@ class Engine:
 
     def _break(self, one: Continuation, error: BaseException) -> None:
         """Have whoever waits for a request hear what broke it."""
-        error.add_note(f"It ended request {one.number} of the engine; others go on.")
         if one.number in self._letters:
             self._broken[one.number] = error
         elif isinstance(error, Exception):
-            self._errors.append(error)
+            self._errors.append(RequestError(one.number, error))
 
     def _end(self, number: int) -> None:
         """Hold nothing of a request any more."""
@@ -379,7 +380,7 @@ class Engine:
             one.tokens.append(token)
             step = one.step(token, logprobs[i], self._finished(one, token))
             if isnan(step.logprob):  # greedy, too
-                raise InputError(f"request {one.number}: {NO_NUMBERS}")
+                raise InputError(NO_NUMBERS)
             self._tell(step)
             if step.finish_reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
                 break

@@ -67,6 +67,15 @@ class Request:
     )
 
 
+class RequestError(Exception):
+    """One request is over, others go on: its own `stop`, its guide or its logits raised `cause`."""
+
+    def __init__(self, request: int, cause: Exception) -> None:
+        """`request` is the number that `Engine.add` gave."""
+        super().__init__(f"request {request} of the engine: {cause}")
+        self.request, self.cause = request, cause
+
+
 @dataclass(frozen=True)
 class Step:
     """One token of one request."""
