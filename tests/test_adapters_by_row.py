@@ -112,6 +112,23 @@ def test_adapted_tables_are_read_by_pytorch(target: str) -> None:
         assert (one - other).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("whole_layer", ["embedding", "head"])
+def test_layers_that_an_adapter_brings_whole_stand_for_the_base_s_in_its_rows(whole_layer: str) -> None:
+    module = with_adapters(
+        model_of("llama"), CONFIGS | {"deep": Lora.Config(rank=4, targets=("up",), whole=(whole_layer,))}
+    )
+    with torch.no_grad():
+        for parameter in module.get_submodule(whole_layer).adapters["deep"].parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert lowered(module) is None
+    mixes = [mix for mix in MIXES if mix != MIXES[-1]]  # such a layer cannot be weighed
+    pieces = [Piece(tokens(9, seed=i), table(i % 4, 9), 0, wanted=9, adapters=mix) for i, mix in enumerate(mixes)]
+    found = slow(module).read(pieces).split(9)
+    for i, (one, mix) in enumerate(zip(found, mixes, strict=True)):
+        wanted = merged(module, mix).double()(torch.tensor([tokens(9, seed=i)])).logits[0]
+        assert (one - wanted).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["wide", "gpt2"])
 def test_rows_have_the_same_bits_alone_and_beside_others(name: str, build: str, threads: int) -> None:  # noqa: F811
     """And rows without an adapter those of a module that has none."""
