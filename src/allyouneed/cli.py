@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import typer
 
 from allyouneed.commands import (
+    adapters,
     chatting,
     finetune,
     laws,
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (papers, chatting, models, serving, training, finetune, quantising, laws, planning, materials):
+for group in (papers, chatting, models, serving, training, finetune, adapters, quantising, laws, planning, materials):
     group.register(app)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
 
 from allyouneed.core.errors import InputError
 from allyouneed.data import chat, jsonl
-from allyouneed.data.packing import Piece, document
+from allyouneed.data.packing import IGNORED, Piece, document
 from allyouneed.data.pairs import Pair
 from allyouneed.data.tokenizers import Tokenizer
 
@@ -53,11 +55,14 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[jsonl.Message], after:
     these only what comes `after` so many messages.
 
     Raises:
-        InputError: no chat template, one that writes an earlier message anew for a later one, or nothing to learn.
+        InputError: no chat template, one that does not tell who speaks or writes an earlier message anew for a later
+            one, or nothing to learn.
     """
     template = tokenizer.chat_template
     if template is None:
         raise InputError("messages, but the tokenizer has no chat template; give prompt + completion, or text")
+    if not _tells_who_speaks(template):
+        raise InputError("the chat template does not mark what the assistant says; choose another, or give strings")
 
     def written(upto: int, *, prompt: bool = False) -> str:
         return chat.render(
@@ -82,6 +87,34 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[jsonl.Message], after:
     if not learned:
         raise InputError("messages: none of the assistant's; there is nothing to learn")
     return document(*_within(*tokenizer.places(before), learned))
+
+
+def shown(tokenizer: Tokenizer, piece: Piece) -> str:
+    """A piece as text, what is to be predicted between ⟦ and ⟧.
+
+    >>> from allyouneed.data.tokenizers import byte_tokenizer
+    >>> shown(byte_tokenizer(), piece(byte_tokenizer(), jsonl.Completion("2+2=", "4")))
+    '2+2=⟦4<|endoftext|>⟧'
+    """
+    marks = [False, *(target != IGNORED for target in piece.targets[:-1])]
+    text = ""
+    for learned, run in groupby(zip(marks, piece.ids, strict=True), key=lambda one: one[0]):
+        said = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+        text += f"⟦{said}⟧" if learned else said
+    return text
+
+
+@lru_cache(maxsize=16)
+def _tells_who_speaks(template: str) -> bool:
+    """Whether a message reads otherwise from the assistant than from the user."""
+    try:
+        first, second = (
+            chat.render(template, [{"role": "user", "content": "A"}, {"role": role, "content": "B"}])
+            for role in ("assistant", "user")
+        )
+    except InputError:
+        return True  # a template that refuses such turns looks at roles
+    return first != second
 
 
 def _marked(tokenizer: Tokenizer, text: str, learned: tuple[int, int], name: str) -> Piece:

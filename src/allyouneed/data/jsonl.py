@@ -4,6 +4,7 @@
     {"messages": [{"role": "user", "content": "…"}, …]}  Chat
     {"prompt": "…", "completion": "…"}                   Completion
     {"prompt": "…", "chosen": "…", "rejected": "…"}      Preference
+    {…, "margin": 1.5}                                   Graded: a preference and how clear it is
     {"text": "…", "label": "…"}                          Labelled
     {"text": "…", "text_pair": "…", "label": "…"}        LabelledPair
     {"context": "…", "choices": ["…", …], "label": 0}    Choices
@@ -17,8 +18,9 @@ passed over. Nothing is tokenised here.
 from __future__ import annotations
 
 import json
+import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -64,6 +66,16 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Graded:
+    """A preference and how clear it is, a number from 0."""
+
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    margin: float
+
+
+@dataclass(frozen=True)
 class Labelled:
     """A text and its class."""
 
@@ -106,7 +118,7 @@ class Tagged:
     tags: list[str | int]
 
 
-Record = Text | Chat | Completion | Preference | Labelled | LabelledPair | Choices | Spans | Tagged
+Record = Text | Chat | Completion | Preference | Graded | Labelled | LabelledPair | Choices | Spans | Tagged
 Kind = type[Record]
 KINDS: tuple[Kind, ...] = (Text, Chat, Completion, Preference)  # what language models are trained on
 
@@ -123,7 +135,12 @@ def read(path: Path | str, kinds: Sequence[Kind] = KINDS) -> Iterator[Record]:
 
 
 def made(
-    path: Path | str, kinds: Sequence[Kind], make: Callable[[Any], Made], *, bad: list[str] | None = None
+    path: Path | str,
+    kinds: Sequence[Kind],
+    make: Callable[[Any], Made],
+    *,
+    bad: list[str] | None = None,
+    named: Mapping[str, str] | None = None,
 ) -> list[Made]:
     """What `make` makes of each record of a file. Its `InputError`s get file and line put before them.
 
@@ -132,6 +149,7 @@ def made(
         kinds: the kinds of records accepted.
         make: called with each record.
         bad: where it is given, errors of lines are added to it, and the lines left out.
+        named: fields that the file calls otherwise, by what it calls them.
 
     Raises:
         InputError: as of `read`, or what `make` raised.
@@ -141,7 +159,7 @@ def made(
         where = f"{path}: line {number}"
         try:
             with about(where):
-                found.append(make(parse(line, kinds, where)))
+                found.append(make(parse(line, kinds, where, named)))
         except InputError as error:
             if bad is None:
                 raise
@@ -170,8 +188,8 @@ class Lines(Sequence[Record]):
             return parse(file.readline(LONGEST + 1), self.kinds, f"{self.path}: line {self.numbers[index]}")
 
 
-def parse(line: bytes, kinds: Sequence[Kind], where: str) -> Record:
-    """The record in one line; `where` opens the message of an error.
+def parse(line: bytes, kinds: Sequence[Kind], where: str, named: Mapping[str, str] | None = None) -> Record:
+    """The record in one line; `where` opens the message of an error, `named` is as of `made`.
 
     >>> parse(b'{"prompt": "2+2=", "completion": "4", "id": 7}', KINDS, "here")
     Completion(prompt='2+2=', completion='4')
@@ -179,14 +197,15 @@ def parse(line: bytes, kinds: Sequence[Kind], where: str) -> Record:
     Traceback (most recent call last):
     allyouneed.core.errors.InputError: data.jsonl: line 1: keys 'promt'; accepted: prompt + completion
     """
+    theirs = {field: key for key, field in (named or {}).items()}
     found = parse_object(line, where)
     for kind in sorted(kinds, key=lambda kind: -len(fields(kind))):  # prompt + chosen + rejected before prompt + …
-        names = [field.name for field in fields(kind)]
-        if all(name in found for name in names):
-            for name in names:
-                _check(name, found[name], where)
-            return kind(**{name: found[name] for name in names})
-    accepted = ", or ".join(" + ".join(field.name for field in fields(kind)) for kind in kinds)
+        keys = {field.name: theirs.get(field.name, field.name) for field in fields(kind)}
+        if all(key in found for key in keys.values()):
+            for name, key in keys.items():
+                _check(name, found[key], where, key)
+            return kind(**{name: found[key] for name, key in keys.items()})
+    accepted = ", or ".join(" + ".join(theirs.get(f.name, f.name) for f in fields(kind)) for kind in kinds)
     raise InputError(f"{where}: keys {shown(found)}; accepted: {accepted}")
 
 
@@ -278,25 +297,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(name: str, value: Any, where: str) -> None:
-    """Refuse a value that a field of this name cannot have."""
+def _check(name: str, value: Any, where: str, key: str) -> None:
+    """Refuse a value that a field of this name, which the file calls `key`, cannot have."""
     strings = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     if name in _PLAIN:
         accepted, fits = _PLAIN[name]
         if not fits(value):
-            raise _not_accepted(name, value, accepted, where)
+            raise _not_accepted(key, value, accepted, where)
         for text in strings:
             if isinstance(text, str):
-                _check_text(name, text, where)
+                _check_text(key, text, where)
         return
     if isinstance(value, str) and name != "messages":
-        _check_text(name, value, where)
+        _check_text(key, value, where)
         return
     if not isinstance(value, list) or not value:
         accepted = "a list of messages" if name == "messages" else "a string or a list of messages"
-        raise _not_accepted(name, value, accepted, where)
+        raise _not_accepted(key, value, accepted, where)
     for number, message in enumerate(value):
-        _check_message(f"{name}[{number}]", message, where)
+        _check_message(f"{key}[{number}]", message, where)
 
 
 def _not_accepted(name: str, value: Any, accepted: str, where: str) -> InputError:
@@ -310,6 +329,10 @@ def _is_label(value: Any) -> bool:
 
 def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and bool(value) and all(map(of, value))
+
+
+def _is_margin(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _is_string(value: Any) -> bool:
@@ -332,6 +355,7 @@ _PLAIN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "context": ("a string", _is_string),
     "question": ("a string", _is_string),
     "label": ("a string or a whole number", _is_label),
+    "margin": ("a number from 0", _is_margin),
     "choices": ("a list of strings", lambda value: _is_list(value, _is_string)),
     "tokens": ("a list of strings", lambda value: _is_list(value, _is_string)),
     "tags": ("a list of strings or whole numbers", lambda value: _is_list(value, _is_label)),

@@ -163,12 +163,31 @@ class Tokenizer:
             "pair": [frame[0], first, frame[1], second, frame[2]],
             "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()},
         }
+        return self._changed(spec, self.pad_id)
+
+    def padded(self, ends: Iterable[int]) -> Tokenizer:
+        """This vocabulary with a padding token that is none of `ends`, in which texts end: its own, or another special
+        token, or a new one. transformers looks for the last token of a text by what is no padding.
+
+        >>> byte_tokenizer().padded([65]).pad_token, byte_tokenizer().padded([256]).pad_token
+        ('<|endoftext|>', '<|pad|>')
+        """
+        spec, taken = json.loads(self._backend.to_str()), {*ends, None}
+        known = [self.pad_id, *sorted(self._special - {self.bos_id, *self.eos_ids})]
+        pad = next((i for i in known if i not in taken), self.vocab_size)
+        if pad == self.vocab_size:
+            rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            spec["added_tokens"].append({"id": pad, "content": "<|pad|>"} | rules)
+        return self._changed(spec, pad)
+
+    def _changed(self, spec: Any, pad_id: int | None) -> Tokenizer:
+        """With another specification and another padding token, all else as it is."""
         return Tokenizer(
             spec,
             name=self.name,
             bos_id=self.bos_id,
             eos_ids=self.eos_ids,
-            pad_id=self.pad_id,
+            pad_id=pad_id,
             cls_id=self.cls_id,
             sep_id=self.sep_id,
             mask_id=self.mask_id,

@@ -119,26 +119,30 @@ def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> No
     files.write_json(folder / "config.json", described | {"dtype": dtype})
 
 
+def fitting(config: Any) -> Family[Any] | None:
+    """The family whose layout can say all of `config`, if there is one."""
+    every = (family for known in (FAMILIES, HEADED) for families in known.values() for family in families)
+    return next((family for family in every if family.fits(config)), None)
+
+
 def _theirs(
     module: Model, state: Mapping[str, Tensor], blocks: Mapping[str, QuantisedWeight]
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """config.json and tensors as transformers names them; None where it has no such model, or has its matrices in
     another shape than they can be cut into blocks in.
     """
-    config = module.config
-    for family in (family for known in (FAMILIES, HEADED) for families in known.values() for family in families):
-        if not family.fits(config):
-            continue
-        rules = list(expand(family.rules(config), config.layers))
-        names = {rule.ours[0]: rule.theirs for rule in rules if rule.plain}
-        if not blocks.keys() <= names.keys():
-            return None
-        found = to_theirs([rule for rule in rules if rule.ours[0] not in blocks], {}, state)
-        described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(config)
-        if blocks:
-            described["quantization_config"] = quantised.described(module, names)
-        return described, found | quantised.tensors({names[name]: one for name, one in blocks.items()})
-    return None
+    config, family = module.config, fitting(module.config)
+    if family is None:
+        return None
+    rules = list(expand(family.rules(config), config.layers))
+    names = {rule.ours[0]: rule.theirs for rule in rules if rule.plain}
+    if not blocks.keys() <= names.keys():
+        return None
+    described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(config)
+    if blocks:
+        described["quantization_config"] = quantised.described(module, names)
+    found = to_theirs([rule for rule in rules if rule.ours[0] not in blocks], {}, state)
+    return described, found | quantised.tensors({names[name]: one for name, one in blocks.items()})
 
 
 def _own(

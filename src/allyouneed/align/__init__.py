@@ -1,0 +1,1 @@
+"""What reinforcement and preference learning adds: rewards, rollouts, selection."""

@@ -1,0 +1,52 @@
+"""PPO for language models: the objective of one minibatch of `align.rollouts`, with pretraining text or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from allyouneed import core
+from allyouneed.objectives.loss import Loss
+from allyouneed.objectives.next_token import IGNORED
+from allyouneed.objectives.policy import clipped_surrogate, kl_k3, mix, value_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguagePPO(core.Config):
+    """−(clipped surrogate) + c·(clipped value loss), a mean over the answers' tokens, + γ·(loss of a pretraining token)
+    (Ouyang et al. 2022, eq. 2; Ziegler et al. 2019, and their code for the constants).
+
+    The penalty for leaving the reference is in the rewards. Called with a `LanguagePolicy` and a batch.
+    """
+
+    epsilon: float = 0.2
+    value_epsilon: float | None = 0.2
+    value_weight: float = 0.1  # c, of half the squared error
+    ptx: float = 0.0  # γ; Ouyang et al.: 27.8
+
+    def __call__(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
+        """The loss of some rows, a target being a token of an answer."""
+        read, told = module(batch), batch["targets"] != IGNORED
+        text = batch.get("pretraining")
+        acted = told if text is None else told & (text == 0)[:, None]
+        policy = self.of_answers(read.logprobs, read.values, batch, acted)
+        if text is None:
+            return policy
+        nll = -(read.logprobs * text[:, None]).sum()
+        return mix(policy, Loss(nll, (told & ~acted).sum()), self.ptx)
+
+    def of_answers(self, logprobs: Tensor, values: Tensor, batch: Mapping[str, Tensor], acted: Tensor) -> Loss:
+        """The loss where the policy has acted, all (B, T)."""
+        old = batch["old_logprobs"]
+        gain = clipped_surrogate(logprobs, old, batch["advantages"], self.epsilon).where(acted, 0.0).sum()
+        error = value_loss(values, batch["old_values"], batch["returns"], self.value_epsilon).where(acted, 0.0).sum()
+        outside = ((logprobs - old).exp() - 1).abs() > self.epsilon
+        metrics = {
+            "policy_loss": -gain.detach(),
+            "value_loss": 0.5 * error.detach(),
+            "clipped": (outside & acted).sum().float(),
+            "kl_of_step": kl_k3(old, logprobs.detach()).where(acted, 0.0).sum(),
+        }
+        return Loss(self.value_weight * 0.5 * error - gain, acted.sum(), metrics)

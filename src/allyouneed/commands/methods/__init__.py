@@ -1,0 +1,1 @@
+"""What `finetune` can be asked for: a method is one object, which `table` knows by name."""
