@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from allyouneed import cli
 from allyouneed.adapt.lora import Lora, adapt
-from allyouneed.adapt.quantise import Quantise, quantise, resident
+from allyouneed.adapt.quantise import Quantise, dequantise, quantise, resident
 from allyouneed.core.errors import InputError
 from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.models import gpt2, llama
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
+from allyouneed.nn.blockwise import blockwise
 from allyouneed.nn.codebooks import BOOKS
 from allyouneed.nn.quantised import QuantisedEmbedding, QuantisedLinear
 
@@ -108,6 +109,21 @@ def test_configurations_that_make_no_sense() -> None:
         Quantise.Config(block=63)
     with pytest.raises(InputError, match="'fp5'"):
         Quantise.Config(embedding="fp5")
+
+
+def test_double_quantisation_saves_what_the_paper_says() -> None:
+    """0.373 bits a parameter, some 3 GB of a model of 65 B (Dettmers et al. 2023, sec. 3)."""
+    x = torch.zeros(1 << 20)
+    saved = blockwise(x, "nf4", double=False).nbytes - blockwise(x, "nf4").nbytes
+    assert saved * 8 / len(x) == pytest.approx(0.373, abs=5e-4)
+    assert saved / len(x) * llama.sized("65B").num_parameters() == pytest.approx(3.0e9, rel=0.03)
+
+
+def test_quantised_layers_become_plain_ones_again() -> None:
+    module = quantised(embedding="int8")
+    before = logits(module)
+    assert dequantise(module) is module and not any(isinstance(part, QuantisedLinear) for part in module.modules())
+    assert module.head.weight is module.embedding.weight and torch.allclose(logits(module), before, atol=1e-5)
 
 
 # under LoRA
@@ -302,6 +318,24 @@ def test_quantize_writes_a_folder_that_is_read_again(tmp_path: Path, capsys: pyt
     assert "is there already" in capsys.readouterr().err
     assert cli.main(["quantize", str(source), str(tmp_path / "other"), "--kind", "nf"]) == 2
     assert "unknown kind of quantisation 'nf'" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_finetune_over_a_base_in_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save(model(SMALL.replace(vocab_size=257)), tmp_path / "base", byte_tokenizer())
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    rows = [{"prompt": f"{i} ", "completion": "is it"} for i in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["finetune", str(tmp_path / "base"), str(data), "--out", str(out), "--quantize", "nf4", "--lr", "0.01"]
+    assert cli.main(asked) == 2
+    assert "--quantize nf4: what is stored in few bits is not trained; add --lora R" in capsys.readouterr().err
+    assert cli.main([*asked, "--lora", "4", "--paged", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] < 0.8 * found["loss_before"]
+    assert (out / "model" / "adapter_model.safetensors").is_file()
+    stored = load_file(next((out / "checkpoints").glob("step-*")) / "model.safetensors")
+    assert stored and all("adapters" in name for name in stored)
+    assert cli.main(["merge", str(tmp_path / "base"), str(out / "model"), str(tmp_path / "merged")]) == 0
+    load_module(tmp_path / "merged")
 
 
 @pytest.mark.parametrize("embedding", [None, "int8"])

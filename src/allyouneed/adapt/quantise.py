@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from allyouneed import core
 from allyouneed.adapt.targets import ALL_LINEAR, Targets, find, is_linear, is_table, layers, shared
 from allyouneed.core.errors import InputError, about
+from allyouneed.core.outline import outlined
 from allyouneed.nn.blockwise import blockwise, check
 from allyouneed.nn.packed import PackedEmbedding, PackedLinear
 from allyouneed.nn.quantised import QuantisedEmbedding, QuantisedLinear, QuantisedWeight
@@ -26,8 +27,8 @@ class Quantise(core.Configured):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(core.Config):
-        """`kind` as `nn.blockwise.blockwise` has them; `embedding` another one, in which the embedding and a head tied to
-        it are stored as well: the paper leaves them as they are, which are 2 % of its models and 21 % of a small one.
+        """`kind` as `nn.blockwise.blockwise` has them; `embedding` another one, in which the embedding and a head tied
+        to it are stored as well. The paper leaves them as they are: few of a large model's numbers, 21 % of SmolLM2's.
         """
 
         kind: str = "nf4"
@@ -83,6 +84,28 @@ def quantise(module: nn.Module, config: Quantise.Config, targets: Targets = ALL_
     return found
 
 
+def dequantise(module: nn.Module) -> nn.Module:
+    """`module` with plain layers in place of those stored in few bits, their numbers as they are; frozen.
+
+    >>> layers = nn.Sequential(nn.Linear(64, 2), nn.Linear(2, 2))
+    >>> _ = quantise(layers, Quantise.Config(), targets=("0",))
+    >>> dequantise(layers)[0]
+    Linear(in_features=64, out_features=2, bias=True)
+    """
+    plain: dict[QuantisedWeight, nn.Parameter] = {}  # tied ones stay so
+    for name, part in list(module.named_modules()):
+        if not isinstance(part, QuantisedLinear | QuantisedEmbedding):
+            continue
+        weight = plain.setdefault(part.weight, nn.Parameter(part.weight.dequantised(), requires_grad=False))
+        module.set_submodule(name, _plain(part, weight))
+    return module
+
+
+def stored(module: nn.Module) -> int:
+    """How many numbers are stored in few bits, which are no parameters any more."""
+    return sum(part.shape.numel() for part in module.modules() if isinstance(part, QuantisedWeight))
+
+
 def resident(module: nn.Module) -> int:
     """Bytes of the parameters and buffers of `module`, what is shared counted once.
 
@@ -106,6 +129,17 @@ def _tables(module: nn.Module, part: Quantise, kind: str) -> Iterator[str]:
         for other, layer in tied:
             module.set_submodule(other, QuantisedLinear(weight, layer.bias))  # type: ignore[arg-type]
         yield from (name, *(other for other, _ in tied))
+
+
+def _plain(part: QuantisedLinear | QuantisedEmbedding, weight: nn.Parameter) -> nn.Module:
+    with outlined():
+        layer: nn.Module = nn.Embedding(*part.weight.shape)
+        if isinstance(part, QuantisedLinear):
+            layer = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None)
+    layer.weight = weight
+    if isinstance(part, QuantisedLinear) and part.bias is not None:
+        layer.bias = nn.Parameter(part.bias, requires_grad=False)
+    return layer.train(part.training)
 
 
 def _place(layer: nn.Module) -> int | None:

@@ -1,14 +1,18 @@
-"""`quantize`: a model with its linear layers stored in 4 or 8 bits, as a folder."""
+"""`quantize`: a model with its linear layers stored in 4 or 8 bits, as a folder; what `finetune` is told of that."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from allyouneed.core.errors import InputError
+
+if TYPE_CHECKING:
+    from allyouneed.adapt.layers import Lora
+    from allyouneed.adapt.quantise import Quantise
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +44,21 @@ def quantize(
     save(module, out, load_tokenizer(model))
     facts = {"kind": kind, "layers": len(layers)} | _facts(module, out, before)
     print(json.dumps(facts) if as_json else _line(facts, out))
+
+
+def config(kind: str | None, lora: Lora.Config | None) -> Quantise.Config | None:
+    """How `finetune --quantize KIND` stores the base, None without it.
+
+    Raises:
+        InputError: no such kind, or nothing that could be trained then.
+    """
+    from allyouneed.adapt.quantise import Quantise
+
+    if kind is None:
+        return None
+    if lora is None:
+        raise InputError(f"--quantize {kind}: what is stored in few bits is not trained; add --lora R")
+    return Quantise.Config(kind=kind)
 
 
 def _facts(module: Any, out: Path, before: int) -> dict[str, Any]:

@@ -12,8 +12,8 @@ STEPS = 4000
 
 
 def gaussian_error(values: Tensor, block: int) -> float:
-    """The mean squared error of numbers of N(0, 1) in blocks of `block`, each divided by the largest absolute value m of
-    its block, rounded to the nearest of `values` (C,), which lie in [−1, 1], and multiplied by m again.
+    """The mean squared error of numbers of N(0, 1) in blocks of `block`, each divided by m, the largest absolute value
+    of its block, rounded to the nearest of `values` (C,), which lie in [−1, 1], and multiplied by m again.
 
     The largest number itself becomes m times the values nearest to ±1. The others are normal between −m and m: the
     square (x − mv)² is integrated over the cell of each value v, which has a closed form, and the result over the

@@ -25,8 +25,8 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Scales:
-    """A block's scale each: `values` (S,) fp32; or `codes` (S,) uint8 times the `values` (⌈S/256⌉,) of their blocks, and
-    `offset` () added.
+    """A block's scale each: `values` (S,) fp32; or what `codes` (S,) uint8 stand for times the `values` (⌈S/256⌉,) of
+    their blocks, and `offset` () added.
     """
 
     values: Tensor

@@ -62,8 +62,8 @@ def dynamic() -> Tensor:
     return torch.cat((-positive, torch.tensor([0.0, 1.0]), positive)).sort().values
 
 
-# Quantiles of N(0, 1) at equal steps of probability from one half to 0.9677083, half-way between 1 − 1/32 and 1 − 1/30:
-# eight above zero, seven below it and zero itself, over the largest (Dettmers et al. 2023, sec. 3; the digits of app. E).
+# Quantiles of N(0, 1) at equal steps of probability from one half to 0.9677083, the middle of 1 − 1/32 and 1 − 1/30:
+# eight above zero, seven below it and zero itself, over the largest (Dettmers et al. 2023, sec. 3; digits of app. E).
 _NF4 = [
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),

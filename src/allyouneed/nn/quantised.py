@@ -1,4 +1,4 @@
-"""Linear layers and embeddings whose weights are codes of 4 or 8 bits in blocks (`nn.blockwise`), computed with in fp32.
+"""Linear layers and embeddings with weights in blocks of codes of 4 or 8 bits (`nn.blockwise`), computed with in fp32.
 
 Weights are frozen; gradients reach the input. Nothing of the weight is kept unpacked: backward unpacks it again
 (Dettmers et al. 2023, eq. 5 and 6). On a CPU the native kernels unpack (`native/quantised.cpp`), a few rows at a time

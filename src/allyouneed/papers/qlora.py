@@ -2,16 +2,16 @@
 
 arXiv:2305.14314.
 
-Claim   Weights stored as 4-bit NormalFloat in blocks of 64, the scales in 8 bits, take 4.127 bits each. A model stored so
-        predicts text better than one stored as FP4 or as 4-bit integers; storing the scales in 8 bits costs nothing;
+Claim   Weights stored as 4-bit NormalFloat in blocks of 64, the scales in 8 bits, take 4.127 bits each. A model stored
+        so predicts text better than one stored as FP4 or as 4-bit integers; storing the scales in 8 bits costs nothing;
         and LoRA over the frozen 4-bit model learns what LoRA over the unquantised one learns.
 Here    Only how the linear layers are stored changes (`adapt.quantise`): float32, NF4 with and without double
         quantisation, bitsandbytes' FP4, Int4 (symmetric, absolute maxima), and 8-bit integers for comparison; blocks of
         64 throughout. Three grounds: numbers drawn from a normal distribution, whose expected error has a closed form;
         decoders trained here on English prose, which were never rounded before, judged on held-out prose and then, with
-        the same LoRA on every base, on Python code; and SmolLM2, judged on prose and tuned on code alike.
+        the same LoRA on every base, on Python code; and SmolLM2, judged on prose, tuned on code.
 Apart   0.4 and 135 million parameters instead of 125 million to 65 billion; float32 stands for 16 bits. SmolLM2 is at
-        hand only in a 4-bit format of its own (GGUF's Q4_1: a grid of 16 steps to each 32 weights), so that its arms are
+        hand only in a 4-bit format of its own (GGUF's Q4_1: a grid of 16 steps to each 32 weights), so its arms are
         about rounding a second time, to other grids: they show what is lost from there on and not what NF4 does to
         weights as they were trained, nor are the scales of such weights those of normal numbers. The small decoders
         stand in for that, whose weights are nearer to normal than those of large models with outliers. Perplexity only:
@@ -23,7 +23,6 @@ Apart   0.4 and 135 million parameters instead of 125 million to 65 billion; flo
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,8 +267,9 @@ def _training(steps: int, lr: float) -> Training:
 
 
 def _tuning(steps: int, lr: float) -> Training:
-    """A constant rate, as the paper has it (app. B.2), after some warm-up; no decay of adapters."""
-    return Training(steps=steps, optimizer=AdamW.Config(lr=lr, weight_decay=0.0), schedule=Constant(warmup=steps // 10))
+    """A constant rate after some warm-up, gradients of at most 0.3, no decay (app. B.2)."""
+    optimizer = AdamW.Config(lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+    return Training(steps=steps, optimizer=optimizer, schedule=Constant(warmup=steps // 30), clip=0.3)
 
 
 PAPER = Paper(

@@ -2,8 +2,8 @@
 
 The sources ask nothing of torch's headers, so g++ (11 or later) or clang++ builds them in a few seconds. Their OpenMP
 runtime is the one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in
-`packed.cpp` (packed weights), `quantised.cpp` (weights in blocks of codes), `program.cpp` (whole passes of decoders) and
-`wkv.cpp` (RWKV's weighted sums).
+`packed.cpp` (packed weights), `quantised.cpp` (weights in blocks of codes), `program.cpp` (whole passes of decoders)
+and `wkv.cpp` (RWKV's weighted sums).
 """
 
 from __future__ import annotations
