@@ -1,4 +1,4 @@
-"""Matrices in blocks of 4-bit codes beside the same in float32, in PyTorch and in bitsandbytes: in turn, processor time.
+"""Matrices in blocks of 4-bit codes beside the same in float32, in PyTorch and in bitsandbytes: processor time, in turn.
 
     python benchmarks/quantised.py [--rounds N] [--json FILE]
 

@@ -76,7 +76,7 @@ def test_the_nearest_code_is_the_nearest(kind: str) -> None:
     x = torch.cat((book.values, book.edges, normal(5000).clamp(-1, 1)))
     distances = (x.double()[:, None] - book.values.double()).abs()
     chosen = distances.gather(1, book.nearest(x).long()[:, None])[:, 0]
-    assert (chosen - distances.amin(1)).max() < 1e-8  # edges are rounded to fp32
+    assert (chosen - distances.amin(1)).max() <= 2**-24  # edges are rounded to fp32, by half of that
     assert torch.equal(book.values[book.nearest(book.values).long()], book.values)
 
 
@@ -89,10 +89,10 @@ def test_bytes_scales_and_numbers_are_bitsandbytes_s(bnb, kind: str, block: int)
     for seed, shape in enumerate(SHAPES):
         x = normal(*shape, seed=seed)
         ours = blockwise(x, kind, block, double=False)
-        codes, state = bnb.quantize_4bit(x, blocksize=block, quant_type=kind)
-        assert torch.equal(ours.codes, codes.flatten()), shape
+        codes, state = bnb.quantize_4bit(x.view(1, -1), blocksize=block, quant_type=kind)  # one row, since 0.50.2 takes
+        assert torch.equal(ours.codes, codes.flatten()), shape  # every row of 96 for one of whole blocks
         assert torch.equal(ours.scales.values, state.absmax), shape
-        assert torch.equal(ours.dequantised(), bnb.dequantize_4bit(codes, state)), shape
+        assert torch.equal(ours.dequantised().view(1, -1), bnb.dequantize_4bit(codes, state)), shape
 
 
 @pytest.mark.parametrize("kind", THEIRS)
@@ -100,11 +100,12 @@ def test_double_quantisation_is_bitsandbytes_s(bnb, kind: str) -> None:
     for seed, shape in enumerate(SHAPES):
         x = normal(*shape, seed=seed)
         ours = blockwise(x, kind)
-        codes, state = bnb.quantize_4bit(x, blocksize=64, quant_type=kind, compress_statistics=True)
+        codes, state = bnb.quantize_4bit(x.view(1, -1), blocksize=64, quant_type=kind, compress_statistics=True)
         assert torch.equal(ours.codes, codes.flatten())
-        assert torch.equal(ours.scales.codes, state.absmax)
+        if state.state2.absmax.any():  # else what stands for 0 times 0 is all one
+            assert torch.equal(ours.scales.codes, state.absmax)
         assert torch.equal(ours.scales.values, state.state2.absmax) and torch.equal(ours.scales.offset, state.offset)
-        assert torch.equal(ours.dequantised(), bnb.dequantize_4bit(codes, state)), shape
+        assert torch.equal(ours.dequantised().view(1, -1), bnb.dequantize_4bit(codes, state)), shape
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int4", 7), ("int8", 127)])
@@ -206,8 +207,9 @@ def test_products_are_those_of_the_dequantised_weight(kind: str, threads: int) -
     for layer in (layer_of(kind), layer_of(kind, 1, 64), layer_of(kind, 8, 96), layer_of(kind, 301, 256, double=False)):
         for count in (1, 3, FEW, FEW + 1):
             x = normal(count, layer.in_features)
-            wanted = F.linear(x.double(), layer.dequantised().double(), layer.bias.double())
-            assert (layer(x).double() - wanted).abs().max() <= 1e-6 * wanted.abs().max(), (count, layer)
+            weight = layer.dequantised().double()
+            apart = (layer(x).double() - F.linear(x.double(), weight, layer.bias.double())).abs()
+            assert (apart <= 1e-6 * F.linear(x.double().abs(), weight.abs())).all(), (count, layer)
 
 
 def test_inputs_of_any_shape_stride_and_dtype() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from allyouneed.core.outline import outlined
 from allyouneed.nn.blockwise import blockwise, check
 from allyouneed.nn.packed import PackedEmbedding, PackedLinear
 from allyouneed.nn.quantised import QuantisedEmbedding, QuantisedLinear, QuantisedWeight
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Quantise(core.Configured):
@@ -52,7 +55,7 @@ class Quantise(core.Configured):
         """A layer's or table's weight, stored in `kind`."""
         packed = isinstance(layer, PackedLinear | PackedEmbedding)
         plain = layer.dequantised() if packed else layer.weight  # type: ignore[operator]
-        return QuantisedWeight(blockwise(plain, kind, self.config.block, double=self.config.double))
+        return QuantisedWeight(blockwise(cast(Tensor, plain), kind, self.config.block, double=self.config.double))
 
 
 def quantise(module: nn.Module, config: Quantise.Config, targets: Targets = ALL_LINEAR) -> list[str]:
@@ -84,7 +87,7 @@ def quantise(module: nn.Module, config: Quantise.Config, targets: Targets = ALL_
     return found
 
 
-def dequantise(module: nn.Module) -> nn.Module:
+def dequantise(module: Module) -> Module:
     """`module` with plain layers in place of those stored in few bits, their numbers as they are; frozen.
 
     >>> layers = nn.Sequential(nn.Linear(64, 2), nn.Linear(2, 2))

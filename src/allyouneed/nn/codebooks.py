@@ -20,16 +20,14 @@ class Book:
 
     @functools.cached_property
     def order(self) -> Tensor:
-        """(C,) codes by rising value, of several that mean the same (0 and −0) the lowest."""
-        order = self.values.argsort(stable=True)
-        rising = self.values[order]
-        return order[torch.cat((torch.tensor([True]), rising[1:] != rising[:-1]))]
+        """(2^bits,) the codes by rising value, the lower code first of two that mean the same."""
+        return self.values.argsort(stable=True)
 
     @functools.cached_property
     def edges(self) -> Tensor:
-        """(C − 1,) half-way between neighbouring values, where the nearest one changes."""
-        rising = self.values[self.order].double()
-        return ((rising[:-1] + rising[1:]) / 2).float()
+        """(2^bits − 1,) half-way between neighbouring values, where the nearest one changes."""
+        rising = self.values[self.order]
+        return (rising[:-1] + rising[1:]) / 2
 
     def nearest(self, x: Tensor) -> Tensor:
         """The code whose value is nearest, the smaller value of two: (…) -> (…) uint8.

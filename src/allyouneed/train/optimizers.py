@@ -85,7 +85,8 @@ class PagedAdamW(AdamW):
         adamw(
             [p],
             [gradient],
-            *([near[name]] for name in MOMENTS),
+            [near["exp_avg"]],
+            [near["exp_avg_sq"]],
             [],
             [self.state[p]["step"]],
             fused=True,

@@ -16,12 +16,10 @@ struct Blocks {
     const uint8_t* scale_codes;  // null: the scales stand in `scales` as they are
     const float *scale_book, *offset;
 
-    // Rounded after the product and after the sum, as it was when the codes were made: a product of two floats is exact
-    // as a double, so that no fused multiply-add can leave out the first rounding.
     float scale(size_t block) const {
         if (!scale_codes) return scales[block];
-        const float found = (float)((double)scale_book[scale_codes[block]] * (double)scales[block / NESTED]);
-        return found + *offset;
+        const volatile float product = scale_book[scale_codes[block]] * scales[block / NESTED];  // no multiply-add: it
+        return product + *offset;                                                               // would round once only
     }
 };
 
