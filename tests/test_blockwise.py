@@ -108,6 +108,23 @@ def test_double_quantisation_is_bitsandbytes_s(bnb, kind: str) -> None:
         assert torch.equal(ours.dequantised().view(1, -1), bnb.dequantize_4bit(codes, state)), shape
 
 
+def test_scales_of_a_large_matrix_are_bitsandbytes_s(bnb) -> None:
+    """All but a few of 13,824: its CPU kernel looks a value up in a table of 2^16 entries, so that of those within 2^−16
+    of where the nearest changes some go to the neighbour; ours are the nearest.
+    """
+    x = normal(1536, 576)
+    ours, values = blockwise(x, "nf4").scales, blockwise(x, "nf4", double=False).scales.values
+    theirs = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4", compress_statistics=True)[1]
+    assert torch.equal(ours.values, theirs.state2.absmax)
+    relative = (values - values.mean()) / ours.values.repeat_interleave(256)[: len(values)]
+    distances = (relative[:, None] - DYNAMIC.values).abs()
+    assert torch.equal(distances.argmin(1), ours.codes.long())
+    other = theirs.absmax != ours.codes
+    edge = (relative[other, None] - DYNAMIC.edges).abs().amin(1)
+    assert other.float().mean() < 0.005 and edge.max() <= 2**-16 + 1e-7
+    assert ((theirs.absmax.int() - ours.codes.int()).abs() <= 1).all()
+
+
 @pytest.mark.parametrize(("kind", "most"), [("int4", 7), ("int8", 127)])
 def test_integers_are_the_equation_in_float64(kind: str, most: int) -> None:
     x = normal(6, 100).double()
