@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from allyouneed.core.errors import InputError
 from allyouneed.evaluate.memory import kept_allocated
+from allyouneed.evaluate.rounding import gaussian_error
 from allyouneed.nn import native
 from allyouneed.nn.blockwise import Blocks, blockwise, decode, encode
 from allyouneed.nn.codebooks import BOOKS, DYNAMIC, integers
@@ -289,3 +290,19 @@ def test_without_a_compiler_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 def _parts(layer: QuantisedLinear) -> tuple:
     blocks = layer.weight.blocks
     return blocks.codes, blocks.scales.exact(), BOOKS["nf4"]
+
+
+# what rounding costs
+
+
+@pytest.mark.parametrize("block", [2, 64])
+@pytest.mark.parametrize("kind", [*KINDS, "coarse"])
+def test_the_error_of_normal_numbers_in_closed_form(kind: str, block: int) -> None:
+    """Against numbers drawn in float64 and rounded one by one; its interval at 4 standard errors."""
+    values = BOOKS[kind].values if kind in BOOKS else torch.tensor([-0.5, 0.0, 0.9])  # no code for the largest itself
+    x = torch.randn(4000, block, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    scale = x.abs().amax(1, keepdim=True)
+    book = values.double()
+    chosen = book[(x / scale)[..., None].sub(book).abs().argmin(-1)]
+    errors = (chosen * scale - x).square().mean(1)
+    assert abs(errors.mean() - gaussian_error(values, block)) < 4 * errors.std() / len(errors) ** 0.5

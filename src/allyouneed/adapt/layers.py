@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.adapt.joined import joined
 from allyouneed.adapt.targets import Targets
 from allyouneed.core.errors import InputError
 
@@ -86,6 +87,12 @@ class Lora(core.Configured, nn.Module):
         x = F.dropout(x.to(self.A.dtype), self.config.dropout, self.training)
         return F.linear(F.linear(x, self.A), self.B) * self.scale
 
+    def join(self, y: Tensor, x: Tensor, weight: float) -> Tensor:
+        """y (…, N), which nobody else needs, and `weight` times what the adapter makes of x (…, K)."""
+        if torch.is_autocast_enabled(x.device.type) or not x.dtype == y.dtype == self.A.dtype:
+            return y + (weight * self(x)).to(y.dtype)
+        return joined(y, F.dropout(x, self.config.dropout, self.training), self.A, self.B, weight * self.scale)
+
     def delta(self) -> Tensor:
         """ΔW as it stands in the layer's weight: (N, K)."""
         return self.B @ self.A * self.scale
@@ -107,6 +114,10 @@ class LoraRows(Lora):
     def forward(self, ids: Tensor) -> Tensor:
         """(…) integers -> (…, D)."""
         return F.linear(F.embedding(ids, self.A.t()), self.B) * self.scale
+
+    def join(self, y: Tensor, x: Tensor, weight: float) -> Tensor:
+        """Rows (…, D), and `weight` times those of the ids x (…)."""
+        return y + (weight * self(x)).to(y.dtype)
 
     def delta(self) -> Tensor:
         """(V, D)."""
@@ -145,7 +156,7 @@ class LowRank(Adapted):
         """As of the base."""
         y: Tensor = self.base(x)
         for name, weight in {} if self.merged else self.weights.items():
-            y = y + weight * self.adapters[name](x).to(y.dtype)
+            y = self.adapters[name].join(y, x, weight)  # type: ignore[operator]
         return y
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from allyouneed.models.decoder import Decoder
@@ -31,6 +30,7 @@ class ValueHead(nn.Module):
     """A critic that looks at what the policy made of each token: one linear layer, which begins at 0 (Ziegler et al.
     2019, sec. 2.1; their code).
 
+    >>> import torch
     >>> ValueHead(4)(torch.ones(1, 2, 4), torch.ones(1, 2).long(), None).tolist()
     [[0.0, 0.0]]
     """
@@ -68,6 +68,7 @@ class ValueModel(nn.Module):
 class LanguagePolicy(nn.Module):
     """A decoder that acts by writing, and its critic, trained as one module.
 
+    >>> import torch
     >>> from allyouneed.models import llama
     >>> policy = LanguagePolicy(llama.EXAMPLE.build())
     >>> read = policy({"ids": torch.tensor([[1, 2]]), "targets": torch.tensor([[2, IGNORED]])})
@@ -95,7 +96,7 @@ class LanguagePolicy(nn.Module):
                 part.retie()
 
 
-def logprobs(model: Decoder, batch: Mapping[str, Tensor]) -> Tensor:
+def logprobs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """log p(target), (B, T), as `likelihood` has it, the head being asked only where a target follows: prompts are
     half of what a policy reads, and a head of 49 k tokens is a fifth of a small model.
     """

@@ -1,33 +1,21 @@
-"""Rewards: how good an answer is, from a function, a program, a model of rewards or a judge, all asked alike.
+"""Rewards: how good an answer is, said by whatever can be called with prompts and completions.
 
-Holds who is asked and how a wrong answer of theirs is named. What a policy makes of a score, `align.rollouts` says.
+Holds the protocol, how what is wrong with a reward is named, and rewards that are made of others. Models, judges and
+files that give rewards are in `align.graders`; what a policy makes of a score, `align.rollouts` says.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from allyouneed.core.errors import InputError, RemoteError, brief
-from allyouneed.generate.language_model import LanguageModel, Sampling, Turns
+from allyouneed.generate.language_model import Turns
 
 Function = Callable[[Turns, str], float]  # of one prompt and its completion
-
-GRADED = """You grade answers. Read the request and the answer, and judge how well the answer does what was asked.
-
-[Request]
-{prompt}
-
-[Answer]
-{completion}
-
-Give a grade from {lowest} (of no use) to {highest} (perfect). Write the number alone."""
 
 
 class Reward(Protocol):
@@ -55,8 +43,8 @@ def scored(reward: Reward, prompts: Sequence[Turns], completions: Sequence[str])
     except (InputError, RemoteError):
         raise
     except Exception as error:
-        first = _shown(prompts[0], completions[0]) if prompts else "none"
-        raise InputError(f"reward {name}: {_said(error)}, among {len(prompts)} completions, first {first}") from error
+        first = shown(prompts[0], completions[0]) if prompts else "none"
+        raise InputError(f"reward {name}: {said(error)}, among {len(prompts)} completions, first {first}") from error
     if len(found) != len(prompts):
         raise InputError(f"reward {name}: {len(found)} scores for {len(prompts)} completions; one for each is needed")
     for prompt, completion, score in zip(prompts, completions, found, strict=True):
@@ -88,61 +76,7 @@ class EachOf:
         try:
             return self.function(prompt, completion)
         except Exception as error:
-            raise InputError(f"reward {self.name}: {_said(error)}, for {_shown(prompt, completion)}") from error
-
-
-class Judge:
-    """The reward of a language model that is asked for a grade: any of `LanguageModel`, mostly a remote one.
-
-    Zheng et al. 2023 (arXiv:2306.05685, sec. 3.1, single answer grading). The first number of what it says counts; one
-    that says none is asked `tries` times, the first time greedily.
-
-    Args:
-        lm: the judge.
-        template: with {prompt}, {completion}, {lowest} and {highest}; asked as the user's turn of a conversation.
-        lowest: the worst grade there is.
-        highest: the best.
-        tries: how often it is asked before it is given up.
-    """
-
-    def __init__(
-        self, lm: LanguageModel, template: str = GRADED, *, lowest: float = 1, highest: float = 10, tries: int = 3
-    ) -> None:
-        for field in ("{prompt}", "{completion}"):
-            if field not in template:
-                raise InputError(f"judge {lm.name}: the template has no {field}; it would not see what it grades")
-        self.lm, self.name, self.template, self.tries = lm, f"judge {lm.name}", template, tries
-        self.lowest, self.highest = lowest, highest
-
-    def __call__(self, prompts: Sequence[Turns], completions: Sequence[str]) -> list[float]:
-        """Grades, in order.
-
-        Raises:
-            InputError: no grade came of a completion, `tries` times.
-        """
-        grades: dict[int, float] = {}
-        for attempt in range(self.tries):
-            left = [i for i in range(len(prompts)) if i not in grades]
-            asked: list[Turns] = [[{"role": "user", "content": self._text(prompts[i], completions[i])}] for i in left]
-            sampling = Sampling(max_new_tokens=16, temperature=float(attempt > 0), seed=attempt)
-            for i, answer in zip(left, self.lm.complete(asked, sampling) if left else (), strict=True):
-                grade = self._grade(answer.text)
-                if grade is not None:
-                    grades[i] = grade
-                elif attempt + 1 == self.tries:
-                    shown = _shown(prompts[i], completions[i])
-                    raise InputError(f"reward {self.name}: {brief(answer.text)} is no grade, for {shown}")
-        return [grades[i] for i in range(len(prompts))]
-
-    def _text(self, prompt: Turns, completion: str) -> str:
-        values = {"prompt": text_of(prompt), "completion": completion}
-        values |= {"lowest": f"{self.lowest:g}", "highest": f"{self.highest:g}"}
-        return re.sub(r"\{(prompt|completion|lowest|highest)\}", lambda found: values[found[1]], self.template)
-
-    def _grade(self, text: str) -> float | None:
-        found = re.search(r"-?\d+(\.\d+)?", text)
-        grade = None if found is None else float(found[0])
-        return grade if grade is not None and self.lowest <= grade <= self.highest else None
+            raise InputError(f"reward {self.name}: {said(error)}, for {shown(prompt, completion)}") from error
 
 
 class Clipped:
@@ -189,42 +123,20 @@ class Normalised:
         return [(x - self.mean) / self.deviation for x in scored(self.reward, prompts, completions)]
 
 
-def from_file(path: Path | str) -> Reward:
-    """The reward that a Python file defines: `reward(prompt, completion)` of one, or `rewards(prompts, completions)` of
-    lists. The file is run, as a program of whoever names it.
-
-    Raises:
-        InputError: it cannot be run, or defines neither.
-    """
-    path = Path(path)
-    defined = _run(path)
-    many, one = defined.get("rewards"), defined.get("reward")
-    if callable(many):
-        many.__dict__.setdefault("name", f"{path}: rewards")
-        return many  # type: ignore[no-any-return]
-    if callable(one):
-        return EachOf(one, f"{path}: reward")
-    raise InputError(f"{path}: defines no reward(prompt, completion) and no rewards(prompts, completions)")
-
-
 def text_of(prompt: Turns) -> str:
     """A prompt as one text: a conversation as its turns, each with its role."""
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def _run(path: Path) -> dict[str, Any]:
-    """The names that a file defines."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a Python file with a function `reward` is wanted")
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path}: a Python file is wanted, whose name ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"{path}: {_said(error)}") from error
-    return vars(module)
+def said(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+
+
+def shown(prompt: Turns, completion: str) -> str:
+    """An answer as a message names it."""
+    asked = prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False)
+    return f"the completion {brief(completion)} of the prompt {brief(asked)}"
 
 
 def _check(name: str, prompt: Turns, completion: str, score: Any) -> None:
@@ -233,14 +145,5 @@ def _check(name: str, prompt: Turns, completion: str, score: Any) -> None:
     except TypeError:
         fine = False
     if not fine:
-        shown = _shown(prompt, completion)
-        raise InputError(f"reward {name}: gave {brief(score)} for {shown}; a finite number is needed")
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
-
-
-def _shown(prompt: Turns, completion: str) -> str:
-    asked = prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False)
-    return f"the completion {brief(completion)} of the prompt {brief(asked)}"
+        answer = shown(prompt, completion)
+        raise InputError(f"reward {name}: gave {brief(score)} for {answer}; a finite number is needed")

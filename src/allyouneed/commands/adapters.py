@@ -43,7 +43,7 @@ def config(
     Raises:
         InputError: one of the others without --lora, or a value out of range.
     """
-    asked = {"alpha": alpha, "targets": targets, "dropout": dropout, "rslora": rslora or None}
+    asked: dict[str, Any] = {"alpha": alpha, "targets": targets, "dropout": dropout, "rslora": rslora or None}
     given = {name: value for name, value in asked.items() if value is not None}
     if rank is None:
         if given:
@@ -75,7 +75,8 @@ def keep(job: Job, learned: Any, model: str, folder: Path) -> None:
 
     if isinstance(learned, Head):
         lora.merge(dequantise(learned))
-        save(lora.unload(learned), folder, job.tokenizer)
+        lora.unload(learned)
+        save(learned, folder, job.tokenizer)
         return
     base = str(Path(model).resolve()) if Path(model).exists() else model
     save_adapter(learned, folder, base=base)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,8 @@ def finetune(
     method: Annotated[
         str,
         typer.Option(
-            help="sft; dpo, ipo, reward; classify, pairs, similarity, choices, spans, tokens: see docs/finetune.md."
+            help="sft; dpo, ipo, reward; ppo, rejection; classify, pairs, similarity, choices, spans, tokens: see "
+            "docs/finetune.md."
         ),
     ] = "sft",
     valid: Annotated[Path | None, typer.Option(help="What to judge by; without it, a tenth of DATA.")] = None,
@@ -56,6 +58,28 @@ def finetune(
     margin_field: Annotated[
         str | None, typer.Option(help="Of DATA, a number from 0: how clear a preference is, for reward.")
     ] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FILE.py|MODEL|URL", help="Of ppo and rejection: how good an answer is.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Answers a rollout of ppo, default: 8 steps'; to a prompt of rejection, default 8."),
+    ] = None,
+    passes: Annotated[
+        int | None, typer.Option(help="Of ppo and rejection: how often an answer is learned from; default: 1.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer of ppo and rejection; default: 64.")] = None,
+    kl: Annotated[
+        float | None, typer.Option(help="β of ppo, what a nat away from the reference costs; default: 0.02.")
+    ] = None,
+    kl_target: Annotated[
+        float | None, typer.Option(help="Nats an answer of ppo should be away from the reference: β follows.")
+    ] = None,
+    unended: Annotated[
+        float | None, typer.Option(help="The reward of an answer of ppo that comes to no end; default: as of others.")
+    ] = None,
+    ptx: Annotated[Path | None, typer.Option(help="Texts to learn beside ppo, as many rows a step as answers.")] = None,
+    ptx_weight: Annotated[float | None, typer.Option(help="γ of these texts; default: 27.8.")] = None,
     rank: Annotated[
         int | None, typer.Option("--lora", metavar="R", help="Train adapters of this rank instead of the model.")
     ] = None,
@@ -83,6 +107,7 @@ def finetune(
     """Fine-tune a model. Ctrl-C saves; the same command goes on from there. Runs under torchrun as it is."""
     from allyouneed.adapt.quantise import stored
     from allyouneed.commands import adapters, quantising
+    from allyouneed.commands.methods import estimates
     from allyouneed.commands.methods.base import Task
     from allyouneed.commands.methods.table import methods
     from allyouneed.core.seeds import seed_everything
@@ -93,8 +118,11 @@ def finetune(
     from allyouneed.train.ranks import join
     from allyouneed.train.schedules import Linear
 
-    known, options = methods(), {"auxiliary": auxiliary, "beta": beta}
+    known = methods()
+    options: dict[str, Any] = {"auxiliary": auxiliary, "beta": beta}
     options |= {"label_smoothing": label_smoothing, "margin_field": margin_field}
+    options |= {"reward": reward, "samples": samples, "passes": passes, "max_new_tokens": max_new_tokens}
+    options |= {"kl": kl, "kl_target": kl_target, "unended": unended, "ptx": ptx, "ptx_weight": ptx_weight}
     if method not in known:
         raise unknown("method", method, known)
     if not 0 < epochs < math.inf:
@@ -108,12 +136,12 @@ def finetune(
     if isinstance(module, Head):
         module = module.model  # of what it was tuned to before only the layer is replaced
     bad: list[str] | None = [] if skip_bad else None
-    files: dict[str, Path | None] = {"data": data, "valid": valid, "out": out}
-    task = Task(method=method, **files, length=length, seed=seed, bad=bad, options=given, lora=lora, quantise=storage)
+    what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out}
+    task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora, quantise=storage)
     job = known[method].prepare(module, tokenizer, task)
     parameters = sum(p.numel() for p in job.module.parameters()) + stored(job.module)
     rate = lr if lr is not None else min(1e-3, 6.25e-5 * math.sqrt(117e6 / parameters) * (10 if lora else 1))
-    each = math.ceil(len(job.train) / batch)
+    each = math.ceil(len(job.train) * job.repeats / batch)
     training = Training(
         steps=max(1, round(epochs * each)),
         optimizer=(PagedAdamW if paged else AdamW).Config(lr=rate, betas=(0.9, 0.999), weight_decay=0.01),
@@ -129,6 +157,8 @@ def finetune(
     asked |= {"quantise": storage.to_json()} if storage else {}
     _same_task(out, fresh, first, asked)
     found = dict(job.begin())
+    if job.probe is not None and join().world == 1:
+        print(f"estimate: {estimates.told(job, batch, training)}", file=sys.stderr)
     before = dict(job.judge(job.valid)) if job.before else {}
 
     def evaluate(trained: nn.Module) -> Mapping[str, float]:
@@ -174,8 +204,9 @@ def _keep(job: Job, model: str, out: Path, results: dict[str, Any], as_json: boo
     from allyouneed.train.ranks import join
     from allyouneed.train.sharding import whole
 
-    learned = whole(job.module.eval())
+    learned = job.model(whole(job.module.eval()))
     if join().rank == 0:
+        job.end(out)
         if lora.names(learned):
             adapters.keep(job, learned, model, out / "model")
         else:
@@ -207,7 +238,7 @@ def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad:
     for name, value in job.told.items():
         shown.add_row(name, escape(value))
     shown.add_row("tokens", f"median {statistics.median(job.lengths):g}, longest {max(job.lengths)}")
-    seen = training.steps * batch / len(job.train)
+    seen = training.steps * batch / job.repeats / len(job.train)
     shown.add_row("training", f"{training.steps} steps of {batch}, {seen:.1f} epochs; rate {training.optimizer.lr:.3g}")
     console = Console(stderr=True, highlight=False)
     console.print(shown)

@@ -1,6 +1,8 @@
-"""Independent calls of one function: one after another in this process, or many at once on a Ray cluster.
+"""Work for other processes: independent calls of one function, one after another in this process or many at once on a
+Ray cluster; and objects that live on the workers of one and are asked again and again.
 
-What a call leaves behind it writes to files, which all machines must see; what it returns is not sent back.
+What an independent call leaves behind it writes to files, which all machines must see; what it returns is not sent
+back. What an object returns is.
 """
 
 from __future__ import annotations
@@ -55,16 +57,68 @@ def over_ray(address: str) -> Workers:
             places = {called.remote(work, arguments): place for place, arguments in enumerate(calls)}
             while places:
                 (done,), _ = ray.wait(list(places), num_returns=1)
-                _check_done(ray, done)
+                _result(ray, done)
                 yield places.pop(done)
 
     return spread
 
 
-def _check_done(ray: Any, call: Any) -> None:
-    """Raise what a call raised; one line for whatever became of its worker."""
+class Actors:
+    """Objects on the workers of a Ray cluster, each the same, made by `actors`."""
+
+    def __init__(self, ray: Any, handles: Sequence[Any]) -> None:
+        self._ray, self._handles = ray, handles
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def tell(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every object; the arguments are sent to each machine once."""
+        sent = [self._ray.put(argument) for argument in arguments]
+        return self._all([handle.call.remote(method, *sent) for handle in self._handles])
+
+    def ask(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call a method of the first objects, one with each of `calls`, all at once; what they return, in order."""
+        assert len(calls) <= len(self), "one call for each object at most"
+        pairs = zip(self._handles, calls, strict=False)
+        return self._all([handle.call.remote(method, *arguments) for handle, arguments in pairs])
+
+    def _all(self, calls: Sequence[Any]) -> list[Any]:
+        return [_result(self._ray, call) for call in calls]
+
+
+@contextmanager
+def actors(address: str, make: Callable[[], Any], count: int) -> Iterator[Actors]:
+    """`count` objects that `make` makes, a core each, on the cluster at `address` as `over_ray` takes it; they end with
+    the context.
+
+    Raises:
+        InputError: as of `over_ray`; also from what is asked of them, where a worker is lost.
+    """
+    _check_form(address)
+    with _connected(address) as ray:
+        handles = [ray.remote(num_cpus=1)(_Held).remote(make) for _ in range(count)]
+        try:
+            yield Actors(ray, handles)
+        finally:
+            for handle in handles:
+                ray.kill(handle)
+
+
+class _Held:
+    """An object of one worker."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.object = make()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.object, method)(*arguments)
+
+
+def _result(ray: Any, call: Any) -> Any:
+    """What a call returned, or raised; one line for whatever became of its worker."""
     try:
-        ray.get(call)
+        return ray.get(call)
     except ray.exceptions.RayTaskError as failed:
         raise (failed.cause if isinstance(failed.cause, InputError) else failed) from None
     except ray.exceptions.RayError as lost:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from allyouneed.adapt.layers import Lora
     from allyouneed.adapt.quantise import Quantise
     from allyouneed.data import jsonl
+    from allyouneed.data.packing import Piece
     from allyouneed.data.tokenizers import Tokenizer
     from allyouneed.models.checkpoints.huggingface import Model
     from allyouneed.train.loop import Batches
@@ -30,6 +31,15 @@ OPTIONS = {
     "beta": "--beta",
     "label_smoothing": "--label-smoothing",
     "margin_field": "--margin-field",
+    "reward": "--reward",
+    "samples": "--samples",
+    "passes": "--passes",
+    "max_new_tokens": "--max-new-tokens",
+    "kl": "--kl",
+    "kl_target": "--kl-target",
+    "unended": "--unended",
+    "ptx": "--ptx",
+    "ptx_weight": "--ptx-weight",
 }
 
 
@@ -63,8 +73,12 @@ class Job:
     judge: Callable[[Sequence[Any]], Mapping[str, float]]
     before: bool = False  # whether it can be judged as it came, too
     begin: Callable[[], Mapping[str, float]] = dict  # what takes long and comes before training; what was found
+    probe: Callable[[], dict[str, Tensor]] | None = None  # the batch of its longest example, to see what training takes
     told: Mapping[str, str] = field(default_factory=dict)  # what else is said before training, a row each
     identity: Sequence[Any] = ()  # what beside examples and options makes it this job and no other
+    repeats: int = 1  # steps that an example is learned from in an epoch
+    model: Callable[[Any], Any] = lambda trained: trained  # what of the module is kept as the model
+    end: Callable[[Path], None] = lambda out: None  # what else is kept, in the run's folder
 
     def digest(self, task: Task) -> str:
         """Of all that is learned, in order, and how."""
@@ -111,6 +125,21 @@ def over(examples: Sequence[Any], collate: Callable[[Any], dict[str, Tensor]]) -
     return lambda size, seed: Epochs(examples, batch_size=size, collate=collate, seed=seed)
 
 
+def rows(pieces: Sequence[Piece], length: int) -> list[dict[str, Tensor]]:
+    """Documents packed into rows, each a batch of one."""
+    from allyouneed.data.packing import fit, take
+
+    packed = fit(pieces, length)
+    return [take(packed, [i]) for i in range(len(packed["ids"]))]
+
+
+def joined(chosen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Several of these as one batch."""
+    import torch
+
+    return {name: torch.cat([row[name] for row in chosen]) for name in chosen[0]}
+
+
 def means(
     module: nn.Module, objective: Any, held: Sequence[Any], collate: Callable[[Any], dict[str, Tensor]]
 ) -> dict[str, float]:
@@ -127,6 +156,11 @@ def means(
             for name, x in {"loss": loss.total, **loss.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + x.item()
     return {name: total / max(weight, 1) for name, total in sums.items()}
+
+
+def longest(lengths: Sequence[int]) -> int:
+    """The place of the longest example."""
+    return max(range(len(lengths)), key=lambda i: lengths[i])
 
 
 def most(length: int | None, context: int) -> int:

@@ -108,8 +108,8 @@ def _places(rules: Sequence[Rule], held: Mapping[str, nn.Module]) -> Iterator[Pl
 def _outputs(part: Any) -> int:
     """Rows of a layer's weight."""
     base = part.base if isinstance(part, Adapted) else part
-    rows: int = base.out_features if is_linear(base) else base.num_embeddings
-    return rows
+    rows: Any = base.out_features if is_linear(base) else base.num_embeddings
+    return int(rows)
 
 
 def _adaptable(part: nn.Module) -> bool:
