@@ -110,6 +110,7 @@ def using(module: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
 def disabled(module: nn.Module) -> Any:
     """Within, no adapter is added: the module is what it was before, the reference of a policy.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> _ = adapt(model, Lora.Config(targets=("0",)))
     >>> with disabled(model):

@@ -1,7 +1,7 @@
 """Sentences about purchases and the lines they are to be filed as: a task of form, whose answers are right or wrong.
 
-What the line says stands in the sentence; how it is said (the surname in capitals, the date by its numbers, a city by
-three letters, the price with two digits, goods in the singular) is a house's own, which no model knows before.
+What the line says stands in the sentence; how it is said (the surname first and in capitals, a city by three letters,
+how many by a number, goods in the singular, the price with two digits) is a house's own, which no model knows before.
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ GIVEN = ("Anna", "Bruno", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "
 FAMILY = ("Rossi", "Meyer", "Novak", "Silva", "Larsen", "Dubois", "Kowal", "Moreau", "Weber", "Costa", "Lund", "Horvat")
 CITIES = ("Lyon", "Turin", "Porto", "Vienna", "Oslo", "Gdansk", "Bergen", "Zagreb", "Leeds", "Malaga", "Basel", "Ghent")
 GOODS = ("lamp", "chair", "clock", "table", "mirror", "carpet", "kettle", "ladder", "pillow", "basket", "mug", "stove")
-MONTHS = (
-    *("January", "February", "March", "April", "May", "June"),
-    *("July", "August", "September", "October", "November", "December"),
-)
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 SENTENCES = (
-    "On {day} {month} {year} {given} {family} of {city} paid {price:g} euros for {number} {goods}s.",
-    "{given} {family}, who lives in {city}, bought {number} {goods}s for {price:g} euros on {month} {day}, {year}.",
-    "For {number} {goods}s {given} {family} from {city} gave {price:g} euros ({day} {month} {year}).",
+    "{given} {family} of {city} paid {price:g} euros for {number} {goods}s.",
+    "In {city} {given} {family} bought {number} {goods}s for {price:g} euros.",
+    "{number} {goods}s went to {given} {family}, {city}, for {price:g} euros.",
 )
 
 
@@ -32,25 +28,23 @@ def draw(source: random.Random) -> Completion:
     """A sentence and its line.
 
     >>> print(draw(random.Random(0)).completion)
-     LUND, G. | VIE | 2008-12-20 | 6 x stove | EUR 69.25
+     ROSSI, G. | OSL | 8 x pillow | 64.50
     """
-    month, number = source.randrange(12), source.randrange(len(NUMBERS))
+    number = source.randrange(len(NUMBERS))
     facts: dict[str, Any] = {
         "given": source.choice(GIVEN),
         "family": source.choice(FAMILY),
         "city": source.choice(CITIES),
         "goods": source.choice(GOODS),
-        "day": source.randint(1, 28),
-        "month": MONTHS[month],
-        "year": source.randint(1990, 2024),
         "number": NUMBERS[number],
         "price": source.randint(10, 400) / 4,
     }
     line = (
         f"{facts['family'].upper()}, {facts['given'][0]}. | {facts['city'][:3].upper()} | "
-        f"{facts['year']}-{month + 1:02}-{facts['day']:02} | {number + 2} x {facts['goods']} | EUR {facts['price']:.2f}"
+        f"{number + 2} x {facts['goods']} | {facts['price']:.2f}"
     )
-    return Completion(f"{source.choice(SENTENCES).format(**facts)}\nFiled:", f" {line}")
+    sentence = source.choice(SENTENCES).format(**facts)
+    return Completion(f"{sentence[0].upper()}{sentence[1:]}\nFiled:", f" {line}")
 
 
 def drawn(count: int, *, seed: int, without: frozenset[str] = frozenset()) -> list[Completion]:
