@@ -6,14 +6,18 @@ import copy
 
 import pytest
 import torch
+from adapters import CONFIGS, MIXES, with_adapters
 from gguf import GGMLQuantizationType as Kind
 from serving import tokenizer
 from torch import Tensor, nn
 
 import allyouneed as ayn
+from allyouneed.adapt.lora import use
 from allyouneed.adapt.packing import KINDS, pack
 from allyouneed.core.errors import InputError
+from allyouneed.generate.reading import Piece
 from allyouneed.models import gpt2, llama
+from allyouneed.models.checkpoints.adapters import save_adapter
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.lowering import lowered
 from allyouneed.nn import native
@@ -119,3 +123,23 @@ def test_loaded_so(tmp_path) -> None:
     assert found == pytest.approx(wanted, abs=0.3) and found != wanted
     with pytest.raises(InputError, match="weights are packed already"):
         ayn.load("smollm2-135m-instruct", quantize="int4")
+    with pytest.raises(InputError, match="unknown kind of weights 'int5'; did you mean"):
+        ayn.load(tmp_path, quantize="int5")
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "fp4"])
+def test_adapters_over_weights_in_few_bits(kind, tmp_path) -> None:
+    """Rows of several in one pass say what each says alone."""
+    ayn.save(model(), tmp_path / "base", tokenizer())
+    made = with_adapters(model())
+    for name in CONFIGS:
+        save_adapter(made, tmp_path / name, name, base=str(tmp_path / "base"))
+    folders = {name: tmp_path / name for name in CONFIGS}
+    lm = ayn.load(tmp_path / "base", quantize=kind, adapters=folders)
+    assert (lowered(lm.module) is None) == (kind != "int4" or native.library() is None)
+    pieces = [Piece([5, 6, 7], [i], 0, wanted=3, adapters=mix) for i, mix in enumerate(MIXES)]
+    rows = lm.engine.reader.read(pieces).split(3)
+    for one, mix in zip(rows, MIXES, strict=True):
+        use(lm.module, dict(mix))
+        with torch.no_grad():
+            assert (one - lm.module(torch.tensor([[5, 6, 7]])).logits[0]).abs().max() <= 2e-5

@@ -27,7 +27,7 @@ Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 ma
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
 Quantize = Annotated[
-    str | None, typer.Option(metavar="KIND", help="Pack float weights while they are loaded: int8 or int4.")
+    str | None, typer.Option(metavar="KIND", help="Weights in few bits: int8 or int4, or nf4 or fp4, which is slower.")
 ]
 Timeout = Annotated[float | None, typer.Option(help="Seconds to wait for the next byte of an endpoint; without, 120.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allyouneed.core.devices import give_back
-from allyouneed.core.errors import InputError, about
+from allyouneed.core.errors import InputError, about, unknown
 from allyouneed.generate.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from allyouneed.models.decoder import Decoder
+
+CODES = ("nf4", "fp4")  # of `quantize`, besides those of `adapt.packing`
 
 
 def load(
@@ -30,7 +32,9 @@ def load(
             one model.
         packed: keep a GGUF's quantised blocks as they are and compute from them, which is faster to generate with and
             a sixth of the memory; False: float32 weights, for training.
-        quantize: pack float weights while they are loaded, "int8" or "int4" (`adapt.packing`).
+        quantize: store weights in few bits while they are loaded: "int8" or "int4" packs float ones as the native
+            program computes with them (`adapt.packing`); "nf4" or "fp4" as adapters are trained over them
+            (`adapt.quantise`), which is slower to generate with.
         adapters: folders in PEFT's layout by the names that `LocalModel.with_adapter` knows them by; none is in use.
         timeout: of an endpoint, seconds without a byte from it; None: as `RemoteModel` has it.
 
@@ -67,16 +71,28 @@ def load(
 
 
 def _joined(module: Decoder, name: str, quantize: str | None, adapters: Mapping[str, str | Path]) -> Decoder:
-    """The module with packed weights, and adapters beside them."""
+    """The module with weights in few bits, and adapters beside them."""
     from allyouneed.adapt.lora import use
-    from allyouneed.adapt.packing import pack
     from allyouneed.models.checkpoints.adapters import load_adapter
 
     if quantize is not None:
         with about(name):
-            pack(module, quantize)
+            _quantise(module, quantize)
     for adapter, folder in adapters.items():
         load_adapter(module, folder, adapter)
     if adapters:
         use(module, {})
     return module
+
+
+def _quantise(module: Decoder, kind: str) -> None:
+    """Store the weights in few bits, in place."""
+    from allyouneed.adapt import packing
+    from allyouneed.adapt.quantise import Quantise, quantise
+
+    if kind in packing.KINDS:
+        packing.pack(module, kind)
+    elif kind in CODES:
+        quantise(module, Quantise.Config(kind=kind))
+    else:
+        raise unknown("kind of weights", kind, (*packing.KINDS, *CODES))
