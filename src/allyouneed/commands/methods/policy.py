@@ -176,8 +176,9 @@ def _log(task: Task) -> Path | None:
     return task.out / "rollouts.jsonl" if join().rank == 0 else None
 
 
+RATE = 1e-5  # of PPO on GPT-2 of 124 M (Ziegler et al. 2019, their code)
 SHARED = frozenset({"reward", "samples", "passes", "max_new_tokens"})
 METHODS = {
-    "ppo": Method(ppo, SHARED | {"kl", "kl_target", "unended", "ptx", "ptx_weight"}),
+    "ppo": Method(ppo, SHARED | {"kl", "kl_target", "unended", "ptx", "ptx_weight"}, RATE),
     "rejection": Method(rejection, SHARED),
 }
