@@ -110,6 +110,17 @@ def test_best_of_n_costs_less_than_the_known_bound_and_stays_below_the_frontier(
         assert point.reward <= reached(line, point.kl) + 1e-4
 
 
+def test_near_the_reference_gains_grow_with_the_root_of_the_divergence():
+    one = truth()
+    mean = one.start.reward
+    deviation = (one.logprobs.exp() * (one.rewards - mean) ** 2).sum().sqrt().item()
+    near, far = one.frontier([1000.0, 100.0])
+    for point in (near, far):
+        assert point.reward - mean == pytest.approx(deviation * math.sqrt(2 * point.kl), rel=0.02)
+    assert reached([one.start, far], near.kl) == pytest.approx(near.reward, rel=1e-3)
+    assert reached([one.start, near, far], near.kl) == pytest.approx(near.reward, rel=1e-12)
+
+
 def test_divergence_against_sums():
     one, other = truth(), torch.randn(64, generator=generator(1, "x"), dtype=torch.float64).log_softmax(0)
     found = one.at(other)

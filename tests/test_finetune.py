@@ -150,7 +150,7 @@ def test_only_what_the_assistant_says_is_learned():
     assert [t for t in alone.targets if t != IGNORED] == [ord("A"), 256]
     with pytest.raises(InputError, match="nothing to learn"):
         conversation(tokenizer, [{"role": "user", "content": "Q"}])
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
     with pytest.raises(InputError, match="writes earlier messages anew"):
         conversation(tokenizer, [{"role": role, "content": text} for role, text in turns])
 

@@ -97,11 +97,14 @@ def test_rejection_learns_from_its_best_answers(files, capsys):
     ("arguments", "line"),
     [
         (("--method", "ppo"), "--method ppo: --reward FILE.py, MODEL or URL says how good an answer is; add it"),
-        (("--method", "sft", "--reward", "x.py"), "--reward: sft has no use for it; leave it out (taken by ppo,"),
+        (("--method", "sft", "--reward", "x.py"), "--max-new-tokens: sft has no use for it; leave it out"),
         (("--method", "rejection", "--reward", "x.py", "--kl", 1), "--kl: rejection has no use for it"),
         (("--method", "ppo", "--reward", "nowhere.py"), "nowhere.py: no such file"),
         (("--method", "ppo", "--reward", "{small}", "--kl-target", 0), "--kl-target 0.0; nats above 0 are needed"),
-        (("--method", "ppo", "--reward", "{small}", "--samples", 30), "episodes=30 and minibatch=16; the one must be"),
+        (
+            ("--method", "ppo", "--reward", "{small}", "--samples", 30),
+            "--samples and --batch: rollouts.episodes=30 and minibatch=16; the one",
+        ),
         (("--method", "ppo", "--reward", "{small}", "--ptx-weight", 1), "--ptx-weight says how much pretraining text"),
         (("--method", "ppo", "--reward", "{small}", "--passes", 0), "--passes 0; at least 1 is needed"),
         (("--method", "ppo", "--reward", "{small}", "--length", 9), "line 1: its 4 tokens and max_new_tokens=8 exceed"),

@@ -82,7 +82,7 @@ def test_the_first_loss_is_that_of_equals(models, data, tmp_path, capsys):
     code, _, err = run(*given, "--out", tmp_path / "run", capsys=capsys)
     assert code == 0, err
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["step"] == 1
+    assert first["step"] == 1 and first["lr"] <= 1e-6 and "rate 1e-06" in err
     # GPT-2 drops a tenth while it is trained, so only about
     assert first["loss"] == pytest.approx(np.log(2), abs=0.1) and abs(first["margin"]) < 0.2
 

@@ -408,3 +408,24 @@ def test_the_checkpoint_of_packed_weights_leaves_them_out(tmp_path):
     first = run(module, tmp_path).history[0]["loss"]
     assert load_file(tmp_path / "checkpoints/step-00000008/model.safetensors").keys() == set(lora.parameters(module))
     assert run(module, None, steps=1).history[0]["loss"] < first
+
+
+def test_recomputing_and_bf16_train_the_same_adapters():
+    plain = run(learner()).history
+    again = run(learner(), recompute=True).history
+    narrow = run(learner(), precision="bf16").history
+    assert [row["loss"] for row in again] == [row["loss"] for row in plain]
+    assert [row["loss"] for row in narrow] == pytest.approx([row["loss"] for row in plain], rel=0.02)
+    assert narrow[-1]["loss"] != plain[-1]["loss"]
+
+
+@torch.no_grad()
+def test_the_base_may_be_narrower_than_its_adapters():
+    layer = LoraLinear(nn.Linear(16, 8).bfloat16())
+    layer.add("a", Lora.Config(rank=2))
+    layer.weights = {"a": 1.0}
+    nn.init.ones_(layer.adapters["a"].B)
+    x = torch.randn(5, 16).bfloat16()
+    expected = layer.base(x).float() + layer.adapters["a"](x)
+    assert layer(x).dtype is torch.bfloat16 and layer.adapters["a"].A.dtype is torch.float32
+    assert (layer(x) - expected).abs().max() <= 0.02 * expected.abs().max()

@@ -133,7 +133,7 @@ def test_a_reward_model_reads_answers_as_they_are_learned_whatever_stands_beside
         ids = torch.tensor([[whole]])
         alone = head().eval()({"ids": ids, "segments": torch.ones_like(ids)})
         assert score == pytest.approx(alone.item(), abs=1e-6)
-    assert len(set(found)) == 3
+    assert len({round(score, 5) for score in found}) == 3
 
 
 def test_a_model_of_several_labels_is_no_reward_model():

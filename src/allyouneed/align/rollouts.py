@@ -148,7 +148,7 @@ class Rollouts(Iterator[Batch]):
         epoch, part = divmod(self.place, self.config.episodes // self.config.minibatch)
         draw = generator(self.seed, "minibatches", self.number, epoch)
         order = torch.randperm(self.config.episodes, generator=draw).tolist()
-        return order[part * self.config.minibatch : (part + 1) * self.config.minibatch]  # type: ignore[no-any-return]
+        return order[part * self.config.minibatch : (part + 1) * self.config.minibatch]
 
     @torch.no_grad()
     def _roll(self) -> None:

@@ -44,7 +44,10 @@ def finetune(
     batch: Annotated[int, typer.Option(min=1, help="Examples a step; with sft, rows as long as the longest.")] = 16,
     length: Annotated[int | None, typer.Option(help="The most tokens of an example; default: the context.")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="The peak rate; default: 6.25e-5·√(117 M/parameters), of adapters tenfold.")
+        float | None,
+        typer.Option(
+            help="The peak rate; default: 6.25e-5·√(117 M/parameters), dpo and ipo 1e-6; of adapters tenfold."
+        ),
     ] = None,
     auxiliary: Annotated[
         float | None, typer.Option(help="λ of the language model's own loss beside the labels' (GPT: 0.5); default: 0.")
@@ -140,7 +143,8 @@ def finetune(
     task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora, quantise=storage)
     job = known[method].prepare(module, tokenizer, task)
     parameters = sum(p.numel() for p in job.module.parameters()) + stored(job.module)
-    rate = lr if lr is not None else min(1e-3, 6.25e-5 * math.sqrt(117e6 / parameters) * (10 if lora else 1))
+    usual = known[method].lr or 6.25e-5 * math.sqrt(117e6 / parameters)
+    rate = lr if lr is not None else min(1e-3, usual * (10 if lora else 1))
     each = math.ceil(len(job.train) * job.repeats / batch)
     training = Training(
         steps=max(1, round(epochs * each)),

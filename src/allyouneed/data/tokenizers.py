@@ -409,6 +409,23 @@ def byte_tokenizer(special_tokens: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
     return with_end(vocabularies.of_bytes(special_tokens), special_tokens, "bytes")
 
 
+def word_tokenizer(words: Sequence[str], *, chat_template: str | None = None) -> Tokenizer:
+    """Words between spaces as ids from 2 on. `END_OF_TEXT`, which begins, ends and pads, is 0, and any other word 1.
+
+    Raises:
+        InputError: a word twice, or one with a space in it.
+
+    >>> tokenizer = word_tokenizer(["a", "rose", "is"])
+    >>> tokenizer.encode("a rose is red"), tokenizer.decode([2, 3, 4, 2, 3, 0])
+    ([2, 3, 4, 1], 'a rose is a rose')
+    """
+    odd = [word for i, word in enumerate(words) if word in words[:i] or word.split() != [word]]
+    if odd:
+        raise InputError(f"word {odd[0]!r}: each is given once, and without spaces")
+    spec = vocabularies.of_words(words, END_OF_TEXT, "<|unknown|>")
+    return Tokenizer(spec, name="words", bos_id=0, eos_ids=(0,), pad_id=0, chat_template=chat_template)
+
+
 def wordpiece_tokenizer(
     vocab: dict[str, int], lowercase: bool, name: str, special: Sequence[str] = BERT_TOKENS
 ) -> Tokenizer:

@@ -9,10 +9,10 @@ Here    A world of 16 tokens in which every text of five can be written out (`da
         and the best policy π* ∝ π_ref·exp(r/β) are sums, not estimates. A small LLaMA learns how people write there
         and is the reference; pairs drawn from it are labelled by Bradley and Terry's chances. DPO, IPO, PPO with a
         reward model, PPO with the true reward and fine-tuning on the preferred texts begin from that reference, the
-        first four once for every β. What each gains within a divergence is told as a share of what π* gains within it.
-        Judged are DPO against PPO with the reward model, and DPO against fine-tuning, the latter at the divergence
-        that it comes to. PPO with the true reward, of which the paper found DPO to be the better too, IPO and the best
-        of n are shown and not judged.
+        first four once for every β. What each gains within a divergence, read off the line through its policies, is
+        told as a share of what π* gains within it. Judged are DPO against PPO with the reward model, and DPO against
+        fine-tuning, the latter at the divergence that it comes to. PPO with the true reward, of which the paper found
+        DPO to be the better too, IPO and the best of n are shown and not judged.
 Apart   0.1 million parameters instead of GPT-2 large and GPT-J, texts of five tokens after one prompt instead of
         reviews and summaries, simulated labellers whose model is the one that DPO assumes. Nothing is shown about
         judges, about prompts that were not trained on, or about answers of many lengths.
@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.align import references
 from allyouneed.align.exact import Point, Truth, reached, text_logprobs
 from allyouneed.align.language_ppo import LanguagePPO
-from allyouneed.align.policies import LanguagePolicy, logprobs
+from allyouneed.align.policies import LanguagePolicy
 from allyouneed.align.rollouts import Rollouts
 from allyouneed.align.samplers import LocalSampler
 from allyouneed.core.seeds import generator, seed_everything
@@ -71,9 +72,9 @@ class Config(core.Config):
     acting: Training  # PPO
     rollouts: Rollouts.Config
     ppo: LanguagePPO = field(default_factory=LanguagePPO)
-    betas: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25)
+    betas: tuple[float, ...] = (1.0, 0.5, 0.25)
     parts: tuple[float, ...] = (0.25, 1.0)  # of the steps, after which fine-tuning is looked at; the last is judged
-    divergences: tuple[float, ...] = (0.5, 1.0, 2.0)  # nats, within which gains are compared
+    divergences: tuple[float, ...] = (0.25, 0.5, 1.0)  # nats, within which gains are compared
     not_worse: float = 0.02  # DPO may gain this much less than PPO with a reward model and still be as good
     better: float = 0.0  # than fine-tuning on the preferred texts
 
@@ -229,14 +230,14 @@ class _Arms:
             return found
 
         seed_everything(self.seed)
-        config, reference = self.config.rollouts, self.begun.reference
-        policy = LanguagePolicy(copy.deepcopy(reference).requires_grad_(True))
+        config = self.config.rollouts
+        policy = LanguagePolicy(copy.deepcopy(self.begun.reference).requires_grad_(True))
         tokens = 1 + self.world.length
         sampler = LocalSampler.of(policy.model, self.world.tokenizer, width=config.episodes, tokens=tokens)
         rollouts = Rollouts(
             policy,
             sampler,
-            lambda batch: logprobs(reference, batch),
+            references.of(policy.model),
             told,
             [self.world.tokenizer.decode([PROMPT])],
             config.replace(kl=FixedKl(beta=beta), max_new_tokens=self.world.length),

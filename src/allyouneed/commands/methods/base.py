@@ -89,10 +89,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Method:
-    """How one thing is learned: `prepare` is handed model, tokenizer and task; `options` are those it takes."""
+    """How one thing is learned: `prepare` is handed model, tokenizer and task; `options` are those it takes, `lr` the
+    peak rate where none is given, of a model trained as a whole; None: by its size.
+    """
 
     prepare: Callable[[Any, Tokenizer, Task], Job]
     options: frozenset[str] = frozenset()
+    lr: float | None = None
 
     def check(self, name: str, given: Mapping[str, Any], others: Mapping[str, Method]) -> None:
         """Refuse what this method has no use for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 
@@ -19,7 +19,7 @@ from allyouneed.align.rewards import Reward
 from allyouneed.align.rollouts import Rollouts
 from allyouneed.align.samplers import LocalSampler, check_length
 from allyouneed.commands.methods.base import Job, Method, Task, adapted, joined, most, over, parted, rows
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, about
 from allyouneed.core.seeds import derive
 from allyouneed.data import instructions, jsonl
 from allyouneed.data.tokenizers import Tokenizer
@@ -62,15 +62,11 @@ def ppo(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
     passes = _at_least(1, "passes", given.get("passes", 1))
 
     def batches(size: int, seed: int) -> Batches:
-        config = Rollouts.Config(
-            episodes=given.get("samples", ROLLOUT * size),
-            minibatch=size,
-            epochs=passes,
-            max_new_tokens=set_.answer,
-            kl=_kl(given),
-            unended=given.get("unended"),
-        )
-        beside = over(text, joined)(size, seed) if text else None
+        counts: Any = {"episodes": given.get("samples", ROLLOUT * size), "minibatch": size, "epochs": passes}
+        how: Any = {"max_new_tokens": set_.answer, "kl": _kl(given), "unended": given.get("unended")}
+        with about("--samples and --batch"):
+            config = Rollouts.Config(**counts, **how)
+        beside: Any = over(text, joined)(size, seed) if text else None
         reads = (set_.held.reference, set_.reward, set_.learned, config)
         return Rollouts(policy, set_.sampler, *reads, seed=seed, pretraining=beside, log=_log(task))
 
@@ -104,8 +100,9 @@ def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
 
     def prompt(record: jsonl.Record) -> Turns:
         assert isinstance(record, jsonl.Prompt)
-        check_length(reader, record.prompt, answer, limit)
-        return record.prompt
+        asked: Any = record.prompt
+        check_length(reader, asked, answer, limit)
+        return cast("Turns", asked)
 
     learned, judged = parted(task, (jsonl.Prompt,), prompt)
     lengths = [len(reader.prompt_ids(one)) for one in (*learned, *judged)]

@@ -90,7 +90,8 @@ def _objective(task: Task, beta: float) -> Any:
     return objectives.preference(objectives.dpo(beta, task.options.get("label_smoothing", 0.0)), beta)
 
 
+RATE = 1e-6  # Rafailov et al. 2023, app. B
 METHODS = {
-    "dpo": Method(prepare, frozenset({"beta", "label_smoothing"})),
-    "ipo": Method(prepare, frozenset({"beta"})),
+    "dpo": Method(prepare, frozenset({"beta", "label_smoothing"}), RATE),
+    "ipo": Method(prepare, frozenset({"beta"}), RATE),
 }
