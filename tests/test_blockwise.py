@@ -110,8 +110,8 @@ def test_double_quantisation_is_bitsandbytes_s(bnb, kind: str) -> None:
 
 
 def test_scales_of_a_large_matrix_are_bitsandbytes_s(bnb) -> None:
-    """All but a few of 13,824: its CPU kernel looks a value up in a table of 2^16 entries, so that of those within 2^−16
-    of where the nearest changes some go to the neighbour; ours are the nearest.
+    """All but a few of 13,824: its CPU kernel is coarse, so that of those within 2^−16 of where the nearest changes
+    some go to the neighbour; ours are the nearest.
     """
     x = normal(1536, 576)
     ours, values = blockwise(x, "nf4").scales, blockwise(x, "nf4", double=False).scales.values

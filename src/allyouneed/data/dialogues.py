@@ -63,7 +63,9 @@ class Dialogues(core.Configured):
         """One of the words to end with."""
         return random.Random(derive(seed, "ending")).choice(ENDINGS)
 
-    def opened(self, ending: str, asked: Sequence[Order], answers: Sequence[str], *, every: bool = False) -> list[Message]:
+    def opened(
+        self, ending: str, asked: Sequence[Order], answers: Sequence[str], *, every: bool = False
+    ) -> list[Message]:
         """A conversation: the standing order in the first message, or in `every` one of the user's. With an answer less
         than there are turns the last is still to be answered; without `ending` nothing stands.
         """
