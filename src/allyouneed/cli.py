@@ -23,6 +23,7 @@ from allyouneed.commands import (
     models,
     papers,
     planning,
+    quantising,
     serving,
     training,
 )
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (papers, chatting, models, serving, training, finetune, adapters, laws, planning, materials):
+for group in (papers, chatting, models, serving, training, finetune, adapters, quantising, laws, planning, materials):
     group.register(app)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.adapt.joined import joined
+from allyouneed.adapt.rows import Part, current
 from allyouneed.adapt.targets import Targets
 from allyouneed.core.errors import InputError
 
@@ -155,6 +156,8 @@ class LowRank(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         """As of the base."""
         y: Tensor = self.base(x)
+        if (by_row := current()) is not None:
+            return y if self.merged else by_row.fold(Part.add, y, x, self.adapters)
         for name, weight in {} if self.merged else self.weights.items():
             y = self.adapters[name].join(y, x, weight)  # type: ignore[operator]
         return y
@@ -216,6 +219,10 @@ class Whole(Adapted):
 
     def forward(self, *given: Any, **named: Any) -> Any:
         """As of the base, by the copy in use if one is."""
+        if (by_row := current()) is not None:
+            (x,) = given
+            y: Tensor = self.base(x)
+            return y if self.merged else by_row.fold(Part.put, y, x, self.adapters)
         chosen = None if self.merged else next(iter(self.weights), None)
         return (self.base if chosen is None else self.adapters[chosen])(*given, **named)
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from allyouneed.adapt.layers import Adapted, Lora, LoraEmbedding, LoraLinear, LowRank, Whole
+from allyouneed.adapt.rows import Mix
 from allyouneed.adapt.targets import find, is_linear, layers, shared
 from allyouneed.core.errors import InputError, unknown
 from allyouneed.core.seeds import generator
@@ -49,7 +50,7 @@ def attach(
     Raises:
         InputError: as of `adapt`.
     """
-    _check_unmerged(module)
+    _check_unmerged(adapted(module))
     if name in names(module):
         raise InputError(f"adapter {name!r} is there already; choose another name")
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
@@ -129,6 +130,28 @@ def names(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in adapted(module) for name in layer.adapters))
 
 
+def mix_of(module: object, name: str | None = None) -> Mix:
+    """What joins a request's rows: the adapter of that name alone; None: those in use, of which merged ones are none.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> _ = adapt(model, Lora.Config(targets=("0",)), "one")
+    >>> use(model, {"one": 0.5})
+    >>> mix_of(model), mix_of(model, "one")
+    ((('one', 0.5),), (('one', 1.0),))
+
+    Raises:
+        InputError: no such adapter, or some are merged.
+    """
+    parts = adapted(module) if isinstance(module, nn.Module) else []
+    if name is None:
+        used = {key: w for layer in parts if not layer.merged for key, w in layer.weights.items()}
+        return tuple(used.items())
+    if name not in (known := {key for layer in parts for key in layer.adapters}):
+        raise unknown("adapter", name, known)
+    _check_unmerged(parts)
+    return ((name, 1.0),)
+
+
 def parameters(module: nn.Module, name: str = DEFAULT) -> dict[str, nn.Parameter]:
     """The matrices of one adapter, by their names in `module`."""
     found = dict(module.named_parameters())
@@ -141,7 +164,7 @@ def merge(module: nn.Module) -> None:
     Raises:
         InputError: they are merged already, or a base layer has no plain weight.
     """
-    _check_unmerged(module)
+    _check_unmerged(adapted(module))
     parts = {name: part for name, part in module.named_modules() if isinstance(part, Adapted)}
     for name, layer in parts.items():
         if isinstance(layer, LowRank) and not isinstance(getattr(layer.base, "weight", None), nn.Parameter):
@@ -168,7 +191,7 @@ def unload(module: nn.Module) -> nn.Module:
 
 
 def _choose(module: nn.Module, weights: Mapping[str, float]) -> None:
-    _check_unmerged(module)
+    _check_unmerged(adapted(module))
     known = names(module)
     for name in weights:
         if name not in known:
@@ -180,8 +203,8 @@ def _choose(module: nn.Module, weights: Mapping[str, float]) -> None:
         layer.weights = chosen
 
 
-def _check_unmerged(module: nn.Module) -> None:
-    merged = next((layer.merged for layer in adapted(module) if layer.merged), None)
+def _check_unmerged(parts: Iterable[Adapted]) -> None:
+    merged = next((layer.merged for layer in parts if layer.merged), None)
     if merged:
         raise InputError(f"adapter {', '.join(merged)} is merged; unmerge it first")
 

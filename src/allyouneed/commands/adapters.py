@@ -68,12 +68,13 @@ def keep(job: Job, learned: Any, model: str, folder: Path) -> None:
         folder: where to.
     """
     from allyouneed.adapt import lora
+    from allyouneed.adapt.quantise import dequantise
     from allyouneed.models.checkpoints.adapters import save_adapter
     from allyouneed.models.checkpoints.loading import save
     from allyouneed.models.heads import Head
 
     if isinstance(learned, Head):
-        lora.merge(learned)
+        lora.merge(dequantise(learned))
         lora.unload(learned)
         save(learned, folder, job.tokenizer)
         return

@@ -92,6 +92,12 @@ def finetune(
     ] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="Of what adapters read; default: 0.")] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Adapters count α/√R.")] = False,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Store what --lora leaves alone in nf4, fp4, int4 or int8.")
+    ] = None,
+    paged: Annotated[
+        bool, typer.Option("--paged", help="Adam's moments in files; beside a GPU, in the host's memory.")
+    ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave lines out that are wrong, and say so.")] = False,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default: an epoch.")] = None,
     settings: Annotated[
@@ -102,7 +108,8 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="The results as JSON, for programs.")] = False,
 ) -> None:
     """Fine-tune a model. Ctrl-C saves; the same command goes on from there. Runs under torchrun as it is."""
-    from allyouneed.commands import adapters
+    from allyouneed.adapt.quantise import stored
+    from allyouneed.commands import adapters, quantising
     from allyouneed.commands.methods import estimates
     from allyouneed.commands.methods.base import Task
     from allyouneed.commands.methods.table import methods
@@ -110,7 +117,7 @@ def finetune(
     from allyouneed.models.checkpoints.loading import load_module, load_tokenizer
     from allyouneed.models.heads import Head
     from allyouneed.train.loop import Training, train
-    from allyouneed.train.optimizers import AdamW
+    from allyouneed.train.optimizers import AdamW, PagedAdamW
     from allyouneed.train.ranks import join
     from allyouneed.train.schedules import Linear
 
@@ -126,21 +133,22 @@ def finetune(
     given = {name: value for name, value in options.items() if value is not None}
     known[method].check(method, given, known)
     lora = adapters.config(rank, lora_alpha, lora_targets, lora_dropout, rslora)
+    storage = quantising.config(quantize, lora)
     seed_everything(seed)
     module, tokenizer = load_module(model), load_tokenizer(model)
     if isinstance(module, Head):
         module = module.model  # of what it was tuned to before only the layer is replaced
     bad: list[str] | None = [] if skip_bad else None
     what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out}
-    task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora)
+    task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora, quantise=storage)
     job = known[method].prepare(module, tokenizer, task)
-    parameters = sum(p.numel() for p in job.module.parameters())
+    parameters = sum(p.numel() for p in job.module.parameters()) + stored(job.module)
     usual = known[method].lr or 6.25e-5 * math.sqrt(117e6 / parameters)
     rate = lr if lr is not None else min(1e-3, usual * (10 if lora else 1))
     each = math.ceil(len(job.train) * job.repeats / batch)
     training = Training(
         steps=max(1, round(epochs * each)),
-        optimizer=AdamW.Config(lr=rate, betas=(0.9, 0.999), weight_decay=0.01),
+        optimizer=(PagedAdamW if paged else AdamW).Config(lr=rate, betas=(0.9, 0.999), weight_decay=0.01),
         schedule=Linear(warmup=max(1, round(0.1 * epochs * each))),
         seed=seed,
         save_every=save_every or each,
@@ -150,6 +158,7 @@ def finetune(
     if first:
         _announce(job, model, method, training, batch, bad)
     asked = {"model": model, "learned": job.digest(task)} | ({"lora": lora.to_json()} if lora else {})
+    asked |= {"quantise": storage.to_json()} if storage else {}
     _same_task(out, fresh, first, asked)
     found = dict(job.begin())
     if job.probe is not None and join().world == 1:

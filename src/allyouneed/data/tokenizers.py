@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, read_text, write_json, write_text
-from allyouneed.data import vocabularies
+from allyouneed.data import bounds, vocabularies
 from allyouneed.data.spelling import Spelling, spelling
 from allyouneed.data.tokenizer_json import build, guarded
 
@@ -233,6 +234,18 @@ class Tokenizer:
         roles = (self.bos_id, *self.eos_ids, self.pad_id, self.cls_id, self.sep_id, self.mask_id)
         with guarded(self.name):
             return spelling(self._backend, self._special.union(i for i in roles if i is not None))
+
+    def least(self, text: str) -> int:
+        """As many tokens a text has at least, found by its length alone; 0 where nothing can be said.
+
+        >>> byte_tokenizer(["</s>"]).least("a" * 400)
+        100
+        """
+        return 0 if self._bound is None else self._bound.least(text)
+
+    @cached_property
+    def _bound(self) -> bounds.Bound | None:
+        return bounds.bound(json.loads(self._backend.to_str()))
 
     def token(self, i: int) -> str:
         """How the vocabulary spells token `i`."""

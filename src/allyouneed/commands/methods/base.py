@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from allyouneed.adapt.layers import Lora
+    from allyouneed.adapt.quantise import Quantise
     from allyouneed.data import jsonl
     from allyouneed.data.packing import Piece
     from allyouneed.data.tokenizers import Tokenizer
@@ -55,6 +56,7 @@ class Task:
     bad: list[str] | None  # where errors of lines go; None: the first one ends all
     options: Mapping[str, Any]  # those of `OPTIONS` that were given
     lora: Lora.Config | None = None  # adapters to train instead of the model
+    quantise: Quantise.Config | None = None  # how their base is stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +111,11 @@ class Method:
 def adapted(module: Any, task: Task) -> Any:
     """`module`, in place the base of adapters where the task asks for these; a head's new layer is trained whole."""
     from allyouneed.adapt import lora
+    from allyouneed.adapt.quantise import quantise
     from allyouneed.models.heads import Head
 
+    if task.quantise is not None:
+        quantise(module, task.quantise)
     if task.lora is not None:
         lora.adapt(module, task.lora.replace(whole=("layer",) if isinstance(module, Head) else ()), seed=task.seed)
     return module

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from allyouneed.adapt import lora
 from allyouneed.adapt.layers import Adapted, Lora, Whole
+from allyouneed.adapt.quantise import dequantise
 from allyouneed.adapt.targets import is_linear, matches
 from allyouneed.core import files
 from allyouneed.core.errors import InputError, brief
@@ -123,12 +124,13 @@ def load_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT) -> P
 
 
 def merge_adapter(module: Any, folder: Path | str) -> int:
-    """Put the adapter in `folder` into the weights of a model of ours, in place; how many layers it changed.
+    """Put the adapter in `folder` into the weights of a model of ours, in place; how many layers it changed. Weights in
+    few bits become plain ones for it.
 
     Raises:
         InputError: as of `load_adapter`; or a layer has no plain weight.
     """
-    load_adapter(module, folder)
+    load_adapter(dequantise(module), folder)
     layers = len(lora.adapted(module))
     lora.merge(module)
     lora.unload(module)
