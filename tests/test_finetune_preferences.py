@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+import allyouneed
 from allyouneed import cli
 from allyouneed.data.tokenizer_training import train_wordpiece
 from allyouneed.data.tokenizers import byte_tokenizer
@@ -161,3 +165,29 @@ def test_bad_lines_are_named_and_counted(models, tmp_path, capsys):
 def test_what_does_not_go_together(model, arguments, message, models, data, tmp_path, capsys):
     code, _, err = run(models[model], data, "--out", tmp_path / "run", *arguments, capsys=capsys)
     assert code == 2 and message in err and not (tmp_path / "run").exists()
+
+
+def test_two_ranks_learn_what_one_does(models, data, tmp_path, capsys):
+    """And both help to judge and to put the model together, as each holds a slice of it."""
+    given = ["--method", "dpo", "--epochs", "2", "--batch", "8", "--lr", "0.01", "--set", "log_every=1", "--json"]
+    given += ["--set", "evaluate_every=100"]
+    code, told, err = run(models["decoder"], data, *given, "--out", tmp_path / "one", capsys=capsys)
+    assert code == 0, err
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "allyouneed",
+    ]
+    command += ["finetune", str(models["decoder"]), str(data), *given, "--set", "mesh.shard=2", "--out", "two"]
+    source = {"PYTHONPATH": str(Path(allyouneed.__file__).parents[1])}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | source, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = json.loads(told), json.loads(done.stdout)
+    assert two["accuracy"] == one["accuracy"] and len(two) == len(one)
+    load_module(tmp_path / "two" / "model")

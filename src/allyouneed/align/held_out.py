@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from allyouneed.align.policies import logprobs
 from allyouneed.align.references import Reference, evaluating
 from allyouneed.align.rewards import Reward, scored, text_of
 from allyouneed.align.samplers import Sampler
@@ -19,6 +18,7 @@ from allyouneed.core.files import write_text
 from allyouneed.data.packing import answer, pad_right
 from allyouneed.generate.language_model import Sampling, Turns
 from allyouneed.models.decoder import Decoder
+from allyouneed.objectives.likelihood import likelihood
 
 ROWS = 8  # answers read at once
 
@@ -73,9 +73,9 @@ class HeldOut:
             some = self.last[start : start + ROWS]
             pieces = [answer(self.sampler.prompt_ids(one.prompt), one.completion.token_ids) for one in some]
             batch = {name: x.to(self.model.device) for name, x in pad_right(pieces).items()}
-            ours = logprobs(self.model, batch)
+            ours = likelihood(self.model, batch)
             with self.reference() as reference:
-                total += (ours - logprobs(reference, batch)).sum().item()
+                total += (ours - likelihood(reference, batch)).sum().item()
         return total / len(self.last)
 
     def _row(self, before: Sampled, after: Sampled) -> dict[str, Any]:

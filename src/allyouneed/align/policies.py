@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from allyouneed.models.decoder import Decoder
-from allyouneed.objectives.likelihood import token_logprobs
+from allyouneed.objectives.likelihood import at_targets
 from allyouneed.objectives.next_token import IGNORED
 
 
@@ -87,23 +86,10 @@ class LanguagePolicy(nn.Module):
         ids, targets, segments = batch["ids"], batch["targets"], batch.get("segments")
         hidden = self.model.hidden(ids, segments)
         values = self.critic(hidden, ids, segments)
-        return Read(_logprobs(self.model, hidden, targets), values.where(targets != IGNORED, 0.0))
+        return Read(at_targets(self.model.head, hidden, targets), values.where(targets != IGNORED, 0.0))
 
     def retie(self) -> None:
         """Make shared tensors one again."""
         for part in (self.model, getattr(self.critic, "model", None)):
             if part is not None:
                 part.retie()
-
-
-def logprobs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """log p(target), (B, T), as `likelihood` has it, the head being asked only where a target follows: prompts are
-    half of what a policy reads, and a head of 49 k tokens is a fifth of a small model.
-    """
-    return _logprobs(model, model.hidden(batch["ids"], batch.get("segments")), batch["targets"])
-
-
-def _logprobs(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    learned = targets != IGNORED
-    found = token_logprobs(model.head(hidden[learned])[None], targets[learned][None])[0]
-    return found.new_zeros(targets.shape).masked_scatter(learned, found)

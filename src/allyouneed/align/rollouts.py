@@ -19,7 +19,7 @@ from torch import Tensor
 from allyouneed import core
 from allyouneed.align import experience
 from allyouneed.align.notes import Notes
-from allyouneed.align.policies import LanguagePolicy, logprobs
+from allyouneed.align.policies import LanguagePolicy
 from allyouneed.align.references import Reference, evaluating
 from allyouneed.align.rewards import Reward, scored
 from allyouneed.align.samplers import Sampler, check_lengths
@@ -28,6 +28,7 @@ from allyouneed.core.seeds import derive, generator
 from allyouneed.data.batches import Epochs
 from allyouneed.data.packing import IGNORED, Batch, answer, pad_right, take
 from allyouneed.generate.language_model import Completion, Sampling, Turns
+from allyouneed.objectives.likelihood import likelihood
 from allyouneed.objectives.policy import AdaptiveKl, FixedKl, ProportionalKl
 
 SAME = 1e-6  # nats: what policy and reference may differ by before training
@@ -186,7 +187,7 @@ class Rollouts(Iterator[Batch]):
             piece = {name: x.to(device) for name, x in experience.narrowed(chosen).items()}
             read = self.policy(piece)
             with self.reference() as reference:
-                found = (read.logprobs, read.values, logprobs(reference, piece))
+                found = (read.logprobs, read.values, likelihood(reference, piece))
             parts.append([experience.widened(x.float().cpu(), batch["ids"].shape[1]) for x in found])
         return {name: torch.cat(x) for name, x in zip(names, zip(*parts, strict=True), strict=True)}
 

@@ -177,8 +177,6 @@ def finetune(
         evaluate=evaluate,
         resume=not fresh,
     )
-    if not first:
-        return
     if trained.averages is not None:  # what was judged all along
         job.module.load_state_dict(trained.averages, strict=False)
     results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}

@@ -161,6 +161,14 @@ def means(
     return {name: total / max(weight, 1) for name, total in sums.items()}
 
 
+def example(tokenizer: Tokenizer, piece: Piece, most: int = 1200) -> str:
+    """A piece as it is said before training, what is learned of it between ⟦ and ⟧; of a long one both ends."""
+    from allyouneed.data import instructions
+
+    text = instructions.shown(tokenizer, piece)
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
 def longest(lengths: Sequence[int]) -> int:
     """The place of the longest example."""
     return max(range(len(lengths)), key=lambda i: lengths[i])

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from allyouneed.align import references
+from allyouneed.commands.methods import base
 from allyouneed.commands.methods.base import Job, Method, Task, adapted, longest, means, most, over, parted
 from allyouneed.core.errors import InputError
-from allyouneed.data import instructions, jsonl, preferences
+from allyouneed.data import jsonl, preferences
 from allyouneed.data.preferences import Ranked
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.models.decoder import Decoder
@@ -53,7 +54,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
 def shown(tokenizer: Tokenizer, example: Ranked) -> dict[str, str]:
     """One example as it is said before training."""
     names = ("chosen", "rejected")
-    return {name: instructions.shown(tokenizer, piece) for name, piece in zip(names, example.pieces, strict=True)}
+    return {name: base.example(tokenizer, piece) for name, piece in zip(names, example.pieces, strict=True)}
 
 
 class _Pairs:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from allyouneed.commands.methods import base
 from allyouneed.commands.methods.base import (
     Job,
     Method,
@@ -62,7 +63,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         probe=lambda: packed[0],
         judge=_judge(module, next_token, pad_right),
         before=True,
-        told={"example": instructions.shown(tokenizer, learned[0])},
+        told={"example": base.example(tokenizer, learned[0])},
     )
 
 

@@ -1,0 +1,73 @@
+"""What training is said to take, against what the planner counts on fake tensors and what is plain arithmetic."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from allyouneed.adapt import lora
+from allyouneed.commands.methods import estimates
+from allyouneed.commands.methods.base import Job, over
+from allyouneed.data.packing import document, pad_right
+from allyouneed.data.tokenizers import byte_tokenizer
+from allyouneed.models import llama
+from allyouneed.objectives.next_token import next_token
+from allyouneed.train.tracing import trace
+
+LENGTH = 48
+CONFIG = llama.architecture(vocab_size=257, context=64, dim=32, num_layers=3, num_heads=4, hidden_dim=64)
+TRAINING = SimpleNamespace(accumulate=1, precision="fp32", steps=100)
+
+
+def job(module: torch.nn.Module) -> Job:
+    torch.manual_seed(0)
+    rows = [document(torch.randint(256, (LENGTH,)).tolist()) for _ in range(6)]
+    return Job(
+        module=module,
+        tokenizer=byte_tokenizer(),
+        objective=next_token,
+        train=rows,
+        valid=rows[:1],
+        batches=over(rows, pad_right),
+        lengths=[LENGTH] * 6,
+        judge=lambda held: {},
+        probe=lambda: pad_right(rows[:1]),
+    )
+
+
+def said(text: str) -> float:
+    """Bytes of memory that a text tells."""
+    number, unit = re.search(r"about ([\d.]+) (MB|GB)", text).groups()
+    return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_what_is_kept_is_what_the_planner_counts():
+    kept, seconds = estimates._tried(job(CONFIG.build()), pad_right([document(list(range(LENGTH)))]), TRAINING)
+
+    def run(module: torch.nn.Module) -> None:
+        ids = torch.zeros(1, LENGTH, dtype=torch.long)
+        next_token(module, {"ids": ids, "targets": ids, "segments": torch.ones_like(ids)})
+
+    counted = trace(CONFIG.build, run, LENGTH, narrow=False).kept.of_one()
+    assert kept == pytest.approx(counted, rel=0.1) and 0 < seconds < 60
+
+
+def test_adapters_have_less_state():
+    whole, adapted = CONFIG.build(), CONFIG.build()
+    lora.adapt(adapted, lora.Lora.Config(rank=2))
+    size = 4 * sum(p.numel() for p in whole.parameters())
+    few = 4 * sum(p.numel() for p in lora.parameters(adapted).values())
+    kept = [estimates._tried(job(module), job(module).probe(), TRAINING)[0] for module in (whole, adapted)]
+    for module, state, held, bytes_ in ((whole, 3 * size, size, kept[0]), (adapted, 3 * few, size + few, kept[1])):
+        one, many = (said(estimates.told(job(module), batch, TRAINING)) for batch in (1, 64))
+        assert one == pytest.approx(held + state + bytes_, abs=1.1e6)
+        assert many - one == pytest.approx(63 * bytes_, abs=2.2e6)
+    assert all(p.grad is None for p in whole.parameters())
+
+
+def test_a_machine_that_is_too_small_is_told(monkeypatch):
+    monkeypatch.setattr(estimates, "memory", lambda device: 1000)
+    assert "which is too little" in estimates.told(job(CONFIG.build()), 4, TRAINING)
