@@ -311,7 +311,9 @@ def test_an_engine_that_goes_on_with_old_weights_is_found():
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused_before_anything_is_done():
-    with pytest.raises(InputError, match="prompt 0: its 4 tokens and max_new_tokens=60 exceed the model's context of 48"):
+    with pytest.raises(
+        InputError, match="prompt 0: its 4 tokens and max_new_tokens=60 exceed the model's context of 48"
+    ):
         rollouts(policy(), max_new_tokens=60)
 
 

@@ -212,9 +212,9 @@ class _Trail:
     def empty(steps: int, envs: Environments) -> _Trail:
         """Room for so many steps."""
         n = envs.count
-        flags = [np.zeros((steps, n), dtype=bool) for _ in range(2)]
-        actions = envs.actions.room(steps, n)
-        return _Trail(np.zeros((steps + 1, n, envs.width), np.float32), actions, np.zeros((steps, n)), *flags, [])
+        terminated, truncated = (np.zeros((steps, n), dtype=bool) for _ in range(2))
+        observations, actions = np.zeros((steps + 1, n, envs.width), np.float32), envs.actions.room(steps, n)
+        return _Trail(observations, actions, np.zeros((steps, n)), terminated, truncated, [])
 
     @property
     def ended(self) -> NDArray[np.bool_]:

@@ -207,7 +207,7 @@ def _figures(
     means = {arm: np.mean([scores[arm][env] for env in recipes], axis=0).tolist() for arm in ARMS}
     intervals = [(t.low, t.high) for t in map(student_t, means.values())] if len(report.seeds) > 1 else None
     kinds = dict.fromkeys(arm.split()[0] for arm in ARMS if arm != FREE)
-    colors = {kind: color for kind, color in zip(kinds, figures.PALETTE, strict=False)}
+    colors = dict(zip(kinds, figures.PALETTE, strict=False))
     colored = [colors.get(arm.split()[0], figures.CONTROL) for arm in ARMS]
     figures.bars(axes, list(means), [float(np.mean(x)) for x in means.values()], intervals, colored, form="{:.2f}")
     figures.describe(axes, title="Score after as many interactions", x="normalised score (before training 0, best 1)")
