@@ -122,8 +122,8 @@ class Interaction(core.Configured, Iterator[Batch]):
         """The rollout's actions as minibatches, in an order of the epoch's own."""
         shuffle = generator(self.seed, "minibatches", self.number, epoch)
         order = torch.randperm(self.actions, generator=shuffle)
-        dealt = {name: x[order].split(self.config.minibatch) for name, x in self.rollout.items()}
-        dealt["advantages"] = torch.vmap(whiten)(torch.stack(dealt["advantages"])).unbind()
+        dealt = {name: x[order].unflatten(0, (-1, self.config.minibatch)) for name, x in self.rollout.items()}
+        dealt["advantages"] = whiten(dealt["advantages"], dim=1)
         return [dict(zip(dealt, some, strict=True)) for some in zip(*dealt.values(), strict=True)]
 
     @torch.no_grad()
