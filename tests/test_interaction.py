@@ -149,6 +149,7 @@ def test_rewards_are_scaled_by_the_deviation_of_discounted_sums():
 
 
 NAMES = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCarContinuous-v0", "FrozenLake-v1", "Taxi-v4"]
+NAMES += ["LunarLander-v3", "LunarLanderContinuous-v3"]
 
 
 @pytest.mark.parametrize("name", NAMES)
