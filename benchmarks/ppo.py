@@ -36,23 +36,27 @@ RECIPES = {
         interactions=100_000,
         interaction=Interaction.Config(steps=32, epochs=20, minibatch=256, gamma=0.98, lam=0.8),
         lr=1e-3,
+        clip=0.5,
     ),
     "Acrobot-v1": Recipe(
         environment=Environments.Config(name="Acrobot-v1", count=16),
         interactions=200_000,
         interaction=Interaction.Config(steps=256, epochs=4, minibatch=64, gamma=0.99, lam=0.94),
+        clip=0.5,
     ),
     "LunarLander-v3": Recipe(
         environment=Environments.Config(name="LunarLander-v3", count=16),
         interactions=1_000_000,
         interaction=Interaction.Config(steps=1024, epochs=4, minibatch=64, gamma=0.999, lam=0.98),
         objective=Ppo(entropy_weight=0.01),
+        clip=0.5,
     ),
     "Pendulum-v1": Recipe(
         environment=Environments.Config(name="Pendulum-v1", count=4),
         interactions=200_000,
         interaction=Interaction.Config(steps=1024, epochs=10, minibatch=64, gamma=0.9, lam=0.95),
         lr=1e-3,
+        clip=0.5,
     ),
 }
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "LunarLander-v3": 200.0, "Pendulum-v1": -200.0}
