@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from torch import Tensor
 
 from allyouneed.align.interaction import Interaction
 from allyouneed.core.errors import InputError
-from allyouneed.objectives.ppo import Clipped
+from allyouneed.objectives.ppo import Clipped, Unclipped
 from allyouneed.papers import ppo
 
 
@@ -52,3 +55,21 @@ def test_environments_can_be_exchanged_from_the_command_line() -> None:
     assert config.recipes[0].environment.name == "FrozenLake-v1" and config.recipes[0].lr == 0.001  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"surrogate\.epsilon=0"):
         config.override("recipes.0.objective.surrogate.epsilon=0")
+
+
+def test_a_run_that_diverges_counts_with_what_it_had_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ppo.PAPER.sizes["smoke"].recipes[0]  # type: ignore[attr-defined]
+    surrogate = Unclipped.__call__
+    calls: list[int] = []
+
+    def breaking(self: Unclipped, logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        calls.append(1)
+        return surrogate(self, logprobs, old, advantages) / (0.0 if len(calls) > 6 else 1.0)
+
+    monkeypatch.setattr(Unclipped, "__call__", breaking)
+    found = ppo._learned((recipe, ppo.FREE), 0, tmp_path)
+    assert found["diverged"].startswith("step 7: the loss is") and found["interactions"] == [256]
+    assert found["score"] == found["returns"][-1] > 8
+    with pytest.raises(InputError, match="unknown environment 'Cart'"):
+        unknown = recipe.replace(environment=recipe.environment.replace(name="Cart"))
+        ppo._learned((unknown, ppo.FREE), 0, tmp_path / "other")

@@ -31,6 +31,7 @@ from allyouneed.align.actor_critic import ActorCritic
 from allyouneed.align.environments import Environments
 from allyouneed.align.interaction import Interaction
 from allyouneed.align.returns import play
+from allyouneed.core.metrics import read
 from allyouneed.core.seeds import derive, seed_everything
 from allyouneed.evaluate.statistics import student_t
 from allyouneed.objectives.policy import AdaptiveKl, FixedKl
@@ -122,7 +123,7 @@ def run(config: Config, report: Report) -> None:
     }
     raw = {arm: {env: [one["score"] for one in found[f"{env}, {arm}"]] for env in recipes} for arm in ARMS}
     scores = _normalised(raw, before)
-    _record(report, recipes, scores, raw, before)
+    _record(report, recipes, scores, raw, before, found)
     _figures(report, recipes, scores, found)
     means = {arm: np.mean([scores[arm][env] for env in recipes], axis=0) for arm in ARMS}  # (seeds)
     report.check(f"{CLIPPED} minus {FREE}", values=(means[CLIPPED] - means[FREE]).tolist(), above=config.gain)
@@ -135,14 +136,20 @@ def _learned(arm: tuple[Recipe, str], seed: int, folder: Path) -> dict[str, Any]
     recipe, (surrogate, penalty, _) = arm[0], ARMS[arm[1]]
     interaction = recipe.interaction.replace(kl=penalty)
     recipe = recipe.replace(interaction=interaction, objective=recipe.objective.replace(surrogate=surrogate))
-    _, trained = recipe.learn(seed, folder)
-    rows = [row for row in trained.history if "episode_return" in row]
+    diverged = ""
+    try:
+        recipe.learn(seed, folder)
+    except core.InputError as error:  # a loss that is not finite: what was reached by then is the result
+        diverged = str(error)
+    rows = [row for row in read(folder / "metrics.jsonl") if "episode_return" in row]
     if not rows:
-        raise core.InputError(f"{recipe.environment.name}: no episode ended in {recipe.interactions} interactions")
+        ended = f"{recipe.environment.name}: no episode ended in {recipe.interactions} interactions"
+        raise core.InputError(diverged or ended)
     return {
         "score": rows[-1]["episode_return"],
         "interactions": [row["interactions"] for row in rows],
         "returns": [row["episode_return"] for row in rows],
+        "diverged": diverged,
     }
 
 
@@ -176,6 +183,7 @@ def _record(
     scores: Mapping[str, Mapping[str, Sequence[float]]],
     raw: Mapping[str, Mapping[str, Sequence[float]]],
     before: Mapping[str, float],
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
     report.table(
         "normalised scores, the mean over environments beside the paper's",
@@ -193,6 +201,10 @@ def _record(
             *({"arm": arm} | {env: round(float(np.mean(raw[arm][env])), 1) for env in recipes} for arm in ARMS),
         ],
     )
+    for name, runs in found.items():
+        for seed, one in zip(report.seeds, runs, strict=True):
+            if one["diverged"]:
+                report.note(f"{name}, seed {seed}: {one['diverged']}; its score is of the episodes before.")
     interactions = {f"interactions, {env}": recipe.interactions for env, recipe in recipes.items()}
     for arm in ARMS:
         report.arm(arm, **interactions)
