@@ -12,9 +12,9 @@ Here    Eleven arms, those of the paper's table 1, on one actor-critic, one loop
 Apart   Two tasks of classic control, whose actions are choices, and the lunar lander with continuous thrust instead of
         seven MuJoCo robots; a sixteenth of the interactions. Eight environments take 256 steps each where one takes
         2048, which makes as many actions a rollout. The networks' initialisation and the scaling of advantages, in each
-        minibatch, are those of the authors' code, of which the paper says nothing. Gradients are not clipped, as the
-        weight of the critic's loss is irrelevant there (sec. 6.1), which it would not be. Neither the comparison with
-        other methods (sec. 6.2) nor Atari nor humanoids are shown.
+        minibatch, are those of the authors' code, of which the paper says nothing. Gradients are not clipped: the paper
+        calls the weight of the critic's loss irrelevant (sec. 6.1), and with clipping it would not be. Neither the
+        comparison with other methods (sec. 6.2) nor Atari nor humanoids are shown.
 """
 
 from __future__ import annotations
