@@ -10,7 +10,7 @@ Here    Eleven arms, those of the paper's table 1, on one actor-critic, one loop
         and averaged over environments. Hyper-parameters are those of the paper's table 3, the networks two of 64 × 64
         with tanh that share nothing, without a bonus for entropy.
 Apart   Two tasks of classic control, whose actions are choices, and the lunar lander with continuous thrust instead of
-        seven MuJoCo robots; a sixteenth of the interactions. Eight environments take 256 steps each where one takes
+        seven MuJoCo robots; a twenty-fourth of the interactions. Eight environments take 256 steps each where one takes
         2048, which makes as many actions a rollout. The networks' initialisation and the scaling of advantages, in each
         minibatch, are those of the authors' code, of which the paper says nothing. Gradients are not clipped: the paper
         calls the weight of the critic's loss irrelevant (sec. 6.1), and with clipping it would not be. Neither the
@@ -265,9 +265,9 @@ PAPER = Paper(
         ),
         "laptop": Config(
             recipes=(
-                Recipe(environment=_environment("CartPole-v1"), interactions=61_440),
-                Recipe(environment=_environment("Acrobot-v1"), interactions=61_440),
-                Recipe(environment=_environment("LunarLanderContinuous-v3"), interactions=61_440),
+                Recipe(environment=_environment("CartPole-v1"), interactions=40_960),
+                Recipe(environment=_environment("Acrobot-v1"), interactions=40_960),
+                Recipe(environment=_environment("LunarLanderContinuous-v3"), interactions=40_960),
             ),
         ),
         "paper": Config(
