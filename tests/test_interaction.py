@@ -449,6 +449,19 @@ def test_a_pole_is_balanced():
     assert last["interactions"] == 24 * 1024 and last["episode_return"] > 80 and last["actions"] == 24 * 8 * 1024
 
 
+def test_a_lake_is_crossed():
+    """Observations that are numbers, a reward at the very end."""
+    config = Interaction.Config(steps=64, epochs=4, minibatch=128)
+    seed_everything(0)
+    lake = Environments.Config(name="FrozenLake-v1", count=8, options={"is_slippery": False})
+    envs = lake.build(seed=0)
+    module = ActorCritic.Config().build(envs.width, envs.actions)
+    rollouts = config.build(module, envs, seed=0)
+    steps = 16 * rollouts.updates
+    train(module, Ppo(entropy_weight=0.01), rollouts, training(steps, lr=1e-3), quiet=True)
+    assert play(lake.build(seed=1), module.acting(), episodes=8) == [1.0] * 8
+
+
 def test_playing_favours_no_short_episode():
     envs = Environments.Config(name="CartPole-v1", count=3).build(seed=0)
     source = np.random.default_rng(0)
