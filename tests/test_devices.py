@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
+import psutil
 import pytest
 
 from allyouneed.core import devices
@@ -59,3 +61,13 @@ def test_blocks_take_a_quarter_with_those_of_a_draft_model(
     each = sum(bytes_per_block(one.new_cache(1, 0), 16) for one in (module, *draft))
     monkeypatch.setattr(devices, "memory", lambda device: 4 * 7 * each + 3)
     assert Engine(module, speculator=speculator).statistics().blocks == 7
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back by themselves")
+def test_freed_memory_is_given_back() -> None:
+    kept = [bytes(600) for _ in range(200_000)]  # too large for Python's own pools
+    last = bytes(600)  # lies above all of them
+    del kept
+    before = psutil.Process().memory_info().rss
+    devices.give_back()
+    assert before - psutil.Process().memory_info().rss > 60 << 20, last

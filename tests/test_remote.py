@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from base64 import b64encode
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from allyouneed import cli
 from allyouneed.core.errors import InputError, RemoteError
 from allyouneed.generate.endpoint import events
 from allyouneed.generate.language_model import AccessError, LanguageModel, LateError, Sampling
@@ -298,6 +300,36 @@ class TestRetries:
                 next(lm.stream("p", GREEDY))
             assert len(server.bodies()) == 2 and not server.pauses
             over.set()
+
+    @pytest.mark.parametrize("command", [["generate"], ["chat"]])
+    def test_the_command_line_waits_as_long_as_it_is_told(self, command, capsys, monkeypatch):
+        over = threading.Event()
+
+        def slow(path, body):
+            if path != "/v1/models":
+                over.wait(20)
+            return Reply({"data": [{"id": "m"}]})
+
+        read, write = os.pipe()
+        os.write(write, b"Hello\n")
+        os.close(write)
+        monkeypatch.setattr("sys.stdin", os.fdopen(read))
+        with serving(slow) as server:
+            given = [*command, server.url, *(["p"] if command == ["generate"] else []), "--timeout", "0.3"]
+            began = time.monotonic()
+            cli.main(given)
+            assert time.monotonic() - began < 10
+            over.set()
+        assert "no answer within 0.3 s, though the server is well" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("seconds", ["0", "-1", "inf"])
+    def test_no_time_at_all_is_refused(self, seconds, capsys):
+        assert cli.main(["generate", "http://127.0.0.1:9", "p", "--timeout", seconds]) == 2
+        assert "seconds above 0 are needed" in capsys.readouterr().err
+
+    def test_a_model_of_this_machine_has_no_timeout(self, capsys):
+        assert cli.main(["generate", "smollm2-135m-instruct", "p", "--timeout", "5"]) == 2
+        assert "a timeout is for endpoints" in capsys.readouterr().err
 
     def test_a_server_that_is_silent_altogether_is_asked_again(self):
         silent, over = threading.Event(), threading.Event()

@@ -13,7 +13,7 @@ from allyouneed.core.errors import InputError
 from allyouneed.generate.beams import beam_search
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
-from allyouneed.generate.requests import Request, Step
+from allyouneed.generate.requests import Request, RequestError, Step
 from allyouneed.generate.stopping import StopStrings
 from allyouneed.models import llama, rwkv
 from allyouneed.models.decoder import Decoder
@@ -262,14 +262,15 @@ def test_what_breaks_one_request_ends_no_other(module, place):
         stop = {"stop": breaking(4)} if i == place else {}
         engine.add(Request(ids=[i + 1], sampling=one, **stop))
     found: dict[int, list[Step]] = {i: [] for i in range(3)}
-    broken: list[str] = []
+    broken: list[int] = []
     while not engine.idle:
         try:
             for step in engine.step():
                 found[step.request].append(step)
-        except BrokenError as error:
-            broken += error.__notes__
-    assert broken == [f"It ended request {place} of the engine; others go on."]
+        except RequestError as error:
+            assert isinstance(error.cause, BrokenError)
+            broken.append(error.request)
+    assert broken == [place]
     assert found[place][-1].finish_reason == "error"
     for i in range(3):
         assert tokens(found[i]) == (alone[i][:4] if i == place else alone[i])
@@ -298,7 +299,7 @@ def test_logits_that_are_no_numbers_end_their_request_only(module, options):
         module.embedding.weight[7] = float("nan")
     engine = engine_of(module)
     broken, healthy = (engine.add(Request(ids=[token], sampling=sampling)) for token in (7, 1))
-    with pytest.raises(InputError, match="no finite numbers"):
+    with pytest.raises(RequestError, match=f"request {broken} of the engine: .*no finite numbers"):
         engine.step()
     found = finish(engine)
     assert broken not in found and len(found[healthy]) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import socket
@@ -10,11 +11,14 @@ import sys
 
 import httpx
 import pytest
+from adapters import with_adapters
 from serving import module, tiny, tokenizer
 
 import allyouneed as ayn
 from allyouneed import cli
 from allyouneed.commands.serving import _tell_room
+from allyouneed.models import llama
+from allyouneed.models.checkpoints.adapters import save_adapter
 from allyouneed.serve.assembly import assemble
 from allyouneed.serve.settings import Settings
 
@@ -24,6 +28,16 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     ayn.save(module(), folder, tokenizer())
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, folder):
+    """Two adapters of the small model in PEFT's layout."""
+    made = with_adapters(copy.deepcopy(module()))
+    found = {name: tmp_path_factory.mktemp(name) for name in ("narrow", "deep")}
+    for name, path in found.items():
+        save_adapter(made, path, name, base=str(folder))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -37,6 +51,8 @@ def folder(tmp_path_factory):
         (["--max-batch", "0"], "max_batch=0; at least 1 is needed"),
         (["--api-key", ""], "--api-key holds"),
         (["--lookup", "--early-exit", "2"], "choose one of them"),
+        (["--adapter", "sql"], "--adapter sql: write NAME=FOLDER"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "--adapter a=y: is there twice"),
     ],
 )
 def test_refused_before_anything_is_loaded(capsys, arguments, said):
@@ -63,6 +79,43 @@ def test_fewer_blocks_than_a_context_are_told(capsys):
     _tell_room(assemble(tiny(), Settings()))
     _tell_room(assemble(tiny(blocks=4), Settings(context=60)))
     assert not capsys.readouterr().err
+
+
+def test_adapters_that_do_not_fit_are_refused(capsys, folder, adapters, tmp_path):
+    def refused(base, adapter):
+        assert cli.main(["serve", str(base), "--port", "0", "--adapter", f"x={adapter}"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert str(tmp_path / "none") in refused(folder, tmp_path / "none")
+    other = llama.architecture(
+        vocab_size=tokenizer().vocab_size, context=64, dim=64, num_layers=2, num_heads=4, tied=True
+    )
+    ayn.save(other.build(), tmp_path / "other", tokenizer())
+    assert str(adapters["deep"]) in refused(tmp_path / "other", adapters["deep"])
+
+
+def test_adapters_and_packed_weights_of_folders_answer_by_name(folder, adapters):
+    given = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
+    command = [sys.executable, "-m", "allyouneed", "serve", str(folder), "--port", "0", "--name", "small", *given]
+    with subprocess.Popen([*command, "--quantize", "int8"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stdout.readline().split()[3]
+            names = [model["id"] for model in httpx.get(f"{url}/models").json()["data"]]
+            assert names == ["small", "small:narrow", "small:deep"]
+            lm = ayn.load(folder, quantize="int8", adapters=adapters)
+            asked = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+            wanted = [
+                one.generate(["The"], **asked)[0] for one in (lm, lm.with_adapter("narrow"), lm.with_adapter("deep"))
+            ]
+            body = {"prompt": "The", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+            found = [httpx.post(f"{url}/completions", json=body | {"model": name}).json() for name in names]
+            assert [one["choices"][0]["text"] for one in found] == wanted
+            assert len(set(wanted)) == 3
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(20)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])

@@ -40,6 +40,29 @@ def refused(answer: httpx.Response, param: str | None, status: int = 400) -> str
     return error["message"]
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(server, monkeypatch):
+    long = "jump " * 100_000
+    assert tokenizer().least(long) > CONTEXT
+
+    def encode_batch(texts, **options):
+        assert max(map(len, texts)) < len(long), "tokenised"
+        return kept(texts, **options)
+
+    kept = tokenizer().encode_batch
+    monkeypatch.setattr(tokenizer(), "encode_batch", encode_batch)
+    for path, sent, param in (
+        ("/v1/completions", {"prompt": long}, "prompt"),
+        ("/v1/completions", {"prompt": ["fox", long]}, "prompt[1]"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}, "messages"),
+    ):
+        answer = server.post(path, json=sent)
+        assert "characters are" in refused(answer, param)
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+    monkeypatch.undo()
+    counted = server.post("/tokenize", json={"prompt": long}).json()
+    assert counted["count"] == len(tokenizer().encode(long))
+
+
 class TestBodies:
     @pytest.mark.parametrize(
         ("body", "said"),
@@ -622,11 +645,14 @@ class TestFailures:
             assert answer.status_code == (200 if stream else 504) and '"code":"timeout"' in answer.text
             assert server.settles(2)
 
-    def test_a_guide_that_fails_ends_its_own_request_alone(self):
+    @pytest.mark.parametrize("at, code, status", [("take", "format", 400), ("allowed", "engine_failed", 500)])
+    def test_a_guide_that_fails_ends_its_own_request_alone(self, at, code, status):
         class Broken:
             finished = False
 
             def allowed(self):
+                if at == "allowed":
+                    raise RuntimeError("out of luck")
                 return torch.ones(tokenizer().vocab_size, dtype=torch.bool)
 
             def take(self, token):
@@ -645,7 +671,7 @@ class TestFailures:
                 answer = server.post(
                     "/v1/chat/completions", json=CHAT | sent | {"response_format": {"type": "json_object"}}
                 )
-                assert '"code":"format"' in answer.text and answer.status_code == (200 if sent else 400)
+                assert f'"code":"{code}"' in answer.text and answer.status_code == (200 if sent else status)
             assert text + "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
 
 

@@ -13,7 +13,20 @@ from serving import tokenizer
 from allyouneed.generate.guides import Guides
 from allyouneed.serve.calling import call_schema, calling_grammar
 from allyouneed.serve.schemas import Tool
-from allyouneed.serve.tools import BARE, HERMES, LLAMA, MISTRAL, Argued, Called, Form, Reader, Said, form_of
+from allyouneed.serve.tools import (
+    BARE,
+    GRANITE,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    PHI,
+    Argued,
+    Called,
+    Form,
+    Reader,
+    Said,
+    form_of,
+)
 
 
 def read(form: Form, pieces: list[str], forced: bool = False) -> tuple[str, list[list[str]], bool]:
@@ -48,6 +61,19 @@ CASES = [
     ),
     (HERMES, "<tool_call>oops</tool_call> x", "<tool_call>oops</tool_call> x", []),
     (HERMES, '<tool_call>{"name": "f"', '<tool_call>{"name": "f"', []),
+    (PHI, 'So: <|tool_call|>{"name": "f", "arguments": {"a": 1}}<|/tool_call|>', "So:", [["f", '{"a": 1}']]),
+    (
+        PHI,
+        '<|tool_call|>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]<|/tool_call|>',
+        "",
+        [["f", "{}"], ["g", "{}"]],
+    ),
+    (
+        GRANITE,
+        '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
+        "",
+        [["f", '{"a": 1}'], ["g", "{}"]],
+    ),
     (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {"q": 1}}]', "", [["f", '{"q": 1}']]),
     (
         MISTRAL,
@@ -147,7 +173,8 @@ def test_arguments_come_back_whole(arguments, data):
         ("{{ tools | tojson }}", BARE),
         ("<tools>{{ tools | tojson }}</tools>", BARE),
         ("{% if tools %}<｜tool▁calls▁begin｜>{% endif %}", None),
-        ("{% if tools %}<|tool_call|>{% endif %}", None),
+        ("{% if tools %}<|tool_call|>{% endif %}", GRANITE),
+        ("{% if tools %}<|tool_call|>{}<|/tool_call|>{% endif %}", PHI),
         ("{% if tools %}<function=example>{% endif %}", None),
         ("{% if tools %}<function_calls>{% endif %}", None),
         ("{{ messages }}", None),

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from allyouneed.commands.models import MinP, Model, Penalty, Seed, Temperature, Tokens, TopK, TopP, write
+from allyouneed.commands.models import (
+    MinP,
+    Model,
+    Penalty,
+    Quantize,
+    Seed,
+    Temperature,
+    Timeout,
+    Tokens,
+    TopK,
+    TopP,
+    write,
+)
 from allyouneed.core.errors import InputError, RemoteError
 
 if TYPE_CHECKING:
@@ -37,6 +49,8 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.1,
     seed: Seed = None,
+    quantize: Quantize = None,
+    timeout: Timeout = None,
 ) -> None:
     """Talk with a model, which remembers the conversation. Ctrl-C stops an answer, Ctrl-D ends.
 
@@ -46,7 +60,7 @@ def chat(
     from allyouneed.generate.language_model import Sampling
     from allyouneed.generate.load import load
 
-    lm = load(model)
+    lm = load(model, quantize=quantize, timeout=timeout)
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

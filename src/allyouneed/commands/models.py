@@ -26,6 +26,10 @@ MinP = Annotated[float, typer.Option(help="Drop tokens less than this times as l
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 makes repetition less likely.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="KIND", help="Weights in few bits: int8 or int4, or nf4 or fp4, which is slower.")
+]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to wait for the next byte of an endpoint; without, 120.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 
 
@@ -51,6 +55,8 @@ def generate(
     stop: Stop = None,
     schema: Annotated[Path | None, typer.Option(help="A JSON schema that the text satisfies.")] = None,
     regex: Annotated[str, typer.Option(help="What the text matches as a whole.")] = "",
+    quantize: Quantize = None,
+    timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts: one is written as it comes, several one after the other.
@@ -78,7 +84,7 @@ def generate(
         regex=regex,
     )
     files = _files(prompts)
-    lm = load(model)
+    lm = load(model, quantize=quantize, timeout=timeout)
     if files:
         _answer_rows(lm, *files, sampling, as_json)
     elif as_json:
@@ -95,12 +101,13 @@ def score(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What comes before.")],
     continuations: Annotated[list[str], typer.Argument(help="What may follow; spaces count.")],
+    timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
     """The log-probability of each continuation of a prompt, in nats, the likeliest first."""
     from allyouneed.generate.load import load
 
-    scores = load(model).score([prompt] * len(continuations), continuations)
+    scores = load(model, timeout=timeout).score([prompt] * len(continuations), continuations)
     ranked = sorted(zip(continuations, scores, strict=True), key=lambda pair: -pair[1])
     for continuation, value in ranked:
         if as_json:
@@ -115,6 +122,7 @@ def evaluate(
     shots: Annotated[int, typer.Option(help="Solved examples before each question.")] = 4,
     questions: Annotated[int, typer.Option(help="How many questions of each task.")] = 40,
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+    timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy on short tasks with options, with 95 % intervals, under each way to weigh an option's likelihood."""
@@ -127,7 +135,7 @@ def evaluate(
     for name in chosen:
         if name not in known:
             raise unknown("task", name, known)
-    lm = load(model)
+    lm = load(model, timeout=timeout)
     for name in chosen:
         task = known[name]
         asked = [

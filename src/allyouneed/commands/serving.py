@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from allyouneed.commands.models import Model
+from allyouneed.commands.models import Model, Quantize
 from allyouneed.core.errors import InputError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from allyouneed.generate.engine import Engine
+    from allyouneed.generate.language_model import LanguageModel
     from allyouneed.generate.local import LocalModel
     from allyouneed.generate.local_encoder import LocalEncoder
     from allyouneed.generate.speculation import Speculator
@@ -37,6 +39,13 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; without, as it was named here.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER", help="An adapter in PEFT's layout, asked for as MODEL:NAME; may be repeated."
+        ),
+    ] = None,
+    quantize: Quantize = None,
     embedder: Annotated[str | None, typer.Option(help="An encoder that answers /v1/embeddings.")] = None,
     context: Annotated[
         int | None, typer.Option(help="The most tokens of a request; without, all the model holds.")
@@ -63,6 +72,7 @@ def serve(
 ) -> None:
     """Answer OpenAI clients over HTTP: chat, completions, responses, embeddings. SIGTERM or Ctrl-C ends it gently."""
     from allyouneed.generate.engine import Engine
+    from allyouneed.generate.load import load
 
     try:
         from allyouneed.serve.assembly import assemble
@@ -88,10 +98,11 @@ def serve(
         share_prefixes=share_prefixes,
         kv8=kv8,
     )
-    guessing = _speculator(draft, lookup, early_exit)
+    guessing, adapters = _speculator(draft, lookup, early_exit), named_folders(adapter or [])
     with listen(settings) as listening:
         began = time.perf_counter()
-        app = assemble(_load(model, name or model, config, guessing), settings, _encoder(embedder))
+        loaded = load(model, quantize=quantize, adapters=adapters)
+        app = assemble(_served(loaded, name or model, config, guessing), settings, _encoder(embedder))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
         print(f"{name or model} answers at {address} (loaded in {time.perf_counter() - began:.1f} s)", flush=True)
         _tell_room(app)
@@ -103,7 +114,8 @@ def serve(
 
 def _tell_room(app: FastAPI) -> None:
     """Say where requests have to be shorter than the model could read."""
-    for served in app.state.service.models.values():
+    models = app.state.service.models.values()
+    for served in {served.lm.module: served for served in reversed(models)}.values():  # a model before its adapters
         limit, room = served.lm.module.limit, served.lm.engine.room if served.generates else None
         if room is not None and served.context == room != limit:
             said = f"{served.name}: a request has {room} tokens at most, as many as all blocks hold"
@@ -133,17 +145,33 @@ def _speculator(draft: str | None, lookup: bool, early_exit: int | None) -> Spec
     return Draft(lm.module)
 
 
-def _load(model: str, name: str, config: Engine.Config, guessing: Speculator | None) -> LocalModel | LocalEncoder:
-    from allyouneed.generate.load import load
+def named_folders(given: Sequence[str]) -> dict[str, str]:
+    """`NAME=FOLDER`s as a mapping.
+
+    >>> named_folders(["sql=runs/sql"])
+    {'sql': 'runs/sql'}
+    """
+    found: dict[str, str] = {}
+    for one in given:
+        name, sign, folder = one.partition("=")
+        if not (name and sign and folder) or name in found:
+            raise InputError(f"--adapter {one}: {'is there twice' if name in found else 'write NAME=FOLDER'}")
+        found[name] = folder
+    return found
+
+
+def _served(
+    lm: LanguageModel, name: str, config: Engine.Config, guessing: Speculator | None
+) -> LocalModel | LocalEncoder:
+    """The model with an engine of this configuration."""
     from allyouneed.generate.local import LocalModel
     from allyouneed.generate.local_encoder import LocalEncoder
 
-    lm = load(model)
     if isinstance(lm, LocalModel):
         return LocalModel(lm.module, lm.tokenizer, name, config=config, speculator=guessing)
     if isinstance(lm, LocalEncoder):
         return LocalEncoder(lm.module, lm.tokenizer, name, lm.reading)
-    raise InputError(f"{model} is an endpoint already; serve a model of this machine")
+    raise InputError(f"{lm.name} is an endpoint already; serve a model of this machine")
 
 
 def _encoder(name: str | None) -> LocalEncoder | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,14 @@ def memory(device: Any = "cpu") -> int | None:
         return torch.cuda.get_device_properties(device).total_memory
     known = [size for size in (_physical(), group_limit()) if size is not None]
     return min(known, default=None)
+
+
+def give_back() -> None:
+    """Have the C library return to the system what it keeps of memory that was freed: to be called once something large
+    was read and done with. glibc keeps what lies below the last piece in use (malloc_trim(3)); others do by themselves.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # no such library or function here
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def group_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, read_text, write_json, write_text
-from allyouneed.data import vocabularies
+from allyouneed.data import bounds, vocabularies
 from allyouneed.data.spelling import Spelling, spelling
 from allyouneed.data.tokenizer_json import build, guarded
 
@@ -176,8 +177,7 @@ class Tokenizer:
         known = [self.pad_id, *sorted(self._special - {self.bos_id, *self.eos_ids})]
         pad = next((i for i in known if i not in taken), self.vocab_size)
         if pad == self.vocab_size:
-            rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-            spec["added_tokens"].append({"id": pad, "content": "<|pad|>"} | rules)
+            spec["added_tokens"] += vocabularies.added_tokens(["<|pad|>"], first=pad)
         return self._changed(spec, pad)
 
     def _changed(self, spec: Any, pad_id: int | None) -> Tokenizer:
@@ -234,6 +234,18 @@ class Tokenizer:
         roles = (self.bos_id, *self.eos_ids, self.pad_id, self.cls_id, self.sep_id, self.mask_id)
         with guarded(self.name):
             return spelling(self._backend, self._special.union(i for i in roles if i is not None))
+
+    def least(self, text: str) -> int:
+        """As many tokens a text has at least, found by its length alone; 0 where nothing can be said.
+
+        >>> byte_tokenizer(["</s>"]).least("a" * 400)
+        100
+        """
+        return 0 if self._bound is None else self._bound.least(text)
+
+    @cached_property
+    def _bound(self) -> bounds.Bound | None:
+        return bounds.bound(json.loads(self._backend.to_str()))
 
     def token(self, i: int) -> str:
         """How the vocabulary spells token `i`."""
@@ -408,6 +420,23 @@ class Stream:
 def byte_tokenizer(special_tokens: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
     """Bytes as ids, and `special_tokens` from 256 on, the first of which begins, ends and pads."""
     return with_end(vocabularies.of_bytes(special_tokens), special_tokens, "bytes")
+
+
+def word_tokenizer(words: Sequence[str], *, chat_template: str | None = None) -> Tokenizer:
+    """Words between spaces as ids from 2 on. `END_OF_TEXT`, which begins, ends and pads, is 0, and any other word 1.
+
+    Raises:
+        InputError: a word twice, or one with a space in it.
+
+    >>> tokenizer = word_tokenizer(["a", "rose", "is"])
+    >>> tokenizer.encode("a rose is red"), tokenizer.decode([2, 3, 4, 2, 3, 0])
+    ([2, 3, 4, 1], 'a rose is a rose')
+    """
+    odd = [word for i, word in enumerate(words) if word in words[:i] or word.split() != [word]]
+    if odd:
+        raise InputError(f"word {odd[0]!r}: each is given once, and without spaces")
+    spec = vocabularies.of_words(words, END_OF_TEXT, "<|unknown|>")
+    return Tokenizer(spec, name="words", bos_id=0, eos_ids=(0,), pad_id=0, chat_template=chat_template)
 
 
 def wordpiece_tokenizer(

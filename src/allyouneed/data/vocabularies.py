@@ -122,6 +122,12 @@ def of_bytes(special_tokens: Sequence[str]) -> dict[str, Any]:
     return byte_level(vocab, [], split=None, added=added_tokens(special_tokens, first=256))
 
 
+def of_words(words: Sequence[str], special: str, unknown: str) -> dict[str, Any]:
+    """Words between spaces as ids: `special` is 0, what is in none of them `unknown`, 1, and the words follow."""
+    model = {"type": "WordLevel", "unk_token": unknown, "vocab": {w: i for i, w in enumerate((special, unknown, *words))}}
+    return _spec(model, None, {"type": "WhitespaceSplit"}, None, [_added(0, special)], None)
+
+
 def wordpiece(vocab: Mapping[str, int], special_tokens: Sequence[str], lowercase: bool) -> dict[str, Any]:
     """BERT's word pieces: text cleaned and cut at spaces and punctuation, Chinese characters apart, accents dropped
     with the case; [CLS] before and [SEP] after each sentence, where the vocabulary has both.
@@ -203,7 +209,7 @@ def _spec(
     model: dict[str, Any],
     normalizer: dict[str, Any] | None,
     pre_tokenizer: dict[str, Any],
-    decoder: dict[str, Any],
+    decoder: dict[str, Any] | None,
     added: Sequence[dict[str, Any]],
     post_processor: dict[str, Any] | None,
 ) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from allyouneed.adapt.rows import Mix
 from allyouneed.generate.blocks import Key
 from allyouneed.generate.requests import Request, Step, Top
 from allyouneed.generate.sampling import Sampler
@@ -25,6 +26,7 @@ class Continuation:
     choosing: Callable[[], Sampler]
     keys: Sequence[Key]  # of the full blocks of the prompt but for its last token, by which they are found
     whole: Key  # of the whole prompt, and of what is read besides it
+    adapters: Mix = ()  # that read and write it, however the module stands by then
     table: BlockTable | None = None
     echoed: list[tuple[float | None, Top]] = field(default_factory=lambda: [(None, ())])  # of the prompt so far
     cached: int = 0  # tokens of the prompt that were found or forked, not read

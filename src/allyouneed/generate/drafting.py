@@ -161,7 +161,8 @@ def _own_piece(guess: _Guess) -> Piece:
     """The last token of a text, or of its drafts, behind what the model holds of it."""
     table, drafts = guess.asked.table, guess.tokens
     last = drafts[-1] if drafts else guess.asked.tokens[-1]
-    return Piece([last], table.blocks, table.length + len(drafts), wanted=1, slot=table.slot)
+    length = table.length + len(drafts)
+    return Piece([last], table.blocks, length, wanted=1, slot=table.slot, adapters=table.adapters)
 
 
 @dataclass(eq=False)

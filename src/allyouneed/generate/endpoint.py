@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from email.utils import mktime_tz, parsedate_tz
+from math import inf
 from typing import Any, TypeVar
 
 import httpx
@@ -42,13 +43,15 @@ class Endpoint:
         timeout: seconds without a byte from the server.
 
     Raises:
-        InputError: no such URL, or a key that no header can hold.
+        InputError: no such URL, a key that no header can hold, or no time to wait.
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, concurrency: int = 8, timeout: float = 120.0) -> None:
         base, key = _base(url), (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
         if not (key.isascii() and key.isprintable()):
             raise InputError("the API key holds characters that no HTTP header may; copy it again")
+        if not 0 < timeout < inf:
+            raise InputError(f"timeout={timeout}; seconds above 0 are needed")
         self.name, self.concurrency, self.timeout, self._key = _shown(str(base)), concurrency, timeout, key
         self._client = httpx.Client(
             base_url=base.copy_with(userinfo=b""),  # httpx logs addresses whole
@@ -118,7 +121,7 @@ class Endpoint:
         except httpx.RequestError as error:
             if body is not None and isinstance(error, httpx.ReadTimeout):
                 self._check_well()
-                mend = "ask for fewer tokens, or have RemoteModel wait longer (timeout)"
+                mend = "ask for fewer tokens, or wait longer (timeout)"
                 raise LateError(
                     f"{self.name}: no answer within {patience:g} s, though the server is well; {mend}"
                 ) from None

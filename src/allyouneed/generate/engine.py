@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from allyouneed import core
+from allyouneed.adapt.lora import mix_of
 from allyouneed.core import devices
 from allyouneed.core.errors import InputError
 from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.reading import Continues, CurrentReader
-from allyouneed.generate.requests import Guide, Request, Step
+from allyouneed.generate.requests import Guide, Request, RequestError, Step
 from allyouneed.generate.sampling import NO_NUMBERS, Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
 from allyouneed.generate.speculation import Asked, Drafts, Speculator
-from allyouneed.generate.tables import Tables
+from allyouneed.generate.tables import Tables, root
 from allyouneed.nn.paged import Storage, bytes_per_block
 from allyouneed.nn.sight import Memory
 
@@ -111,7 +112,7 @@ class Engine:
         self._letters: dict[int, deque[Step]] = {}  # what came for calls of `steps`
         self._broken: dict[int, BaseException] = {}  # what broke their requests
         self._steps: list[Step] = []  # what came for those that were added one by one
-        self._errors: list[Exception] = []  # and what broke them
+        self._errors: list[RequestError] = []  # and what broke them
         self._added = self._read = self._made = self._drafts = self._kept = 0
         self._speculator = speculator
         if speculator is not None:
@@ -173,16 +174,17 @@ class Engine:
 
         Raises:
             InputError: it could never run: no or unknown tokens, more than the context or all blocks hold, nothing to
-                generate, a memory that is missing or that nobody reads.
+                generate, a memory that is missing or that nobody reads, an adapter that the module has not.
         """
         ids = [int(token) for token in request.ids]
         self._check(request, ids)
         number, self._added = self._added, self._added + 1
-        keys = self.tables.keys(ids[:-1])
-        whole = chained((keys[-1] if keys else b"") + repr(id(request.memory)).encode(), ids)
+        adapters = mix_of(self.module, request.adapter)
+        keys = self.tables.keys(ids[:-1], adapters)
+        whole = chained(root(adapters) + repr(id(request.memory)).encode(), ids)
         sampler = partial(Sampler, request.sampling, ids, self.vocab_size, self.eos_ids, request.guide)
         pace = self._speculator.pace() if self._speculator else None
-        self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole, pace=pace)
+        self._under_way[number] = Continuation(number, request, ids, sampler, keys, whole, adapters, pace=pace)
         self._scheduler.add(self._under_way[number])
         return number
 
@@ -196,13 +198,15 @@ class Engine:
         while prompts are only being read, none when `idle`.
 
         Raises:
-            Exception: what a request's `stop` or guide raised, or its logits. It is over, the others go on: what the
-                pass gave them is told by the next call. What broke a whole pass; all are then read anew.
+            RequestError: a request's `stop` or guide raised something, or its logits are no numbers. It is over, the
+                others go on: what the pass gave them is told by the next call.
+            Exception: what broke a whole pass; all are then read anew.
         """
         if self._under_way and not (self._steps or self._errors):
             self._pass()
         if self._errors:
-            raise self._errors.pop(0)
+            error = self._errors.pop(0)
+            raise error from error.cause
         steps, self._steps = self._steps, []
         return steps
 
@@ -213,6 +217,7 @@ class Engine:
         stop: Stop = lambda request, token: False,
         memory: Memory | None = None,
         guides: Sequence[Guide | None] | None = None,
+        adapter: str | None = None,
     ) -> Iterator[Step]:
         """Tokens as they come, numbers being places in `prompts`; several such calls may take turns on one engine.
 
@@ -222,6 +227,7 @@ class Engine:
             stop: asked after every token but an end token, once.
             memory: what was read of another model, a row for each prompt.
             guides: which tokens may come, for each prompt.
+            adapter: who answers, as of a `Request`.
 
         Raises:
             InputError: as `add`.
@@ -233,8 +239,8 @@ class Engine:
             guided = guides or [None] * len(prompts)
             for i, (ids, sampling, row, guide) in enumerate(zip(prompts, samplings, memories, guided, strict=True)):
                 if sampling.max_new_tokens:
-                    request = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
-                    number = self.add(request)
+                    asked = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
+                    number = self.add(replace(asked, adapter=adapter))
                     numbers[number], self._letters[number] = i, deque()
                 else:
                     self.check(ids, 0)
@@ -283,11 +289,10 @@ class Engine:
 
     def _break(self, one: Continuation, error: BaseException) -> None:
         """Have whoever waits for a request hear what broke it."""
-        error.add_note(f"It ended request {one.number} of the engine; others go on.")
         if one.number in self._letters:
             self._broken[one.number] = error
         elif isinstance(error, Exception):
-            self._errors.append(error)
+            self._errors.append(RequestError(one.number, error))
 
     def _end(self, number: int) -> None:
         """Hold nothing of a request any more."""
@@ -375,7 +380,7 @@ class Engine:
             one.tokens.append(token)
             step = one.step(token, logprobs[i], self._finished(one, token))
             if isnan(step.logprob):  # greedy, too
-                raise InputError(f"request {one.number}: {NO_NUMBERS}")
+                raise InputError(NO_NUMBERS)
             self._tell(step)
             if step.finish_reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
                 break

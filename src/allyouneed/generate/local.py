@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from allyouneed.adapt.lora import mix_of, names
+from allyouneed.adapt.rows import chosen
 from allyouneed.core.errors import InputError
 from allyouneed.data import chat
 from allyouneed.data.tokenizers import Tokenizer
@@ -34,6 +38,8 @@ class LocalModel:
         speculator: guesses the engine's next tokens.
     """
 
+    adapter: str | None = None  # who answers, of the module's adapters; None: the module as it stands
+
     def __init__(
         self,
         module: Decoder,
@@ -48,6 +54,24 @@ class LocalModel:
             raise InputError(f"{name}: the tokenizer has {sizes}; they do not belong together")
         self.module, self.tokenizer, self.name = module, tokenizer, name
         self.engine = Engine(module, tokenizer.eos_ids, config, speculator, tokenizer.vocab_size)
+        self._guides = cache(partial(Guides, tokenizer))  # made when first asked for, once for all adapters
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of its module's adapters."""
+        return names(self.module)
+
+    def with_adapter(self, name: str) -> LocalModel:
+        """The same model answering with one of its module's adapters. Both share an engine, which reads for all
+        adapters in one pass.
+
+        Raises:
+            InputError: it has no such adapter.
+        """
+        mix_of(self.module, name)
+        found = copy.copy(self)
+        found.adapter, found.name = name, f"{self.name}:{name}"
+        return found
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
@@ -115,11 +139,12 @@ class LocalModel:
             asked.setdefault(context, {}).setdefault(continuation, []).append(i)
         scores = [0.0] * len(pairs)
         reader = _Reader(self.module, asked)
-        for context in sorted(asked):
-            options = list(asked[context])
-            for option, score in zip(options, reader.score(context, options), strict=True):
-                for i in asked[context][option]:
-                    scores[i] = score
+        with self._adapted():
+            for context in sorted(asked):
+                options = list(asked[context])
+                for option, score in zip(options, reader.score(context, options), strict=True):
+                    for i in asked[context][option]:
+                        scores[i] = score
         return scores
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -132,14 +157,16 @@ class LocalModel:
         for row in rows:
             self.engine.check(row, 0)
         device = self.module.device
-        vectors = [self.module.hidden(torch.tensor([list(row)], device=device))[0].mean(0).cpu() for row in rows]
+        with self._adapted():
+            hidden = (self.module.hidden(torch.tensor([list(row)], device=device)) for row in rows)
+            vectors = [states[0].mean(0).cpu() for states in hidden]
         stacked = torch.stack(vectors) if vectors else torch.zeros(0, self.module.config.dim)
         return torch.nn.functional.normalize(stacked, dim=-1).float().numpy()
 
-    @cached_property
+    @property
     def guides(self) -> Guides:
         """Makes guides for this model's vocabulary."""
-        return Guides(self.tokenizer)
+        return self._guides()
 
     def guide(self, sampling: Sampling) -> Guide | None:
         """What `json_schema` or `regex` allows; a new one for each request."""
@@ -157,6 +184,10 @@ class LocalModel:
             return self.tokenizer.encode(self.chat_prompt(prompt))
         ids = self.tokenizer.encode(prompt, add_special_tokens=True)
         return ids or [self._first_token()]
+
+    def _adapted(self) -> AbstractContextManager[None]:
+        """Within, the module reads single rows as this model's adapter does."""
+        return chosen([mix_of(self.module, self.adapter)], self.module.device)
 
     def _first_token(self) -> int:
         token = self.tokenizer.bos_id
@@ -180,16 +211,22 @@ class LocalModel:
     def _complete(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
         writings = [Writing(self.tokenizer, *pair) for pair in zip(prompts, samplings, strict=True)]
         guides = [self.guide(sampling) for sampling in samplings]
-        steps = self.engine.steps(prompts, samplings, lambda i, token: writings[i].text.push(token), guides=guides)
-        for step in steps:
+
+        def stop(i: int, token: int) -> bool:
+            return writings[i].text.push(token)
+
+        for step in self.engine.steps(prompts, samplings, stop, guides=guides, adapter=self.adapter):
             writings[step.request].hear(step)
         return [writing.completion() for writing in writings]
 
     def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         text = StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens)
-        guides = [self.guide(sampling)]
-        reason = None
-        for step in self.engine.steps([prompt], [sampling], lambda request, token: text.push(token), guides=guides):
+
+        def stop(i: int, token: int) -> bool:
+            return text.push(token)
+
+        reason, guides = None, [self.guide(sampling)]
+        for step in self.engine.steps([prompt], [sampling], stop, guides=guides, adapter=self.adapter):
             reason = step.finish_reason
             if piece := text.take():
                 yield piece

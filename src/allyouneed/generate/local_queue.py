@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from allyouneed.core.errors import InputError
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.language_model import Answer, Completion, Sampling, Turns
-from allyouneed.generate.requests import Request, Step
+from allyouneed.generate.requests import Request, RequestError, Step
 from allyouneed.generate.stopping import StopStrings
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class LocalQueue:
         writing = Writing(self.lm.tokenizer, ids, sampling)
         if sampling.max_new_tokens:
             guide = self.lm.guide(sampling)
-            request = Request(ids=ids, sampling=sampling, stop=writing.text.push, guide=guide)
+            adapter = self.lm.adapter
+            request = Request(ids=ids, sampling=sampling, stop=writing.text.push, guide=guide, adapter=adapter)
             self._under_way[self.lm.engine.add(request)] = number, writing
         else:
             self.lm.engine.check(ids, 0)
@@ -72,8 +73,11 @@ class LocalQueue:
         """Those that are done, at least one as long as any is under way."""
         while self._under_way and not self._ready:
             assert not self.lm.engine.idle, "somebody else took this queue's steps"
-            for step in self.lm.engine.step():
-                self._hear(step)
+            try:
+                for step in self.lm.engine.step():
+                    self._hear(step)
+            except RequestError as error:
+                self._give_up(error)
         ready, self._ready = self._ready, {}
         return ready
 
@@ -82,6 +86,14 @@ class LocalQueue:
         for number in self._under_way:
             self.lm.engine.cancel(number)
         self._under_way = {}
+
+    def _give_up(self, error: RequestError) -> None:
+        """What went wrong with one prompt is its answer; a fault of ours ends all."""
+        if not isinstance(error.cause, InputError):
+            raise error.cause
+        self.lm.engine.cancel(error.request)  # what it still says of it
+        number, _ = self._under_way.pop(error.request)
+        self._ready[number] = error.cause
 
     def _hear(self, step: Step) -> None:
         number, writing = self._under_way[step.request]

@@ -30,7 +30,7 @@ class _Layer(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_ROWS, "layers", "workspace", "logits")),
+        *((name, ctypes.c_void_p) for name in (*_ROWS, "layers", "shares", "workspace", "logits")),
         *((name, ctypes.c_int64) for name in ("rows", "pieces", "wanted", "block_size", "threads")),
     ]
 
@@ -78,10 +78,22 @@ class NativeReader:
         arrays = _arrays(pieces)
         self._check(pieces, arrays)
         places = (array.ctypes.data for array in arrays)
+        shares = self._shares(pieces)
         numbers = rows, len(pieces), wanted, self.storage.size, torch.get_num_threads()
-        memory = ctypes.addressof(self._layers), self._workspace.data_ptr(), logits.data_ptr()
+        adapted = None if shares is None else shares.ctypes.data
+        memory = ctypes.addressof(self._layers), adapted, self._workspace.data_ptr(), logits.data_ptr()
         self._run(ctypes.byref(self._records), ctypes.byref(_Pass(*places, *memory, *numbers)))
         return logits
+
+    def _shares(self, pieces: Sequence[Piece]) -> np.ndarray | None:
+        """How much each piece has of each of the program's adapters, (P, adapters); None where none has any."""
+        known = self.program.adapters
+        shares = np.zeros((len(pieces), len(known)), np.float32)
+        for i, piece in enumerate(pieces):
+            for name, share in piece.adapters:
+                if name in known:  # else it joins none of these layers: of a model's first ones, say
+                    shares[i, known[name]] = share
+        return shares if shares.any() else None
 
     def _check(self, pieces: Sequence[Piece], arrays: Sequence[np.ndarray]) -> None:
         """The library would read and write beyond its memory."""

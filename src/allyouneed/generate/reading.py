@@ -5,7 +5,8 @@ Knows blocks and slots by number only; who holds them is said by the caller. Sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from allyouneed.adapt.rows import Mix, chosen
 from allyouneed.nn.paged import Storage
 from allyouneed.nn.sight import Memory
 from allyouneed.nn.watch import Watch
@@ -55,6 +57,7 @@ class Piece:
     length: int  # tokens it holds already
     wanted: int  # of so many of its last new tokens logits are wanted: 0 none, 1 to go on, more to judge drafts
     slot: int = 0  # of its state and its memory, where the model has such
+    adapters: Mix = ()  # of the module, that read it, and how much of each
 
 
 class Reader(Protocol):
@@ -126,7 +129,8 @@ class TorchReader:
         hidden = torch.cat(found)
         if places != list(range(total)):
             hidden = hidden[torch.tensor(places).argsort().to(hidden.device)]
-        return self.module.head(hidden).float().cpu()
+        with self._chosen(piece.adapters for piece in pieces for _ in range(piece.wanted)):
+            return self.module.head(hidden).float().cpu()
 
     def _wanted(self, pieces: Sequence[Piece]) -> Tensor:
         """What the head sees where logits are wanted, (sum of `wanted`, dim)."""
@@ -149,7 +153,12 @@ class TorchReader:
         )
         padded = min(counts) < width
         device = self.module.device
-        return self.module.hidden(ids.to(device), cache=cache, counts=torch.tensor(counts) if padded else None)
+        with self._chosen(piece.adapters for piece in pieces):
+            return self.module.hidden(ids.to(device), cache=cache, counts=torch.tensor(counts) if padded else None)
+
+    def _chosen(self, mixes: Iterable[Mix]) -> AbstractContextManager[None]:
+        """The adapters of each row; only modules themselves can be asked for them."""
+        return chosen(list(mixes), self.module.device) if isinstance(self.module, nn.Module) else nullcontext()
 
     def _groups(self, pieces: Sequence[Piece]) -> Iterator[list[int]]:
         """Which pieces to read together: those of like length, and those whose memory no layer has looked at apart."""

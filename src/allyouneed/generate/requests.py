@@ -62,6 +62,18 @@ class Request:
     top_logprobs: int = 0  # how many of the likeliest alternatives each `Step` carries
     prompt_logprobs: bool = False  # the first `Step` carries the prompt's own log-probabilities (OpenAI's `echo`)
     memory: Memory | None = None  # what an encoder read, one row of it, for encoder–decoders
+    adapter: str | None = (
+        None  # who answers, of the module's adapters; None: the module as it stands when this is added
+    )
+
+
+class RequestError(Exception):
+    """One request is over, others go on: its own `stop`, its guide or its logits raised `cause`."""
+
+    def __init__(self, request: int, cause: Exception) -> None:
+        """`request` is the number that `Engine.add` gave."""
+        super().__init__(f"request {request} of the engine: {cause}")
+        self.request, self.cause = request, cause
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class Scheduler:
         keys = [] if one.echoing else one.keys[: self.tables.found(one.keys)]
         if needed - len(keys) + spare > self.tables.pool.free:
             return False
-        table = self.tables.open(one.request.memory)
+        table = self.tables.open(one.request.memory, one.adapters)
         self.tables.adopt(table, keys)
         if not self.tables.reserve(table, len(one.tokens) - table.length, spare):
             self.tables.close(table)

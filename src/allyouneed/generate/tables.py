@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from allyouneed.adapt.lora import mix_of
+from allyouneed.adapt.rows import Mix
 from allyouneed.generate.blocks import BlockPool, Key, chained
 from allyouneed.generate.reading import Continues, Piece
 from allyouneed.nn.paged import Storage
@@ -19,6 +21,7 @@ class BlockTable:
     """What is held of one sequence: `length` tokens in `blocks`, the last of which may be partly filled."""
 
     slot: int  # of its state and its memory
+    adapters: Mix = ()  # that read it: what is kept of a token depends on them
     blocks: list[int] = field(default_factory=list)
     length: int = 0
     named: int = 0  # so many of its blocks, the first ones, were given their keys
@@ -40,9 +43,10 @@ class Tables:
         self._slots: list[int] = []
         self._opened = 0
 
-    def open(self, memory: Memory | None = None) -> BlockTable:
-        """An empty table; with a slot of its own."""
-        table = BlockTable(self._slot())
+    def open(self, memory: Memory | None = None, adapters: Mix | None = None) -> BlockTable:
+        """An empty table; with a slot of its own. `adapters` None: those that are in use now."""
+        mix = mix_of(self.module) if adapters is None else adapters
+        table = BlockTable(self._slot(), mix, key=root(mix))
         self.storage.begin(table.slot, self.module.new_cache(1, 0, memory))
         return table
 
@@ -61,9 +65,9 @@ class Tables:
         """How many of `keys`, from the first on, blocks are found by."""
         return next((i for i, key in enumerate(keys) if self.pool.find(key) is None), len(keys))
 
-    def keys(self, tokens: Sequence[int]) -> list[Key]:
-        """The keys of the full blocks of tokens that a sequence begins with."""
-        found, key = [], b""
+    def keys(self, tokens: Sequence[int], adapters: Mix = ()) -> list[Key]:
+        """The keys of the full blocks of tokens that a sequence begins with, as some adapters read them."""
+        found, key = [], root(adapters)
         for start in range(0, len(tokens) // self.size * self.size if self.share else 0, self.size):
             key = chained(key, tokens[start : start + self.size])
             found.append(key)
@@ -95,7 +99,7 @@ class Tables:
     def piece(self, table: BlockTable, ids: Sequence[int], wanted: int = 1) -> Piece:
         """What a sequence reads in a pass; room must be reserved."""
         assert len(table.blocks) >= self.count(table.length + len(ids)), "no room reserved"
-        return Piece(ids=ids, blocks=table.blocks, length=table.length, wanted=wanted, slot=table.slot)
+        return Piece(ids, table.blocks, table.length, wanted, slot=table.slot, adapters=table.adapters)
 
     def commit(self, table: BlockTable, tokens: Sequence[int], length: int) -> None:
         """Hold the first `length` of a sequence's `tokens`, which were read; blocks that became full can be found."""
@@ -113,7 +117,8 @@ class Tables:
 
     def fork(self, table: BlockTable) -> BlockTable:
         """Another table that holds the same; what it shares is copied when one of them writes on."""
-        other = BlockTable(self._slot(), table.blocks[: self.count(table.length)], table.length, table.named, table.key)
+        blocks = table.blocks[: self.count(table.length)]
+        other = BlockTable(self._slot(), table.adapters, blocks, table.length, table.named, table.key)
         for block in other.blocks:
             self.pool.hold(block)
         self.storage.fork(table.slot, other.slot)
@@ -132,3 +137,12 @@ class Tables:
             return self._slots.pop()
         self._opened += 1
         return self._opened - 1
+
+
+def root(adapters: Mix) -> Key:
+    """What the keys of blocks begin with: those that other adapters filled are not found.
+
+    >>> root(()), root((("a", 1.0),)) == root((("b", 1.0),))
+    (b'', False)
+    """
+    return repr(adapters).encode() if adapters else b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import allyouneed.adapt.lowering  # noqa: F401  # how adapted layers are lowered
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn import native
 from allyouneed.nn.lowering import Frame, lower, weights

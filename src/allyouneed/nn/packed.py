@@ -153,6 +153,10 @@ class PackedEmbedding(nn.Module):
         """(…) integers -> (…, K) fp32."""
         return unpack(F.embedding(ids, self.blocks), self.kind, self.embedding_dim)
 
+    def dequantised(self) -> Tensor:
+        """The table (N, K) fp32."""
+        return unpack(self.blocks, self.kind, self.embedding_dim)
+
     def extra_repr(self) -> str:
         """What `repr` shows of the table."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.kind.name}"

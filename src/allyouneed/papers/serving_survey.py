@@ -328,7 +328,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="real weights",
-    minutes={"smoke": 0.3, "laptop": 10},
+    minutes={"smoke": 0.3, "laptop": 12},
     seeds={"smoke": 1, "laptop": 5, "paper": 3},
     sizes={
         "smoke": Config(

@@ -58,7 +58,7 @@ async def figures(service: Here) -> Response:
 def _living(models: Mapping[str, Served]) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
-        drivers = [served.driver for served in models.values() if served.generates]
+        drivers = {served.driver for served in models.values() if served.generates}  # adapters share their model's
         for driver in drivers:
             driver.start(asyncio.get_running_loop())
         try:

@@ -15,19 +15,22 @@ from allyouneed.serve.settings import Settings
 
 
 def assemble(lm: LocalModel | LocalEncoder, settings: Settings, embedder: LocalEncoder | None = None) -> FastAPI:
-    """The application that serves `lm`, whose engine it takes over, and beside it an encoder.
+    """The application that serves `lm`, whose engine it takes over, each of its adapters as a model of its own
+    (`name:adapter`), and beside it an encoder.
 
     Raises:
         InputError: `settings.context` is more than the model, or all blocks of its cache, hold.
     """
     metrics = Metrics()
-    models = {}
+    models: dict[str, Served] = {}
     for one in (lm, *([embedder] if embedder else [])):
         if isinstance(one, LocalEncoder):
             models[one.name] = Served(one, one.name, None, one.reading.most, settings.timeout)
         else:
             driver = Driver(one.engine, metrics.take)
-            models[one.name] = Served(one, one.name, driver, _context(one, settings), settings.timeout)
+            served = Served(one, one.name, driver, _context(one, settings), settings.timeout)
+            adapted = [served.with_adapter(name) for name in one.adapters]
+            models |= {each.name: each for each in (served, *adapted)}
     return create_app(models, settings, metrics)
 
 

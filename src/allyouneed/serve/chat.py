@@ -149,8 +149,8 @@ async def planned(served: Served, fields: ChatFields) -> Plan:
     return Plan(requests, tools, forced, special)
 
 
-async def conversation(served: Served, fields: Any, tools: Sequence[Tool]) -> list[int]:
-    """The ids of the messages, and of the tools that the model is told of."""
+async def conversation(served: Served, fields: Any, tools: Sequence[Tool], *, bounded: bool = True) -> list[int]:
+    """The ids of the messages, and of the tools that the model is told of; `bounded`, as many as the context holds."""
     variables = dict(getattr(fields, "chat_template_kwargs", None) or {})
     for name in variables:
         if name in NO_VARIABLES:
@@ -158,7 +158,8 @@ async def conversation(served: Served, fields: Any, tools: Sequence[Tool]) -> li
     if tools:
         variables["tools"] = template_tools(tools)
     try:
-        return await served.chat_ids(template_messages(fields.messages), variables)
+        param = "messages" if bounded else None
+        return await served.chat_ids(template_messages(fields.messages), variables, param)
     except InputError as error:
         raise refused("messages", error) from None
 
@@ -201,9 +202,11 @@ def _tools(served: Served, fields: ChatFields) -> tuple[Sequence[Tool], bool]:
         said = f"tools: the chat template of {served.name} takes none; serve a model tuned for tools"
         raise ApiError(said, param="tools")
     for i, tool in enumerate(tools):
-        if tool.function.strict and not forced and served.form.closing is None:
+        if tool.function.strict and not forced and not served.form.plain:
             param = f"tools[{i}].function.strict"
-            said = "this model's calls have no end mark; it is kept with tool_choice required or a named function only"
+            said = (
+                "this model marks the end of a call by no plain text; tool_choice required or a named function keeps it"
+            )
             raise ApiError(f"{param}: {said}", param=param)
     return tools, forced
 

@@ -188,7 +188,7 @@ async def _prompts(served: Served, fields: CompletionFields) -> list[Prompt]:
 async def _ids(served: Served, text: str, param: str) -> list[int]:
     _ = served.driver  # an encoder has none, and says so
     try:
-        return await served.prompt_ids(text)
+        return await served.prompt_ids(text, param)
     except InputError as error:
         raise refused(param, error) from None
 

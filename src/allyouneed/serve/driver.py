@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from allyouneed.generate.requests import Request, Step
+from allyouneed.generate.requests import Request, RequestError, Step
 from allyouneed.generate.stopping import Pieces, StopStrings
 from allyouneed.serve.errors import ApiError
 
@@ -152,6 +152,8 @@ class Driver:
             if not self._closing and not self.engine.idle:
                 self._step()
             self.read(self.engine)
+        except RequestError as error:
+            self._fail(error)
         except Exception as error:
             LOG.error("a pass of the engine failed; what was running is given up", exc_info=error)
             self._fail_all(ApiError("the engine failed; the log says how", status=500, code="engine_failed"))
@@ -206,6 +208,15 @@ class Driver:
         LOG.error("the text of a request could not be made; it is given up", exc_info=error)
         self._cancel([job])
         return ApiError("the text of this answer could not be made; the log says how", status=500, code="text_failed")
+
+    def _fail(self, error: RequestError) -> None:
+        """One request cannot go on."""
+        LOG.error("a request broke and is given up", exc_info=error)
+        job = self.jobs.get(error.request)
+        if job is not None:
+            self._forget(job)
+            told = ApiError("the engine failed on this request; the log says how", status=500, code="engine_failed")
+            self._deliver([(job, told)])
 
     def _add(self, jobs: Sequence[Job], answer: asyncio.Future[None]) -> None:
         if self._ended:

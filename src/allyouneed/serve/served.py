@@ -6,8 +6,10 @@ and never before what is short.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import anyio
@@ -18,7 +20,7 @@ from allyouneed.generate.guides import Guides
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.local import LocalModel
 from allyouneed.generate.local_encoder import LocalEncoder
-from allyouneed.generate.requests import Guide
+from allyouneed.generate.requests import Guide, Request
 from allyouneed.serve.driver import Driver, Generation
 from allyouneed.serve.errors import ApiError, refused
 from allyouneed.serve.tools import form_of
@@ -45,6 +47,18 @@ class Served:
         self._texts, self._grammars = anyio.CapacityLimiter(WORKERS), anyio.CapacityLimiter(WORKERS)
         self._vectors = anyio.CapacityLimiter(1)
 
+    def with_adapter(self, name: str) -> Served:
+        """The same model as one of its adapters has it: beside it in the same engine, with a name of its own.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        assert isinstance(self.lm, LocalModel), "an encoder has no adapters"
+        found = copy.copy(self)
+        found.lm = self.lm.with_adapter(name)
+        found.name = found.lm.name
+        return found
+
     @property
     def generates(self) -> bool:
         """Whether it makes text."""
@@ -61,10 +75,12 @@ class Served:
             raise ApiError(f"{self.name} is an encoder: it makes vectors only; ask /v1/embeddings", param="model")
         return self._driver
 
-    def generation(self, requests: Sequence[Any], *, special: bool = False) -> Generation:
+    def generation(self, requests: Sequence[Request], *, special: bool = False) -> Generation:
         """Requests on their way to the engine; `special`: the text of special tokens is wanted too."""
-        pieces = functools.partial(self.tokenizer.stream, skip_special_tokens=not special)
-        return Generation(self.driver, requests, pieces, self.most_seconds)
+        driver, pieces = self.driver, functools.partial(self.tokenizer.stream, skip_special_tokens=not special)
+        assert isinstance(self.lm, LocalModel)
+        mine = [replace(request, adapter=self.lm.adapter) for request in requests]
+        return Generation(driver, mine, pieces, self.most_seconds)
 
     async def embed(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """(n, dim), of unit length."""
@@ -75,18 +91,37 @@ class Served:
         work = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return await self.aside(work, len(text))
 
-    async def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids of a prompt; an empty one is the token that begins a text."""
+    async def prompt_ids(self, prompt: str, param: str) -> list[int]:
+        """The ids of a prompt, which stood in the field `param`; an empty one is the token that begins a text.
+
+        Raises:
+            ApiError: by its length alone it cannot fit the context.
+        """
         assert isinstance(self.lm, LocalModel)
+        self._check_length(prompt, param)
         return await self.aside(functools.partial(self.lm.prompt_ids, prompt), len(prompt))
 
-    async def chat_ids(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
-        """The ids of a conversation, through the model's own template."""
+    async def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], param: str | None
+    ) -> list[int]:
+        """The ids of a conversation, which stood in the field `param`, through the model's own template. None: however
+        long it is.
+
+        Raises:
+            InputError: the template refuses it.
+            ApiError: by its length alone it cannot fit the context.
+        """
         if not isinstance(self.lm, LocalModel):
             raise ApiError(f"{self.name} is an encoder: it makes vectors only; ask /v1/embeddings", param="model")
         lm = self.lm
-        length = _size(messages) + _size(variables)
-        return await self.aside(lambda: self.tokenizer.encode(lm.chat_prompt(messages, variables)), length)
+
+        def work() -> list[int]:
+            prompt = lm.chat_prompt(messages, variables)
+            if param is not None:
+                self._check_length(prompt, param)
+            return self.tokenizer.encode(prompt)
+
+        return await self.aside(work, _size(messages) + _size(variables))
 
     async def guide(self, make: Callable[[Guides], Guide], param: str) -> Guide:
         """What `make` makes of the model's guides.
@@ -123,6 +158,13 @@ class Served:
             mend = f"ask for at most {self.context - length}"
             raise ApiError(f"{said}; {mend}", param=param, code="context_length_exceeded")
         return self.context - length if asked is None else asked
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse, before it is tokenised, a text that no tokens of this vocabulary bring into the context."""
+        least = self.tokenizer.least(text) if len(text) >= SHORT else 0
+        if self.context is not None and least > self.context:
+            said = f"{param}: {len(text)} characters are {least} tokens at least, and the context holds {self.context}"
+            raise ApiError(f"{said}; shorten it", param=param, code="context_length_exceeded")
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse ids that are not in the vocabulary."""

@@ -60,7 +60,7 @@ async def _ids(served: Served, fields: TokenizeFields) -> list[int]:
     if fields.prompt is None:
         if fields.tools and served.form is None:
             raise ApiError(f"tools: the chat template of {served.name} takes none", param="tools")
-        return await conversation(served, fields, fields.tools or [])
+        return await conversation(served, fields, fields.tools or [], bounded=False)
     try:
         return await served.encode(fields.prompt, add_special_tokens=fields.add_special_tokens is not False)
     except InputError as error:

@@ -1,7 +1,7 @@
 """Calls of tools, out of the text a model writes: read as it comes, in the form its chat template taught it.
 
-Holds the forms (Hermes, which Qwen and SmolLM write too; Mistral's; LLaMA's), which one a template is of, and `Reader`,
-which tells text from calls. Knows no HTTP and no engine.
+Holds the forms (Hermes, which Qwen and SmolLM write too; Phi's; Granite's; Mistral's; LLaMA's), which one a template is
+of, and `Reader`, which tells text from calls. Knows no HTTP and no engine.
 """
 
 from __future__ import annotations
@@ -59,11 +59,25 @@ class Form:
     bare: bool = False
     special: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether text alone says where calls begin and end, so that a grammar of texts can hold them."""
+        return self.closing is not None and not self.special
+
 
 HERMES = Form("<tool_call>", "</tool_call>")
+PHI = Form("<|tool_call|>", "<|/tool_call|>", special=True)  # Phi-4-mini, in the templates that say how it calls
+GRANITE = Form("<|tool_call|>", special=True)  # 3.x; Granite 4 writes as Hermes
 MISTRAL = Form("[TOOL_CALLS]", special=True)
 LLAMA = Form("<|python_tag|>", bare=True, special=True)
 BARE = Form(None, bare=True)
+MARKS = (  # by which templates are told, the first that is there
+    ("<tool_call>", HERMES),
+    ("<|/tool_call|>", PHI),
+    ("<|tool_call|>", GRANITE),
+    ("[TOOL_CALLS]", MISTRAL),
+    ("<|python_tag|>", LLAMA),
+)
 
 
 def form_of(template: str | None) -> Form | None:
@@ -75,7 +89,7 @@ def form_of(template: str | None) -> Form | None:
     """
     if template is None or not re.search(r"\btools\b", template):
         return None
-    known = next((form for form in (HERMES, MISTRAL, LLAMA) if str(form.opening) in template), None)
+    known = next((form for mark, form in MARKS if mark in template), None)
     return known or (None if _OTHER_MARKS.search(template) else BARE)
 
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from allyouneed import core
+from allyouneed.train.pages import Page, room
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
 
 
 class AdamW(core.Configured, torch.optim.AdamW):
@@ -43,6 +47,73 @@ class AdamW(core.Configured, torch.optim.AdamW):
             weight_decay=config.weight_decay,
             fused=True,  # one pass over memory instead of a dozen
         )
+
+
+class PagedAdamW(AdamW):
+    """AdamW, bit for bit, whose moments are not in the memory that weights and gradients are in but in pages that are
+    brought one parameter at a time (Dettmers et al. 2023, sec. 3: paged optimizers).
+
+    >>> PagedAdamW.Config(lr=1e-3).build(nn.Linear(2, 2)).param_groups[0]["weight_decay"]
+    0.1
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AdamW.Config):
+        """As of AdamW; `folder`, on a disk, is where a CPU's pages lie: None, where the system's temporary files do."""
+
+        splits: ClassVar[bool] = False  # pages are of whole tensors
+
+        folder: str | None = None
+
+    def __init__(self, config: Config, module: nn.Module) -> None:
+        super().__init__(config, module)
+        self.folder = config.folder
+        self.pages: dict[nn.Parameter, dict[str, Page]] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient, each with its moments at hand in turn."""
+        assert closure is None, "nothing is computed anew here"
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._advance(p, p.grad, group)
+
+    def _advance(self, p: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        pages = self._paged(p)
+        near = {name: page.bring() for name, page in pages.items()}
+        adamw(
+            [p],
+            [gradient],
+            [near["exp_avg"]],
+            [near["exp_avg_sq"]],
+            [],
+            [self.state[p]["step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for name, page in pages.items():
+            page.keep(near[name])
+
+    def _paged(self, p: nn.Parameter) -> dict[str, Page]:
+        """The pages of a parameter's moments, which a checkpoint may have put into other memory."""
+        state = self.state[p]
+        pages = self.pages.setdefault(p, {})
+        for name in MOMENTS:
+            if name not in pages:
+                pages[name] = room(p, self.folder)
+            there = pages[name].tensor
+            if state.get(name, there) is not there:
+                there.copy_(state[name])
+            state[name] = there
+        state.setdefault("step", torch.zeros((), device=p.device))
+        return pages
 
 
 class Adafactor(core.Configured, torch.optim.Adafactor):

@@ -18,14 +18,15 @@ from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, about, unknown
 from allyouneed.core.outline import outlined
 from allyouneed.models import bert, bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, marian, mixtral, rwkv, switch, t5
-from allyouneed.models.checkpoints import heads, weights
+from allyouneed.models.checkpoints import heads, quantised, weights
 from allyouneed.models.checkpoints.family import HEAD_STORED, Family
 from allyouneed.models.checkpoints.fields import LARGEST, Fields
-from allyouneed.models.checkpoints.names import HOMELESS, SHOWN, Rule, check_shared, listed, to_ours, to_theirs
+from allyouneed.models.checkpoints.names import HOMELESS, SHOWN, Rule, check_shared, expand, listed, to_ours, to_theirs
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder import Encoder, MaskedModel
 from allyouneed.models.encoder_decoder import EncoderDecoder
 from allyouneed.models.heads import Chooser, Classifier, Head, SpanReader, Tagger
+from allyouneed.nn.quantised import QuantisedWeight
 
 Model = Decoder | Encoder | EncoderDecoder | Head
 _FAMILIES: tuple[Family[Any], ...] = (
@@ -73,15 +74,18 @@ def load(folder: Path) -> Model:
             held = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
             if len(held) != config.layers[sign]:
                 raise InputError(f"{source}: num_layers={config.layers[sign]}, but the weights hold {len(held)} layers")
-        return assemble(config, tensors, source)
+        tensors, blocks = quantised.parted(tensors, folder)
+        return quantised.filled(assemble(config, tensors, source), blocks, folder)
     family = family_of(fields)
     _check_kind(family, tensors, source)
     stored = {HEAD_STORED: any(name.endswith("lm_head.weight") for name in tensors)}
     config = family.read(Fields({**fields.values, **stored}, source))
     rules = family.rules(config)
     check_layers(rules, config.layers, tensors, source)
-    tensors = _with_prefix(rules[0].theirs, tensors)
-    return assemble(config, to_ours(rules, config.layers, tensors, folder), source)
+    tensors, blocks = quantised.parted(_with_prefix(rules[0].theirs, tensors), folder)
+    blocks = quantised.ours(blocks, expand(rules, config.layers), folder)
+    model = assemble(config, to_ours(rules, config.layers, tensors, folder), source)
+    return quantised.filled(model, blocks, folder)
 
 
 def family_of(fields: Fields) -> Family[Any]:
@@ -106,21 +110,46 @@ def family_of(fields: Fields) -> Family[Any]:
 
 def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write config.json and weights; `transformers` loads them with the same outputs where it has such a model."""
-    state = _state(module)
-    if not {"embedding.weight", "encoder.embedding.weight", "model.embedding.weight"} & set(state):
+    state, blocks = _state(module), quantised.stored(module)
+    if not {"embedding.weight", "encoder.embedding.weight", "model.embedding.weight"} & {*state, *blocks}:
         raise InputError(f"{folder}: packed weights have no such layout; load the model with packed=False to save it")
-    for family in (family for known in (FAMILIES, HEADED) for families in known.values() for family in families):
-        if family.fits(module.config):
-            described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(
-                module.config
-            )
-            state = to_theirs(family.rules(module.config), module.config.layers, state)
-            break
-    else:
-        described = {"model_type": OURS, "config": module.config.to_json()}
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    described, state = _theirs(module, state, blocks) or _own(module, state, blocks)
     weights.write_sharded(folder, state, max_shard_bytes=max_shard_bytes)
     files.write_json(folder / "config.json", described | {"dtype": dtype})
+
+
+def fitting(config: Any) -> Family[Any] | None:
+    """The family whose layout can say all of `config`, if there is one."""
+    every = (family for known in (FAMILIES, HEADED) for families in known.values() for family in families)
+    return next((family for family in every if family.fits(config)), None)
+
+
+def _theirs(
+    module: Model, state: Mapping[str, Tensor], blocks: Mapping[str, QuantisedWeight]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """config.json and tensors as transformers names them; None where it has no such model, or has its matrices in
+    another shape than they can be cut into blocks in.
+    """
+    config, family = module.config, fitting(module.config)
+    if family is None:
+        return None
+    rules = list(expand(family.rules(config), config.layers))
+    names = {rule.ours[0]: rule.theirs for rule in rules if rule.plain}
+    if not blocks.keys() <= names.keys():
+        return None
+    described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(config)
+    if blocks:
+        described["quantization_config"] = quantised.described(module, names)
+    found = to_theirs([rule for rule in rules if rule.ours[0] not in blocks], {}, state)
+    return described, found | quantised.tensors({names[name]: one for name, one in blocks.items()})
+
+
+def _own(
+    module: Model, state: Mapping[str, Tensor], blocks: Mapping[str, QuantisedWeight]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same under our own names."""
+    return {"model_type": OURS, "config": module.config.to_json()}, {**state, **quantised.tensors(blocks)}
 
 
 def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:
@@ -222,8 +251,8 @@ def _check_numbers(value: Any, fields: Fields, depth: int = 0) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters by name, a shared one once."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+    """The module's parameters by name, a shared one once, and the biases beside matrices in blocks."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()} | quantised.biases(module)
 
 
 def family_named(model_type: str, families: Mapping[str, Family[Any]], source: object) -> Family[Any]:

@@ -33,18 +33,31 @@ Split = Callable[[Tensor], Sequence[Tensor]]
 Join = Callable[[Sequence[Tensor]], Tensor]
 
 
+def _whole(tensor: Tensor) -> Sequence[Tensor]:
+    return (tensor,)
+
+
+def _only(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0]
+
+
 @dataclass(frozen=True)
 class Rule:
     """`split` makes ours of theirs, `join` theirs of ours."""
 
     ours: tuple[str, ...]
     theirs: str
-    split: Split = lambda tensor: (tensor,)
-    join: Join = lambda parts: parts[0]
+    split: Split = _whole
+    join: Join = _only
     optional: bool = False  # left out of many checkpoints (a tied head)
     again: bool = False  # a second name of what another rule has; compared where it stands, and never written
     mend: str = ""  # what to do where the two are not the same
     row: int | None = None  # theirs is this one of those stacked in ours
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is another name and nothing else, whatever the tensor is stored as."""
+        return self.split is _whole and self.join is _only and not self.again
 
     def at(self, sign: str, layer: int) -> Rule:
         """The rule for one layer."""

@@ -2,7 +2,8 @@
 
 The sources ask nothing of torch's headers, so g++ (11 or later) or clang++ builds them in a few seconds. Their OpenMP
 runtime is the one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in
-`packed.cpp` (packed weights), `program.cpp` (whole passes of decoders) and `wkv.cpp` (RWKV's weighted sums).
+`packed.cpp` (packed weights), `quantised.cpp` (weights in blocks of codes), `program.cpp` (whole passes of decoders)
+and `wkv.cpp` (RWKV's weighted sums).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch  # noqa: F401  # its OpenMP runtime must be in the process before o
 
 from allyouneed.core.files import replacing
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "program.cpp", "wkv.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "program.cpp", "quantised.cpp", "wkv.cpp"))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O3", "-march=native")
 ALWAYS = ("-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
@@ -82,10 +83,16 @@ def declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.packed_linear.argtypes = [number, address, address, address, size, size, size, number]
     kernels.packed_unpack.argtypes = [number, address, address, size, number]
     kernels.program_run.argtypes = [address, address]
+    weight = [size] * 2 + [address] * 6
+    kernels.quantised_unpack.argtypes = [*weight, address, size, number]
+    kernels.quantised_linear.argtypes = [*weight, address, address, size, size, size, number]
     kernels.wkv_read.argtypes = [size] * 3 + [address] * 10 + [number]
     kernels.wkv_differentiate.argtypes = [size] * 3 + [address] * 12 + [number]
-    linear, rwkv = (kernels.packed_linear, kernels.packed_unpack), (kernels.wkv_read, kernels.wkv_differentiate)
-    for kernel in (*linear, *rwkv, kernels.program_run):
+    packed, quantised = (
+        (kernels.packed_linear, kernels.packed_unpack),
+        (kernels.quantised_linear, kernels.quantised_unpack),
+    )
+    for kernel in (*packed, *quantised, kernels.wkv_read, kernels.wkv_differentiate, kernels.program_run):
         kernel.restype = None
     return kernels
 

@@ -14,7 +14,6 @@ namespace {
 constexpr int DIRECT = 4;          // rows of x in a tile of ROWS rows whose weights go from block to register
 constexpr int WIDE = LANES == 16 ? 8 : 4;  // the same of half as many rows, for more rows of x
 constexpr size_t FEW = 16;         // rows of x up to which that beats unpacking to memory first, to share among more
-constexpr size_t SMALL = 1 << 16;  // multiply-adds that are not worth waking a second thread for
 constexpr size_t AHEAD = 4096;     // bytes fetched before their turn: rows are too short for the processor to foresee
 
 inline void fetch(const uint8_t* from, size_t bytes) {

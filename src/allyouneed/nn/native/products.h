@@ -9,6 +9,7 @@
 #include "formats.h"
 
 constexpr size_t ROWS = 4;     // of a weight, that are multiplied together
+constexpr size_t SMALL = 1 << 16;  // multiply-adds, or numbers to unpack, not worth waking a second thread for
 constexpr size_t CHUNK = 256;  // rows of x gone through with one group of unpacked weights: about a cache's worth
 
 struct Weight {  // (N, K) in blocks along K, and a bias (N) or null

@@ -6,59 +6,22 @@
 // which others, does not change its bits.
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <sched.h>
-#endif
 
+#include "adapters.h"
 #include "attention.h"
+#include "work.h"
 
 namespace {
-
-constexpr int PATIENCE = 1 << 10;  // turns of waiting, some tens of microseconds, before the processor is offered to others
-
-struct Portion {
-    size_t from, to;
-};
-
-class Work {  // the units of one op, handed out in portions that grow smaller towards the end
-   public:
-    Portion take(size_t units, size_t threads, size_t least) {
-        size_t from = next.load(std::memory_order_relaxed), to;
-        do {
-            if (from >= units) return {units, units};
-            to = std::min(units, from + std::max(least, (units - from) / (2 * threads)));
-        } while (!next.compare_exchange_weak(from, to, std::memory_order_relaxed));
-        return {from, to};
-    }
-
-    void finish(Portion portion) { done.fetch_add(portion.to - portion.from, std::memory_order_release); }
-
-    void wait(size_t units) const {
-        for (int turns = 0; done.load(std::memory_order_acquire) < units; turns++) pause(turns);
-    }
-
-   private:
-    std::atomic<size_t> next{0}, done{0};
-
-    static void pause(int turns) {
-#if defined(__unix__) || defined(__APPLE__)
-        if (turns > PATIENCE) sched_yield();
-#endif
-#if defined(__x86_64__)
-        _mm_pause();
-#endif
-    }
-};
 
 struct Thread {
     size_t of;  // how many there are
     Unpacked unpacked;
     Scratch scratch;
+    std::vector<float> reduced;
 };
 
 class Run {
@@ -95,6 +58,7 @@ class Run {
         switch (op.code) {
             case MULTIPLY:
             case GROW: return multiply(op, work, thread);
+            case ADAPT: return adapt(op, work, thread);
             case ATTEND: return attend(op, work, thread);
             default: return share(work, rows(op.to), 1, thread, [&](size_t m) { run_row(op, m); });
         }
@@ -201,6 +165,29 @@ class Run {
 
     static size_t groups_of(const Weight& weight) { return (weight.rows + ROWS - 1) / ROWS; }
 
+    // Units are some rows, of which those of one piece go together.
+    void adapt(const Op& op, Work& work, Thread& thread) const {
+        if (!pass.shares) return;
+        const size_t M = rows(op.to), some = std::max<size_t>(std::min<size_t>(M / (4 * thread.of), ADAPTED), 1);
+        share(work, (M + some - 1) / some, 1, thread, [&](size_t unit) {
+            const size_t end = std::min(M, (unit + 1) * some);
+            for (size_t m = unit * some, next = m; m < end; m = next) {
+                while (next < end && piece(op.to, next) == piece(op.to, m)) next++;
+                const Product product = {row(op.from, m), row(op.to, m), next - m, stride(op.from), stride(op.to), true};
+                adapt(op, pass.shares + piece(op.to, m) * program.num_adapters, product, thread.reduced);
+            }
+        });
+    }
+
+    void adapt(const Op& op, const float* shares, const Product& product, std::vector<float>& reduced) const {
+        for (int i = op.first; i < op.first + op.count; i++) {
+            const Pair& one = program.pairs[i];
+            if (shares[one.adapter] != 0.0f) ::adapt(one, shares[one.adapter], product, reduced);
+        }
+    }
+
+    int32_t piece(int slot, size_t m) const { return pass.piece_of[program.slots[slot].picked ? pass.picked[m] : m]; }
+
     // Units are a few tokens of one piece and the heads that share keys; single heads where those are too few to share.
     void attend(const Op& op, Work& work, Thread& thread) const {
         const Attention attention(op, pass, row(op.from, 0), stride(op.from), row(op.to, 0), stride(op.to));
@@ -229,7 +216,7 @@ extern "C" void program_run(const Program* program, const Pass* pass) {
     Run run(*program, *pass);
 #pragma omp parallel num_threads((int)pass->threads) if (pass->threads > 1)
     {
-        Thread thread = {1, {}, {}};
+        Thread thread = {1, {}, {}, {}};
 #ifdef _OPENMP
         thread.of = omp_get_num_threads();
 #endif
