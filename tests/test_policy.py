@@ -171,6 +171,8 @@ def test_whitening_counts_what_is_masked_in_only():
     found = policy.whiten(x, mask)
     torch.testing.assert_close(found[mask], (x[mask] - x[mask].mean()) / (x[mask].std() + 1e-8))
     assert not found[~mask].any()
+    rows = torch.stack([policy.whiten(*row) for row in zip(x, mask, strict=True)])
+    torch.testing.assert_close(policy.whiten(x, mask, dim=1), rows)
     assert policy.whiten(torch.tensor([3.0])).item() == 0.0
 
 

@@ -38,7 +38,7 @@ class Scale(nn.Module):
     >>> scale = Scale(1)
     >>> scale.see(torch.tensor([[1.0], [3.0]]))
     >>> scale(torch.tensor([[3.0]]))
-    tensor([[1.0000]])
+    tensor([[1.]])
     """
 
     mean: Tensor

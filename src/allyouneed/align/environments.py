@@ -145,8 +145,8 @@ class Environments(core.Configured):
             return np.eye(self.width, dtype=np.float32)[np.asarray(found) - self.space.start]
         from gymnasium.vector.utils import iterate
 
-        each = iterate(self.vector.observation_space, found)
-        return np.stack([flatten(self.space, one) for one in each]).astype(np.float32)
+        each: Any = iterate(self.vector.observation_space, found)
+        return np.stack([np.asarray(flatten(self.space, one), np.float32) for one in each])
 
     def _check(self, observations: NDArray[np.float32], rewards: NDArray[np.float64]) -> None:
         if not (np.isfinite(rewards.sum()) and np.isfinite(observations.sum())):
@@ -160,7 +160,8 @@ def _batch_of(one: Any, space: Any) -> Any:
     """An observation as a batch of one."""
     from gymnasium.vector.utils import concatenate, create_empty_array
 
-    return concatenate(space, [one], create_empty_array(space, n=1))
+    room: Any = create_empty_array(space, n=1)
+    return concatenate(space, [one], room)
 
 
 def _made(config: Environments.Config) -> Any:

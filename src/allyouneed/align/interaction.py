@@ -122,8 +122,8 @@ class Interaction(core.Configured, Iterator[Batch]):
         """The rollout's actions as minibatches, in an order of the epoch's own."""
         shuffle = generator(self.seed, "minibatches", self.number, epoch)
         order = torch.randperm(self.actions, generator=shuffle)
-        dealt = {name: x[order].split(self.config.minibatch) for name, x in self.rollout.items()}
-        dealt["advantages"] = torch.vmap(whiten)(torch.stack(dealt["advantages"])).unbind()
+        dealt = {name: x[order].unflatten(0, (-1, self.config.minibatch)) for name, x in self.rollout.items()}
+        dealt["advantages"] = whiten(dealt["advantages"], dim=1)
         return [dict(zip(dealt, some, strict=True)) for some in zip(*dealt.values(), strict=True)]
 
     @torch.no_grad()
@@ -212,9 +212,9 @@ class _Trail:
     def empty(steps: int, envs: Environments) -> _Trail:
         """Room for so many steps."""
         n = envs.count
-        flags = [np.zeros((steps, n), dtype=bool) for _ in range(2)]
-        actions = envs.actions.room(steps, n)
-        return _Trail(np.zeros((steps + 1, n, envs.width), np.float32), actions, np.zeros((steps, n)), *flags, [])
+        terminated, truncated = (np.zeros((steps, n), dtype=bool) for _ in range(2))
+        observations, actions = np.zeros((steps + 1, n, envs.width), np.float32), envs.actions.room(steps, n)
+        return _Trail(observations, actions, np.zeros((steps, n)), terminated, truncated, [])
 
     @property
     def ended(self) -> NDArray[np.bool_]:

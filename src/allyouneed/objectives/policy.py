@@ -168,17 +168,18 @@ def masked_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam:
     return advantages, returns
 
 
-def whiten(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(x − mean)/(standard deviation + 1e-8) over all that `mask` lets count, 0 elsewhere: (…) -> (…). A single number
-    has no spread and becomes 0.
+def whiten(x: Tensor, mask: Tensor | None = None, dim: int | None = None) -> Tensor:
+    """(x − mean)/(standard deviation + 1e-8) over all that `mask` lets count, or along `dim` alone; 0 elsewhere:
+    (…) -> (…). A single number has no spread and becomes 0.
 
     >>> whiten(torch.tensor([1.0, 3.0]))
     tensor([-0.7071,  0.7071])
     """
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    count = mask.sum()
-    centred = (x - x.where(mask, 0.0).sum() / count.clamp(min=1)).where(mask, 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    along = tuple(range(x.dim())) if dim is None else (dim,)
+    count = mask.sum(along, keepdim=True)
+    centred = (x - x.where(mask, 0.0).sum(along, keepdim=True) / count.clamp(min=1)).where(mask, 0.0)
+    variance = centred.square().sum(along, keepdim=True) / (count - 1).clamp(min=1)
     return centred / (variance.sqrt() + 1e-8)
 
 
