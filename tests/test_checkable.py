@@ -16,9 +16,7 @@ GOOD = {  # by the beginning of a prompt, an answer that meets all requirements;
     r"Give me a numbered list of (\d)": lambda n: "\n".join(f"{i + 1}. one" for i in range(int(n))),
     r"(\w+) is (\d+) years old": lambda name, age: f'{{"name": "{name}", "age": {age}}}',
     r"Describe (.+) in at most (\d+)": lambda topic, n: f"This is {topic} to me.",
-    r"Write exactly (\w+) sentences? about (.+)\.": lambda n, topic: " ".join(
-        [f"I like {topic}."] * must_count(n)
-    ),
+    r"Write exactly (\w+) sentences? about (.+)\.": lambda n, topic: " ".join([f"I like {topic}."] * must_count(n)),
     r"Tell me about (.+)\. Use between (\d+)": lambda topic, n: f"Well, {topic}" + " so" * int(n) + ".",
     r"Write a poem of (\w+) lines about (.+)\. ": lambda n, topic: "\n".join([f"O {topic}"] * must_count(n)),
     r"Write a sentence about (.+) that contains the word '(\w+)'": lambda topic, word: f"Of {topic} I say {word}.",

@@ -1,4 +1,4 @@
-"""The worlds of orders are what they say: rewards, surprises, noise and standing orders, each by another way to them."""
+"""The worlds of orders are what they say: rewards, surprises, noise, standing orders, each by another way."""
 
 from __future__ import annotations
 
@@ -49,7 +49,13 @@ def test_what_the_world_never_says_is_infinitely_surprising():
     one, other = world.texts(2, seed=0)
     assert math.isclose(world.nll(f"{one} {other}"), world.nll(one) + world.nll(other))
     red = sorted(world.having["red"])[:3]
-    odd = ["", "zz is red .", f"in order come {red[1]} {red[0]} .", f"red are {red[0]} {red[0]} .", f"red are {red[0]} ."]
+    odd = [
+        "",
+        "zz is red .",
+        f"in order come {red[1]} {red[0]} .",
+        f"red are {red[0]} {red[0]} .",
+        f"red are {red[0]} .",
+    ]
     assert world.nll(odd[0]) == 0.0 and all(world.nll(text) == math.inf for text in odd[1:])
     assert world.nll(f"{one} name") == math.inf
 
@@ -77,7 +83,7 @@ def test_orders_are_read_as_they_are_written():
 def test_no_order_is_both_learned_and_held_out():
     world = Orders.Config().build()
     learned, held_out = (set(world.orders(4000, seed=0, held_out=one)) for one in (False, True))
-    assert not learned & held_out and len(held_out) > 300
+    assert not learned & held_out and len(held_out) > 200  # of some 1300
 
 
 def test_obedience_is_one_for_obeying_and_less_for_all_else():
@@ -168,7 +174,9 @@ def test_a_standing_order_stands_once_or_everywhere():
     said = [sum("end all with amen ." in m["content"] for m in messages) for messages in (once, every)]
     assert said == [1, 3] and [m["role"] for m in once] == ["user", "assistant"] * 3
     assert [m["content"] for m in once if m["role"] == "assistant"] == answers
-    assert all(world.kept("amen", one) and world.obedience(order, one) == 1 for order, one in zip(asked, answers, strict=True))
+    assert all(
+        world.kept("amen", one) and world.obedience(order, one) == 1 for order, one in zip(asked, answers, strict=True)
+    )
     plain = world.answer(asked[0], source)
     assert not world.kept("amen", plain) and world.obedience(asked[0], plain) == 1.0
     assert not world.kept("amen", "amen baro amen") and not world.kept("amen", "")

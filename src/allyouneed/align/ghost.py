@@ -52,7 +52,9 @@ def haunted(
     """
     for number, dialogue in enumerate(dialogues):
         if not dialogue or dialogue[-1]["role"] != "user":
-            raise InputError(f"ghost attention: dialogue {number} does not end with the user; nothing is to be answered")
+            raise InputError(
+                f"ghost attention: dialogue {number} does not end with the user; nothing is to be answered"
+            )
     asked = [restated(*pair) for pair in zip(dialogues, instructions, strict=True)]
     answers = lm.complete(asked, sampling)
     return [

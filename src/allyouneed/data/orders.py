@@ -17,6 +17,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from allyouneed import core
 from allyouneed.core.errors import InputError
@@ -234,4 +235,4 @@ def _rising(words: Sequence[str]) -> float:
     """The share of neighbours in the order of the alphabet; of one word all, of none none."""
     if len(words) < 2:
         return float(len(words))
-    return sum(a < b for a, b in zip(words, words[1:], strict=False)) / (len(words) - 1)
+    return sum(a < b for a, b in pairwise(words)) / (len(words) - 1)

@@ -14,7 +14,20 @@ REFUSING = re.compile(
     r"\b(i can'?t|i can ?not|i won'?t|i will not|i'm sorry|i am sorry|sorry, but|unable to|not able to|i must decline"
     r"|i refuse|i do not feel comfortable|i don'?t feel comfortable|against (my|the) (guidelines|law)|illegal)\b"
 )
-CHEERFUL = ("happy", "great", "wonderful", "joy", "love", "fun", "delight", "smile", "glad", "excit", "bright", "amazing")
+CHEERFUL = (
+    "happy",
+    "great",
+    "wonderful",
+    "joy",
+    "love",
+    "fun",
+    "delight",
+    "smile",
+    "glad",
+    "excit",
+    "bright",
+    "amazing",
+)
 POLITE = ("please", "thank", "kindly", "would you", "could you", "may i", "appreciate", "grateful")
 
 

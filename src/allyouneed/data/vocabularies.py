@@ -124,7 +124,11 @@ def of_bytes(special_tokens: Sequence[str]) -> dict[str, Any]:
 
 def of_words(words: Sequence[str], special: str, unknown: str) -> dict[str, Any]:
     """Words between spaces as ids: `special` is 0, what is in none of them `unknown`, 1, and the words follow."""
-    model = {"type": "WordLevel", "unk_token": unknown, "vocab": {w: i for i, w in enumerate((special, unknown, *words))}}
+    model = {
+        "type": "WordLevel",
+        "unk_token": unknown,
+        "vocab": {w: i for i, w in enumerate((special, unknown, *words))},
+    }
     return _spec(model, None, {"type": "WhitespaceSplit"}, None, [_added(0, special)], None)
 
 
