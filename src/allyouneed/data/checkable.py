@@ -13,11 +13,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import derive
 from allyouneed.data import requirements as must
-from allyouneed.data.jsonl import Turns
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Checks:
     def __init__(self, asked: Sequence[Task]) -> None:
         self.tasks = {task.prompt: task for task in asked}
 
-    def __call__(self, prompts: Sequence[Turns], completions: Sequence[str]) -> list[float]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """Scores, in order.
 
         Raises:
@@ -107,7 +107,7 @@ class Checks:
         """
         return [self.task(p).score(c) for p, c in zip(prompts, completions, strict=True)]
 
-    def task(self, prompt: Turns) -> Task:
+    def task(self, prompt: Any) -> Task:
         """The task whose prompt a text is, or the last message of a conversation."""
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         if text not in self.tasks:

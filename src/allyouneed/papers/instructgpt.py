@@ -78,8 +78,8 @@ class Config(core.Config):
     demonstrations: int = 2000
     careful: float = 0.5  # the share of demonstrations that obey
     mixed: float = 0.1  # texts beside the demonstrations, for each of them (app. C.3)
-    comparisons: tuple[int, ...] = (64, 256, 1024)  # prompts whose answers are ranked
-    each: int = 6  # K: answers ranked a prompt (sec. 3.5: 4 to 9)
+    comparisons: tuple[int, ...] = (128, 512, 2048)  # prompts whose answers are ranked
+    each: int = 4  # K: answers ranked a prompt (sec. 3.5: 4 to 9)
     prompts: int = 2048  # of the policy
     most: int = 8  # tokens of an answer
     ptx: float = 1.0  # γ, of the mean loss of a token of text where the policy's is of a token too
@@ -417,13 +417,13 @@ PAPER = Paper(
         "laptop": Config(
             model=aligned.small(64, 3, vocab_size=_WORDS, context=_CONTEXT),
             world=Orders.Config(),
-            base=aligned.stage(1500, 3e-3),
-            demonstrated=aligned.stage(300, 1e-3),
-            compared=aligned.stage(128, 1e-3, rows=16),
-            rollouts=_rollouts(256, 64, 0.05),
-            reinforced=_policy(320, 5e-4, 10),
+            base=aligned.stage(1000, 3e-3),
+            demonstrated=aligned.stage(250, 1e-3),
+            compared=aligned.stage(450, 2e-3, rows=32),
+            rollouts=_rollouts(256, 64, 0.1),
+            reinforced=_policy(240, 5e-4, 10),
             preferred=aligned.stage(128, 3e-4, rows=32),
-            labeller=Labeller.Config(temperature=0.15, careless=0.1),
+            labeller=Labeller.Config(temperature=0.1, careless=0.1),
         ),
         # App. C: SFT of 16 epochs, one epoch of comparisons, 256 k episodes; there rewards of 6 B for all policies
         "paper": Config(

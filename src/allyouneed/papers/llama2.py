@@ -44,7 +44,7 @@ from allyouneed.data.instructions import conversation
 from allyouneed.data.labellers import Labeller
 from allyouneed.data.orders import Order
 from allyouneed.data.preferences import Ranked
-from allyouneed.generate.language_model import Message, Sampling
+from allyouneed.generate.language_model import Sampling
 from allyouneed.models import llama2
 from allyouneed.models.decoder import Decoder
 from allyouneed.objectives.policy import FixedKl
@@ -190,7 +190,9 @@ def _rewards(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     world = config.world.build()
     base = _base(config, seed, folder)
     shown, texts = _shown(config, world, seed), _texts(config, seed)
-    sft = aligned.tuned(base, shown, texts[: round(config.mixed * len(shown))], config.demonstrated, seed, folder / "sft")
+    sft = aligned.tuned(
+        base, shown, texts[: round(config.mixed * len(shown))], config.demonstrated, seed, folder / "sft"
+    )
     judge = _Judge(config, world, seed)
     models, accuracy = _models(config, world, sft, seed, folder)
     scale = [order.prompt for order in world.asked(256, seed + 2)]
@@ -304,7 +306,9 @@ def _dialogues(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     single = [_single(world, source) for _ in range(ghosts.dialogues)]
     pieces = [conversation(base.tokenizer, one) for one in (*plain, *single)]
     tuned = aligned.learned(base, pieces, ghosts.tuned, seed, folder / "tuned")
-    asked = [_talk(world, source.randint(2, ghosts.trained_turns), source)[:-1] for _ in range(ghosts.dialogues)]
+    asked: list[Any] = [
+        _talk(world, source.randint(2, ghosts.trained_turns), source)[:-1] for _ in range(ghosts.dialogues)
+    ]
     orders = [STANDING.format(world.ending(source.getrandbits(32))) for _ in asked]
     sampling = Sampling(max_new_tokens=config.most, temperature=1.0, seed=derive(seed, "ghosts"))
     haunted = ghost.haunted(tuned.sampler().lm, asked, orders, sampling)
@@ -338,7 +342,7 @@ def _kept(config: Config, world: Dialogues, speaker: Speaker, seed: int) -> list
     said: list[list[str]] = [[] for _ in endings]
     found = []
     for turn in range(ghosts.turns):
-        open_: list[list[Message]] = [
+        open_: list[Any] = [
             world.opened(ending, orders[: turn + 1], answers)
             for ending, orders, answers in zip(endings, asked, said, strict=True)
         ]
