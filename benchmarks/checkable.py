@@ -18,7 +18,7 @@ from allyouneed.data.checkable import TEMPLATES, Task, tasks
 from allyouneed.evaluate.statistics import bootstrap
 from allyouneed.generate.language_model import Sampling
 
-TOKENS = 96
+TOKENS = 64
 
 
 def row(name: str, asked: list[tuple[Task, str]]) -> str:
@@ -30,7 +30,7 @@ def row(name: str, asked: list[tuple[Task, str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
-    parser.add_argument("--tasks", type=int, default=120)
+    parser.add_argument("--tasks", type=int, default=60)
     parser.add_argument("--trained", action="store_true")
     parser.add_argument("--samples", type=Path)
     options = parser.parse_args()

@@ -27,12 +27,9 @@ def speaker(seed: int) -> Speaker:
     return Speaker(model.eval(), tokenizer, 6)
 
 
-def length(prompts, completions):
-    return [float(len(text.split())) for text in completions]
-
-
-def half_length(prompts, completions):
-    return [n // 2 for n in length(prompts, completions)]
+def things(prompts, completions):
+    """How many words of a completion name things."""
+    return [float(sum(word in WORLD.things for word in text.split())) for text in completions]
 
 
 def test_the_divergence_is_that_of_the_answers_own_log_probabilities():
@@ -63,25 +60,27 @@ def test_the_loss_of_texts_is_the_mean_over_their_words_and_their_end():
 
 def test_without_a_labeller_the_truth_ranks_and_equals_are_equal():
     one = speaker(0)
-    found = aligned.ranked(one, PROMPTS, half_length, None, 4, seed=0, margin=lambda gap: gap)
+    found = aligned.ranked(one, PROMPTS, things, None, 4, seed=0, margin=lambda gap: gap)
     assert len(found) >= 12
     for each in found:
-        worth = [(sum(t != IGNORED for t in piece.targets) - 1) // 2 for piece in each.pieces]
+        said = [one.tokenizer.decode([t for t in piece.targets if t != IGNORED]) for piece in each.pieces]
+        worth = things(said, said)
         for i, j in combinations(range(len(worth)), 2):
             assert (worth[i] > worth[j]) == (each.ranks[i] < each.ranks[j])
         assert each.margin == max(worth) - min(worth) > 0
         assert len({tuple(piece.ids) for piece in each.pieces}) == len(each.pieces)
-    noisy = aligned.ranked(one, PROMPTS, half_length, Labeller.Config(temperature=0.0, careless=1.0).build(), 4, seed=0)
+    noisy = aligned.ranked(one, PROMPTS, things, Labeller.Config(temperature=0.0, careless=1.0).build(), 4, seed=0)
     assert all(sorted(each.ranks) == list(range(len(each.ranks))) for each in noisy)
 
 
 def test_a_reward_model_learns_what_is_easy_to_tell(tmp_path):
     one = speaker(0)
-    learned = aligned.ranked(one, PROMPTS, length, None, 4, seed=0)
-    model = aligned.graded(one, learned, aligned.stage(60, 1e-2, rows=16), 0, tmp_path)
-    assert aligned.right(model, aligned.ranked(one, PROMPTS, length, None, 4, seed=1)) > 0.85
-    short, long = model(PROMPTS[:2], ["red", "red blue green"])
-    assert short < long
+    prompts = [order.prompt for order in WORLD.orders(240, seed=1)]
+    learned = aligned.ranked(one, prompts, things, None, 4, seed=0)
+    model = aligned.graded(one, learned, aligned.stage(60, 1e-2, rows=32), 0, tmp_path)
+    assert aligned.right(model, aligned.ranked(one, PROMPTS, things, None, 4, seed=1)) > 0.85
+    none, all_ = model([PROMPTS[0]] * 2, ["red blue red", " ".join(WORLD.things[:3])])
+    assert none < all_
 
 
 def test_ties_are_half_a_win():

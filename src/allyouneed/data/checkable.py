@@ -5,7 +5,7 @@ there is of instructions never seen, about things never seen. `docs/checkable.md
 
 >>> task = tasks(1, seed=0)[0]
 >>> task.prompt, task.kind, task.score("") == 0.0
-("What is 32 + 5? Answer with the number only.", "sums", True)
+('Write one sentence about trains, in capital letters only.', 'form', True)
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class Bullets:
     """So many lines that begin with a mark, "1." and so on where it is "1.", and no others: Dice's coefficient of lines
     asked for and lines there, by the share of lines that have it.
 
-    >>> Bullets(2)("- a\\n- b"), Bullets(2)("Here:\\n- a\\n- b\\n- c")
-    (1.0, 0.6)
+    >>> Bullets(2)("- a\\n- b"), Bullets(2)("Here:\\n- a\\n- b")
+    (1.0, 0.6666666666666666)
     """
 
     count: int
