@@ -1,4 +1,4 @@
-"""Llama 2 (Touvron et al. 2023b, arXiv:2307.09288): LLaMA with twice the context, and grouped heads in its large sizes.
+"""Llama 2 (Touvron et al. 2023, arXiv:2307.09288): LLaMA with twice the context, and grouped heads in its large sizes.
 
 Its checkpoints are of LLaMA's family, which reads and writes them (`models.llama`).
 """
