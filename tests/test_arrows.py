@@ -15,7 +15,7 @@ SHARED = {
     "core": set(),
     "nn": {"core"},
     "data": {"core"},
-    "models": {"nn", "data", "core"},
+    "models": {"adapt", "nn", "data", "core"},
     "adapt": {"nn", "core"},
     "objectives": {"nn", "core"},
     "train": {"core"},

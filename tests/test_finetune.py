@@ -150,7 +150,7 @@ def test_only_what_the_assistant_says_is_learned():
     assert [t for t in alone.targets if t != IGNORED] == [ord("A"), 256]
     with pytest.raises(InputError, match="nothing to learn"):
         conversation(tokenizer, [{"role": "user", "content": "Q"}])
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
     with pytest.raises(InputError, match="writes earlier messages anew"):
         conversation(tokenizer, [{"role": role, "content": text} for role, text in turns])
 
@@ -261,7 +261,10 @@ def test_numbers_without_a_meaning(option, models, tmp_path, capsys):
 
 def test_only_the_completion_of_a_conversation_is_learned():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}:{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}:{% endif %}"
+    )
     asked = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "OLD"), ("user", "r"))]
     made = piece(tokenizer, jsonl.Completion(asked, "NEW"))
     assert tokenizer.decode([t for t in made.targets if t != IGNORED]) == "NEW"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import combinations, product
-from math import exp, log
+from math import log
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from tiny_policy import PROMPTS, REWARD, TOKENIZER, policy, small
 from allyouneed.align.graders import Judge, RewardModel, from_file, open_reward
 from allyouneed.align.rewards import Clipped, EachOf, Normalised, scored
 from allyouneed.align.selection import (
-    Kept,
-    Sampled,
     best_distribution,
     best_of_n,
     best_of_n_kl,
@@ -136,7 +133,7 @@ def test_a_reward_model_reads_answers_as_they_are_learned_whatever_stands_beside
         ids = torch.tensor([[whole]])
         alone = head().eval()({"ids": ids, "segments": torch.ones_like(ids)})
         assert score == pytest.approx(alone.item(), abs=1e-6)
-    assert len(set(found)) == 3
+    assert len({round(score, 5) for score in found}) == 3
 
 
 def test_a_model_of_several_labels_is_no_reward_model():
@@ -237,11 +234,3 @@ def test_the_best_of_samples_of_a_model_is_as_good_as_the_estimate_says():
     assert [one.score for one in best] == [max(x.score for x in found) for found in drawn]
     with pytest.raises(InputError, match="best of n: n=0"):
         best_of_n(lm, PROMPTS, REWARD, 0, sampling)
-
-
-def test_the_best_of_all_iterations_is_kept():
-    kept, answer = Kept(), Completion("b", "stop", 1, 1)
-    assert kept.add([Sampled("a", answer, 0.0), Sampled(CHAT, answer, 2.0), Sampled("a", answer, 1.0)]) == 2
-    assert kept.add([Sampled("a", answer, 1.0), Sampled(list(CHAT), answer, 3.0)]) == 1
-    assert Counter(one.score for one in kept.samples) == {1.0: 1, 3.0: 1} and kept.samples[0].prompt == "a"
-    assert exp(best_of_n_kl(1)) == 1

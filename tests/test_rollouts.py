@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_policy import PROMPTS, REWARD, TOKENIZER, policy, rollouts, run, settings, small
+from tiny_policy import PROMPTS, TOKENIZER, policy, rollouts, run, settings, small
 from tiny_run import At, same, untimed
 
 from allyouneed.align import experience, references
@@ -31,7 +30,9 @@ from allyouneed.models.heads import Classifier
 from allyouneed.objectives.likelihood import likelihood
 from allyouneed.objectives.next_token import next_token
 from allyouneed.objectives.policy import FixedKl, ProportionalKl
+from allyouneed.objectives.ppo import Clipped
 from allyouneed.train.checkpoints import weights
+from allyouneed.train.optimizers import AdamW
 
 
 def some_answers(seed: int = 0, rows: int = 6) -> dict[str, torch.Tensor]:
@@ -113,7 +114,7 @@ def test_the_objective_is_the_equation_with_pretraining_text_beside_it():
         (both["old_logprobs"] + 0.3 * torch.randn(shape, dtype=torch.float64)).where(told, 0.0),
         (both["old_values"] + torch.randn(shape, dtype=torch.float64)).where(told, 0.0),
     )
-    objective = LanguagePPO(epsilon=0.2, value_epsilon=0.3, value_weight=0.5, ptx=2.0)
+    objective = LanguagePPO(surrogate=Clipped(epsilon=0.2), value_epsilon=0.3, value_weight=0.5, ptx=2.0)
     loss = objective(says, both)
     found = torch.autograd.grad(loss.mean, [says.logprobs, says.values])
 
@@ -131,7 +132,7 @@ def test_the_objective_is_the_equation_with_pretraining_text_beside_it():
     expected = total / acted + 2.0 * nll
     wanted = torch.autograd.grad(expected, [says.logprobs, says.values])
     assert loss.mean.item() == pytest.approx(expected.item(), abs=1e-7) and clipped > 0
-    assert loss.weight == acted and loss.metrics["clipped"] == clipped
+    assert loss.weight == acted and loss.metrics["far"] == clipped
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=0)  # the share of text is kept in float32
 
@@ -155,7 +156,7 @@ def test_before_the_first_step_the_surrogate_is_flat_and_nothing_is_clipped():
     acting = policy()
     batch = next(rollouts(acting))
     loss = LanguagePPO()(acting.eval(), batch)
-    assert loss.metrics["clipped"] == 0 and abs(loss.metrics["kl_of_step"].item()) < 1e-6
+    assert loss.metrics["far"] == 0 and abs(loss.metrics["kl_of_step"].item()) < 1e-6
 
 
 def test_a_critic_of_its_own_begins_as_the_reward_model():
@@ -174,17 +175,20 @@ def test_a_critic_of_its_own_begins_as_the_reward_model():
 # What is learned
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_the_reward_rises_and_engine_and_trainer_agree_all_along(lora):
-    """From a tenth of small letters to twice as many; the reference is the model that it began as, to the bit."""
+@pytest.mark.parametrize(("lora", "lr", "times"), [(False, 1e-2, 2.0), (True, 2e-3, 1.4)], ids=["whole", "lora"])
+def test_the_reward_rises_and_engine_and_trainer_agree_all_along(lora, lr, times):
+    """From a tenth of small letters to so many times as many, of which the standard error of 192 answers is 0.1 times;
+    the reference is the model that it began as, to the bit.
+    """
     acting = policy(lora=lora)
     before = {name: x.clone() for name, x in policy(lora=lora).model.state_dict().items() if "adapters" not in name}
     batches = rollouts(acting, episodes=64, minibatch=32, epochs=4)
-    run(acting, batches, training=settings(steps=8 * 12))
-    first, last = batches.rows[0], batches.rows[-1]
+    run(acting, batches, training=settings(steps=8 * 12, optimizer=AdamW.Config(lr=lr, weight_decay=0.0)))
+    first, *_, last = rows = batches.notes.rows
     assert abs(first["kl"]) <= 1e-6 and last["kl"] > 0.1
-    assert all(row["engine_gap"] <= 1e-4 for row in batches.rows) and len(batches.rows) == 12
-    assert last["reward"] > 2 * first["reward"], [row["reward"] for row in batches.rows]
+    assert all(row["engine_gap"] <= 1e-4 for row in rows) and len(rows) == 12
+    reward = sum(row["reward"] for row in rows[-3:]) / 3
+    assert reward > times * first["reward"], [row["reward"] for row in rows]
     with batches.reference() as reference:
         there = {name: x for name, x in reference.state_dict().items() if "adapters" not in name}
         batch = {name: x for name, x in some_answers().items() if name in ("ids", "targets", "segments")}
@@ -199,7 +203,7 @@ def test_a_controller_holds_the_kl_where_it_should_be():
         acting = policy()
         batches = rollouts(acting, episodes=32, minibatch=16, epochs=4, kl=kl)
         run(acting, batches, training=settings(steps=8 * 20))
-        ends.append(sum(row["kl"] for row in batches.rows[-5:]) / 5)
+        ends.append(sum(row["kl"] for row in batches.notes.rows[-5:]) / 5)
     assert ends[0] > 1.5 and 0.25 < ends[1] < 0.75, ends
 
 
@@ -251,15 +255,13 @@ def test_resuming_is_bit_for_bit(tmp_path, step):
 
 
 def test_a_run_that_is_killed_within_a_rollout_ends_as_if_it_had_not_been(tmp_path):
-    killed = tmp_path / "killed"
-    for expected in (-signal.SIGKILL, 0):
-        done = subprocess.run([sys.executable, __file__, killed, "6"], cwd=Path(__file__).parent, check=False)
-        assert done.returncode == expected
-    unbroken = policy()
+    done = subprocess.run([sys.executable, __file__, tmp_path, "6"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    unbroken, resumed = policy(), policy()
     run(unbroken, rollouts(unbroken))
-    resumed = policy(1)
-    run(resumed, rollouts(resumed), killed, training=settings(save_every=2), objective=None)  # nothing is left to do
-    assert same(unbroken, resumed)
+    trained = run(resumed, rollouts(resumed), tmp_path, training=settings(save_every=2))
+    assert trained.step == 12 and same(unbroken, resumed)
+    assert [row["step"] for row in trained.history] == list(range(1, 13))
 
 
 def test_a_state_of_something_else_is_refused():
@@ -281,7 +283,7 @@ def test_a_reward_that_is_no_number_is_named_and_the_last_checkpoint_stands(tmp_
         return float("nan") if next(calls) >= 40 else small(completion)
 
     acting = policy()
-    with pytest.raises(InputError, match=r"reward mine: gave nan for the completion '.*' of the prompt '. is'"):
+    with pytest.raises(InputError, match=r"step 9: reward mine: gave nan for the completion '.*' of the prompt '. is'"):
         run(acting, rollouts(acting, EachOf(failing, "mine")), tmp_path, training=settings(save_every=4))
     again = policy(1)
     again.load_state_dict(policy().state_dict())
@@ -311,9 +313,7 @@ def test_an_engine_that_goes_on_with_old_weights_is_found():
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused_before_anything_is_done():
-    with pytest.raises(
-        InputError, match="prompt 0: its 4 tokens and max_new_tokens=60 exceed the model's context of 48"
-    ):
+    with pytest.raises(InputError, match="prompt 0: its 4 tokens and max_new_tokens=60 exceed the context of 48"):
         rollouts(policy(), max_new_tokens=60)
 
 
@@ -332,9 +332,6 @@ def test_what_is_saved_of_lora_is_what_is_trained():
 
 
 if __name__ == "__main__":
-    folder, at = Path(sys.argv[1]), int(sys.argv[2])
-    began = not (folder / "checkpoints").exists()
-    acting = policy()
-    kill = [At(at, lambda: os.kill(os.getpid(), signal.SIGKILL))] if began else []
-    run(acting, rollouts(acting), folder, training=settings(save_every=2), callbacks=kill)
-    print(json.dumps({"reward": REWARD.name}))
+    killed = policy()
+    kill = At(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run(killed, rollouts(killed), Path(sys.argv[1]), training=settings(save_every=2), callbacks=[kill])

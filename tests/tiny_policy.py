@@ -37,7 +37,9 @@ def policy(seed: int = 0, lora: bool = False) -> LanguagePolicy:
     torch.manual_seed(seed)
     model = llama.EXAMPLE.replace(vocab_size=257).build()
     if lora:
-        adapt(model, Lora.Config(rank=4, targets="all-linear"), seed=seed)
+        with torch.no_grad():
+            model.head.weight.mul_(8)  # as if trained: through a frozen head of small weights nothing is ever certain
+        adapt(model, Lora.Config(rank=4, alpha=8, targets="all-linear"), seed=seed)
     return LanguagePolicy(model)
 
 

@@ -14,7 +14,18 @@ from collections.abc import Sequence
 
 import typer
 
-from allyouneed.commands import chatting, finetune, laws, materials, models, papers, planning, serving, training
+from allyouneed.commands import (
+    adapters,
+    chatting,
+    finetune,
+    laws,
+    materials,
+    models,
+    papers,
+    planning,
+    serving,
+    training,
+)
 from allyouneed.core.errors import InputError, RankLostError, RemoteError
 
 # what typer raises for a wrong command, option or argument; newer versions no longer import it from click
@@ -26,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for group in (papers, chatting, models, serving, training, finetune, laws, planning, materials):
+for group in (papers, chatting, models, serving, training, finetune, adapters, laws, planning, materials):
     group.register(app)
 
 

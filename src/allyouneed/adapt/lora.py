@@ -1,197 +1,23 @@
-"""LoRA (Hu et al. 2021): layers whose frozen weight W is joined by trained products of low rank, W + s·BA.
+"""LoRA (Hu et al. 2021) on a whole module: to adapt it, to choose among its adapters, to merge them, to take them off.
 
-Holds the pair of matrices, the layers around a base layer that hold several of them by name, and what is done with a
-whole module: to adapt it, to choose among its adapters, to merge them. Files are elsewhere
-(`models.checkpoints.adapters`); which layers a pattern means is said by `targets`.
-
-Shapes: N outputs, K inputs, r = rank, V rows of a table, D numbers in a row.
+What an adapted layer computes is said in `layers`, which layers a pattern means in `targets`; files are elsewhere
+(`models.checkpoints.adapters`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from allyouneed import core
-from allyouneed.adapt.targets import Targets, find, is_linear, is_table, layers, shared
+from allyouneed.adapt.layers import Adapted, Lora, LoraEmbedding, LoraLinear, LowRank, Whole
+from allyouneed.adapt.targets import find, is_linear, layers, shared
 from allyouneed.core.errors import InputError, unknown
 from allyouneed.core.seeds import generator
 
 DEFAULT = "default"  # PEFT's name for the only adapter
-
-
-class Lora(core.Configured, nn.Module):
-    """ΔW x = s·B(Ax), A (r, K) random and B (N, r) zero at first, so that nothing changes before training
-    (Hu et al. 2021, eq. 3).
-
-    >>> Lora.Config(rank=2).build(8, 4)(torch.ones(3, 8)).abs().max().item()
-    0.0
-    """
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(core.Config):
-        """`alpha` None: the rank, by which s = 1, or √r with `rslora`. `targets` are suffixes of layers' names, a regex
-        for whole names, or "all-linear": all but the head.
-        """
-
-        rank: int = 8
-        alpha: float | None = None
-        dropout: float = 0.0  # of the input of A
-        rslora: bool = False  # s = α/√r (Kalajdzievski 2023) instead of α/r
-        targets: Targets = ("q", "v")  # sec. 7.1
-
-        def __post_init__(self) -> None:
-            if self.rank < 1:
-                raise InputError(f"rank={self.rank}; it must be 1 or more")
-            if self.alpha is not None and not 0 < self.alpha < math.inf:
-                raise InputError(f"alpha={self.alpha}; it must be above 0")
-            if not 0 <= self.dropout < 1:
-                raise InputError(f"dropout={self.dropout}; from 0 to below 1")
-
-        @property
-        def scale(self) -> float:
-            """s."""
-            alpha = self.rank if self.alpha is None else self.alpha
-            return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def __init__(
-        self, config: Config, inputs: int, outputs: int, *, device: Any = None, draw: torch.Generator | None = None
-    ) -> None:
-        """`draw` is where A comes from; None: torch's own generator."""
-        super().__init__()
-        self.config, self.scale = config, config.scale
-        self.A = nn.Parameter(torch.empty(config.rank, inputs, device=device))
-        self.B = nn.Parameter(torch.empty(outputs, config.rank, device=device))
-        self.begin(draw)
-
-    @torch.no_grad()
-    def begin(self, draw: torch.Generator | None) -> None:
-        """A uniform within ±1/√K, as the authors' code has it; B zero."""
-        bound = self.A.shape[1] ** -0.5
-        self.A.copy_(torch.rand(self.A.shape, generator=draw) * (2 * bound) - bound)
-        self.B.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, K) -> (…, N), in float32 whatever x is."""
-        x = F.dropout(x.to(self.A.dtype), self.config.dropout, self.training)
-        return F.linear(F.linear(x, self.A), self.B) * self.scale
-
-    def delta(self) -> Tensor:
-        """ΔW as it stands in the layer's weight: (N, K)."""
-        return self.B @ self.A * self.scale
-
-
-class LoraRows(Lora):
-    """ΔW of a table: row i is s·B A[:, i]; A (r, V) zero and B (D, r) random at first, as PEFT has them.
-
-    >>> LoraRows(Lora.Config(rank=2), 9, 4)(torch.tensor([[8, 0]])).shape
-    torch.Size([1, 2, 4])
-    """
-
-    @torch.no_grad()
-    def begin(self, draw: torch.Generator | None) -> None:
-        """A zero, B N(0, 1)."""
-        self.A.zero_()
-        self.B.copy_(torch.randn(self.B.shape, generator=draw))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(…) integers -> (…, D)."""
-        return F.linear(F.embedding(ids, self.A.t()), self.B) * self.scale
-
-    def delta(self) -> Tensor:
-        """(V, D)."""
-        return (self.B @ self.A).t() * self.scale
-
-
-class Adapted(nn.Module):
-    """A frozen base layer and its adapters by name; `weights` says how much of each is added, `merged` how much of each
-    is in the base's weight already.
-    """
-
-    kind: type[Lora]
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base, self.adapters = base, nn.ModuleDict()
-        self.weights: dict[str, float] = {}
-        self.merged: dict[str, float] = {}
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """K and N, of a table V and D."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the base gives, and what the chosen adapters add to it."""
-        y: Tensor = self.base(x)
-        for name, weight in {} if self.merged else self.weights.items():
-            y = y + weight * self.adapters[name](x).to(y.dtype)
-        return y
-
-    def add(self, name: str, config: Lora.Config, draw: torch.Generator | None = None) -> Lora:
-        """A new adapter, not in use yet."""
-        device = next((x.device for x in (*self.base.parameters(), *self.base.buffers())), None)
-        made = self.kind(config, *self.sizes, device=device, draw=draw)
-        self.adapters[name] = made
-        return made
-
-    @torch.no_grad()
-    def fold(self, weights: Mapping[str, float], sign: float) -> None:
-        """Add the adapters to the base's weight, or take them out, `sign` being −1."""
-        for name, weight in weights.items():
-            delta = self.adapters[name].delta()  # type: ignore[operator]
-            self.base.weight += (sign * weight * delta).to(self.base.weight.dtype)  # type: ignore[operator, union-attr]
-
-
-class LoraLinear(Adapted):
-    """Wx + b + Σ w·s·BAx over the adapters in use; `base` is any layer with `in_features` and `out_features`.
-
-    >>> layer = LoraLinear(nn.Linear(8, 4))
-    >>> _ = layer.add("default", Lora.Config(rank=2))
-    >>> torch.equal(layer(torch.ones(1, 8)), layer.base(torch.ones(1, 8)))
-    True
-    """
-
-    kind = Lora
-
-    def __init__(self, base: Any) -> None:
-        super().__init__(base)
-        self.in_features: int = base.in_features
-        self.out_features: int = base.out_features
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """K and N."""
-        return self.in_features, self.out_features
-
-
-class LoraEmbedding(Adapted):
-    """The rows of a table and what the adapters in use add to them.
-
-    >>> layer = LoraEmbedding(nn.Embedding(9, 4))
-    >>> _ = layer.add("default", Lora.Config(rank=2))
-    >>> layer(torch.tensor([3])).shape
-    torch.Size([1, 4])
-    """
-
-    kind = LoraRows
-
-    def __init__(self, base: Any) -> None:
-        super().__init__(base)
-        self.num_embeddings: int = base.num_embeddings
-        self.embedding_dim: int = base.embedding_dim
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """V and D."""
-        return self.num_embeddings, self.embedding_dim
 
 
 def adapt(module: nn.Module, config: Lora.Config, name: str = DEFAULT, seed: int = 0) -> list[str]:
@@ -205,13 +31,20 @@ def adapt(module: nn.Module, config: Lora.Config, name: str = DEFAULT, seed: int
     Raises:
         InputError: a target that matches nothing or a tied layer, or a name that is taken.
     """
-    found = find(module, config.targets)
-    attach(module, dict.fromkeys(found, config), name, seed)
+    whole = find(module, config.whole) if config.whole else []
+    found = [layer for layer in find(module, config.targets) if layer not in whole]
+    attach(module, dict.fromkeys(found, config), whole, name, seed)
     return found
 
 
-def attach(module: nn.Module, configs: Mapping[str, Lora.Config], name: str = DEFAULT, seed: int = 0) -> None:
-    """The same with a configuration of its own for each layer, by its name.
+def attach(
+    module: nn.Module,
+    configs: Mapping[str, Lora.Config],
+    whole: Iterable[str] = (),
+    name: str = DEFAULT,
+    seed: int = 0,
+) -> None:
+    """The same with a configuration of its own for each layer, by its name, and the names of those trained whole.
 
     Raises:
         InputError: as of `adapt`.
@@ -221,13 +54,16 @@ def attach(module: nn.Module, configs: Mapping[str, Lora.Config], name: str = DE
         raise InputError(f"adapter {name!r} is there already; choose another name")
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise InputError(f"adapter {name!r}: letters, digits and _ make a name, and it must be none of PyTorch's own")
+    kinds = {layer: _kind(module, layer) for layer in configs} | dict.fromkeys(whole, Whole)
     tied = shared(module)
-    for layer in configs:
+    for layer in kinds:
         if layer in tied:
             raise InputError(f"{layer} shares its tensor with {tied[layer]}: leave it out of the targets, or untie it")
+        _check_kind(module, layer, kinds[layer])
     freeze(module)
-    for layer, config in configs.items():
-        _wrapped(module, layer).add(name, config, generator(seed, "lora", name, layer))
+    for layer, kind in kinds.items():
+        config = configs.get(layer, Lora.Config())
+        _wrapped(module, layer, kind).add(name, config, generator(seed, "lora", name, layer))
     use(module, {name: 1.0})
 
 
@@ -237,13 +73,17 @@ def freeze(module: nn.Module) -> None:
     """
     module.requires_grad_(False)
     for _, layer in layers(module):
-        for part in layer.modules():
+        for part in (layer.base if isinstance(layer, Adapted) else layer).modules():
             for key, buffer in list(part.named_buffers(recurse=False)):
                 part.register_buffer(key, buffer, persistent=False)
 
 
 def use(module: nn.Module, weights: Mapping[str, float]) -> None:
     """Add the adapters of these names, each times its weight, from now on; they are trained, the others are not.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> _ = adapt(model, Lora.Config(targets=("0",)), "one"), adapt(model, Lora.Config(targets=("0",)), "two")
+    >>> use(model, {"one": 0.5, "two": 0.5})
 
     Raises:
         InputError: no such adapter, or some are merged.
@@ -269,6 +109,7 @@ def using(module: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
 def disabled(module: nn.Module) -> Any:
     """Within, no adapter is added: the module is what it was before, the reference of a policy.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> _ = adapt(model, Lora.Config(targets=("0",)))
     >>> with disabled(model):
@@ -303,7 +144,7 @@ def merge(module: nn.Module) -> None:
     _check_unmerged(module)
     parts = {name: part for name, part in module.named_modules() if isinstance(part, Adapted)}
     for name, layer in parts.items():
-        if not isinstance(getattr(layer.base, "weight", None), nn.Parameter):
+        if isinstance(layer, LowRank) and not isinstance(getattr(layer.base, "weight", None), nn.Parameter):
             kind = type(layer.base).__name__
             raise InputError(f"{name}: a {kind} has no plain weight to merge into; load the model unpacked")
     for layer in parts.values():
@@ -319,11 +160,11 @@ def unmerge(module: nn.Module) -> None:
 
 
 def unload(module: nn.Module) -> nn.Module:
-    """`module` without its adapters, in place; what was merged stays in the weights."""
+    """`module` without its adapters, in place; what was merged stays in the weights, which may be trained again."""
     for name, part in list(module.named_modules()):
         if isinstance(part, Adapted):
             module.set_submodule(name, part.base)
-    return module
+    return module.requires_grad_(True)
 
 
 def _choose(module: nn.Module, weights: Mapping[str, float]) -> None:
@@ -333,7 +174,10 @@ def _choose(module: nn.Module, weights: Mapping[str, float]) -> None:
         if name not in known:
             raise unknown("adapter", name, known)
     for layer in adapted(module):
-        layer.weights = {name: float(w) for name, w in weights.items() if name in layer.adapters}
+        chosen = {name: float(w) for name, w in weights.items() if name in layer.adapters}
+        if isinstance(layer, Whole) and any(w != 1 for w in [*chosen.values(), max(1, len(chosen))]):
+            raise InputError(f"adapters {', '.join(chosen)} bring whole layers, which cannot be weighed; use one alone")
+        layer.weights = chosen
 
 
 def _check_unmerged(module: nn.Module) -> None:
@@ -342,13 +186,27 @@ def _check_unmerged(module: nn.Module) -> None:
         raise InputError(f"adapter {', '.join(merged)} is merged; unmerge it first")
 
 
-def _wrapped(module: nn.Module, name: str) -> Adapted:
+def _kind(module: nn.Module, name: str) -> type[Adapted]:
+    """What a layer of low rank becomes."""
+    layer = module.get_submodule(name)
+    return LoraLinear if is_linear(layer) else LoraEmbedding
+
+
+def _check_kind(module: nn.Module, name: str, kind: type[Adapted]) -> None:
+    """Refuse a layer that is adapted the other way already, or has nothing to be trained whole."""
+    layer = module.get_submodule(name)
+    if kind is Whole and not any(True for _ in layer.parameters()):
+        raise InputError(f"{name}: a {type(layer).__name__} has no weights that can be trained whole")
+    if isinstance(layer, Adapted) and not isinstance(layer, kind):
+        other = "whole" if isinstance(layer, Whole) else "by products of low rank"
+        raise InputError(f"{name} is trained {other} by adapter {next(iter(layer.adapters))!r}; let all do the same")
+
+
+def _wrapped(module: nn.Module, name: str, kind: type[Adapted]) -> Adapted:
     """The layer of that name, made one that takes adapters where it is none yet."""
     layer = module.get_submodule(name)
     if isinstance(layer, Adapted):
         return layer
-    assert is_linear(layer) or is_table(layer), f"{name} is no layer to adapt"
-    made: Adapted = (LoraLinear if is_linear(layer) else LoraEmbedding)(layer)
-    made.train(module.training)
+    made = kind(layer).train(module.training)
     module.set_submodule(name, made)
     return made

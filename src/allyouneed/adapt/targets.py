@@ -33,9 +33,9 @@ def is_table(part: nn.Module) -> bool:
 
 
 def layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers and tables with their names; what such a layer is made of is not looked at."""
+    """Linear layers, tables and what has adapters, with their names; what these are made of is not looked at."""
     for name, part in module.named_children():
-        if is_linear(part) or is_table(part):
+        if is_linear(part) or is_table(part) or hasattr(part, "adapters"):
             yield prefix + name, part
         else:
             yield from layers(part, f"{prefix}{name}.")

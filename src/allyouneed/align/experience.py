@@ -5,6 +5,7 @@ Shapes: B rows (answers), T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,3 +71,8 @@ def joined(batch: Batch, text: Batch) -> Batch:
         found[name] = torch.cat([widened(x, width, fill), widened(below, width, fill)])
     share = torch.cat([torch.zeros(len(batch["ids"])), (acted / told).expand(len(text["ids"]))])
     return found | {"pretraining": share}
+
+
+def places(chosen: Sequence[int]) -> Batch:
+    """Numbers of examples as a batch, for who has them by number."""
+    return {"places": torch.tensor(list(chosen))}

@@ -156,7 +156,7 @@ def from_file(path: Path | str) -> Reward:
     many, one = defined.get("rewards"), defined.get("reward")
     if callable(many):
         many.__dict__.setdefault("name", f"{path}: rewards")
-        return many  # type: ignore[no-any-return]
+        return many
     if callable(one):
         return EachOf(one, f"{path}: reward")
     raise InputError(f"{path}: defines no reward(prompt, completion) and no rewards(prompts, completions)")

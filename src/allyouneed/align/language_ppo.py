@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.objectives.loss import Loss
 from allyouneed.objectives.next_token import IGNORED
-from allyouneed.objectives.policy import clipped_surrogate, kl_k3, mix, value_loss
+from allyouneed.objectives.policy import kl_k3, mix, value_loss
+from allyouneed.objectives.ppo import FAR, Clipped, Unclipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +19,11 @@ class LanguagePPO(core.Config):
     """−(clipped surrogate) + c·(clipped value loss), a mean over the answers' tokens, + γ·(loss of a pretraining token)
     (Ouyang et al. 2022, eq. 2; Ziegler et al. 2019, and their code for the constants).
 
-    The penalty for leaving the reference is in the rewards. Called with a `LanguagePolicy` and a batch.
+    The penalty for leaving the reference is in the rewards. Called with a `LanguagePolicy` and a batch. Metrics: the
+    terms, the share of tokens whose ratio is `far` from 1, and `kl_of_step`, KL[π_old, π] of the answers' tokens.
     """
 
-    epsilon: float = 0.2
+    surrogate: Clipped | Unclipped = field(default_factory=Clipped)
     value_epsilon: float | None = 0.2
     value_weight: float = 0.1  # c, of half the squared error
     ptx: float = 0.0  # γ; Ouyang et al.: 27.8
@@ -34,19 +36,19 @@ class LanguagePPO(core.Config):
         policy = self.of_answers(read.logprobs, read.values, batch, acted)
         if text is None:
             return policy
-        nll = -(read.logprobs * text[:, None]).sum()
+        nll = -(read.logprobs * text[:, None]).where(told, 0.0).sum()
         return mix(policy, Loss(nll, (told & ~acted).sum()), self.ptx)
 
     def of_answers(self, logprobs: Tensor, values: Tensor, batch: Mapping[str, Tensor], acted: Tensor) -> Loss:
         """The loss where the policy has acted, all (B, T)."""
         old = batch["old_logprobs"]
-        gain = clipped_surrogate(logprobs, old, batch["advantages"], self.epsilon).where(acted, 0.0).sum()
+        gain = self.surrogate(logprobs, old, batch["advantages"]).where(acted, 0.0).sum()
         error = value_loss(values, batch["old_values"], batch["returns"], self.value_epsilon).where(acted, 0.0).sum()
-        outside = ((logprobs - old).exp() - 1).abs() > self.epsilon
+        far = (logprobs.detach() - old).expm1().abs() > FAR
         metrics = {
             "policy_loss": -gain.detach(),
             "value_loss": 0.5 * error.detach(),
-            "clipped": (outside & acted).sum().float(),
+            "far": (far & acted).sum().float(),
             "kl_of_step": kl_k3(old, logprobs.detach()).where(acted, 0.0).sum(),
         }
         return Loss(self.value_weight * 0.5 * error - gain, acted.sum(), metrics)

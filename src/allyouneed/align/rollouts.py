@@ -18,12 +18,12 @@ from torch import Tensor
 
 from allyouneed import core
 from allyouneed.align import experience
+from allyouneed.align.notes import Notes
 from allyouneed.align.policies import LanguagePolicy, logprobs
-from allyouneed.align.references import Reference
+from allyouneed.align.references import Reference, evaluating
 from allyouneed.align.rewards import Reward, scored
-from allyouneed.align.samplers import Sampler
+from allyouneed.align.samplers import Sampler, check_lengths
 from allyouneed.core.errors import InputError, brief
-from allyouneed.core.metrics import MetricsLog
 from allyouneed.core.seeds import derive, generator
 from allyouneed.data.batches import Epochs
 from allyouneed.data.packing import IGNORED, Batch, answer, pad_right, take
@@ -61,7 +61,7 @@ class Rollouts(Iterator[Batch]):
         config: how much, and what counts.
         seed: of prompts, answers and minibatches.
         pretraining: text of which one batch joins each minibatch (PPO-ptx, Ouyang et al. 2022, sec. 3.5).
-        log: a file that gets a line for each rollout.
+        log: a file that gets a line for each rollout, as `notes` does.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -106,13 +106,12 @@ class Rollouts(Iterator[Batch]):
         log: Path | None = None,
     ) -> None:
         self.policy, self.sampler, self.reference, self.reward = policy, sampler, reference, reward
-        self.prompts, self.config, self.seed, self.pretraining, self.path = prompts, config, seed, pretraining, log
-        self.order = Epochs(range(len(prompts)), batch_size=config.episodes, collate=_places, seed=seed)
+        self.prompts, self.config, self.seed, self.pretraining = prompts, config, seed, pretraining
+        self.order = Epochs(range(len(prompts)), batch_size=config.episodes, collate=experience.places, seed=seed)
         self.number, self.place, self.beta = 0, 0, config.kl.beta  # rollouts made, minibatches taken of the last
         self.rollout: Batch = {}
-        self.rows: list[dict[str, Any]] = []  # what was measured of each rollout of this process
-        self._log: MetricsLog | None = None
-        self._check_lengths()
+        self.notes = Notes(log)
+        check_lengths(sampler, prompts, config.max_new_tokens, policy.model.limit)
 
     def __next__(self) -> Batch:
         if self.place == self.config.steps or not self.rollout:
@@ -149,20 +148,17 @@ class Rollouts(Iterator[Batch]):
         epoch, part = divmod(self.place, self.config.episodes // self.config.minibatch)
         draw = generator(self.seed, "minibatches", self.number, epoch)
         order = torch.randperm(self.config.episodes, generator=draw).tolist()
-        return order[part * self.config.minibatch : (part + 1) * self.config.minibatch]  # type: ignore[no-any-return]
+        return order[part * self.config.minibatch : (part + 1) * self.config.minibatch]
 
     @torch.no_grad()
     def _roll(self) -> None:
         """Have the policy answer as it is now."""
-        began, training = time.perf_counter(), self.policy.training
+        began = time.perf_counter()
         prompts = [self.prompts[int(i)] for i in next(self.order)["places"]]
-        self.policy.eval()
-        try:
+        with evaluating(self.policy):
             answers = self._answers(prompts)
             batch = pad_right([answer(ids, one.token_ids) for ids, one in answers])
             read = self._read(batch)
-        finally:
-            self.policy.train(training)
         completions = [one for _, one in answers]
         gap = self._agreement(read["old_logprobs"], batch["targets"] != IGNORED, completions)
         scores = torch.tensor(scored(self.reward, prompts, [one.text for one in completions]))
@@ -172,7 +168,7 @@ class Rollouts(Iterator[Batch]):
         facts |= {"beta": self.beta, "engine_gap": gap, "rollout_seconds": time.perf_counter() - began}
         self.beta = self.config.kl(self.beta, facts["kl"])
         self.number, self.place = self.number + 1, 0
-        self._note({"step": self.number, **facts})
+        self.notes.add({"step": self.number, **facts})
 
     def _answers(self, prompts: Sequence[Turns]) -> list[tuple[list[int], Completion]]:
         """The tokens of each prompt and what the policy answers, drawn at temperature 1: as it is."""
@@ -212,22 +208,3 @@ class Rollouts(Iterator[Batch]):
         gap = (batch["old_logprobs"] - batch["reference"]).abs().max().item()
         if self.number == 0 and not gap <= SAME:
             raise InputError(f"reference: differs from the policy before training by {gap:.2g} nats; they must be one")
-
-    def _check_lengths(self) -> None:
-        limit = self.policy.model.limit
-        for i, prompt in enumerate(self.prompts if limit is not None else ()):
-            length = len(self.sampler.prompt_ids(prompt))
-            if limit is not None and length + self.config.max_new_tokens > limit:
-                asked = f"its {length} tokens and max_new_tokens={self.config.max_new_tokens}"
-                raise InputError(f"prompt {i}: {asked} exceed the model's context of {limit}")
-
-    def _note(self, row: dict[str, Any]) -> None:
-        """Keep what was measured of a rollout; of rollouts that are made again after a kill, the old lines go."""
-        self.rows.append(row)
-        if self.path is not None:
-            self._log = self._log or MetricsLog(self.path, resume_at=self.number - 1)
-            self._log.write(**row)
-
-
-def _places(chosen: list[int]) -> Batch:
-    return {"places": torch.tensor(chosen)}

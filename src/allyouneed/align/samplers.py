@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from allyouneed.core.errors import InputError, about
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Completion, Sampling, Turns
@@ -16,14 +17,18 @@ from allyouneed.generate.local import LocalModel
 from allyouneed.models.decoder import Decoder
 
 
-class Sampler(Protocol):
-    """Writes answers with the weights that a policy has now."""
+class Writer(Protocol):
+    """Writes answers, as any `LanguageModel` does."""
+
+    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
+        """One completion per prompt, in order."""
+
+
+class Sampler(Writer, Protocol):
+    """Writes answers with the weights that a policy has now, and tells their tokens and log-probabilities."""
 
     def prompt_ids(self, prompt: Turns) -> list[int]:
         """The tokens that an answer follows."""
-
-    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
-        """One completion per prompt, in order, with its tokens and their log-probabilities; as of `LanguageModel`."""
 
     def renew(self) -> None:
         """The weights have changed: use nothing that was made of them before."""
@@ -61,3 +66,22 @@ class LocalSampler:
     def renew(self) -> None:
         """Have the engine forget."""
         self.lm.engine.forget()
+
+
+def check_length(sampler: Sampler, prompt: Turns, max_new_tokens: int, limit: int | None) -> int:
+    """The tokens of a prompt.
+
+    Raises:
+        InputError: it leaves no room for an answer within `limit`, the model's context.
+    """
+    length = len(sampler.prompt_ids(prompt))
+    if limit is not None and length + max_new_tokens > limit:
+        raise InputError(f"its {length} tokens and max_new_tokens={max_new_tokens} exceed the context of {limit}")
+    return length
+
+
+def check_lengths(sampler: Sampler, prompts: Sequence[Turns], max_new_tokens: int, limit: int | None) -> None:
+    """The same of all prompts; names the first by its number."""
+    for i, prompt in enumerate(prompts):
+        with about(f"prompt {i}"):
+            check_length(sampler, prompt, max_new_tokens, limit)

@@ -1,6 +1,6 @@
-"""Choosing among samples: best of n, what it is worth exactly, and rejection sampling as data for fine-tuning.
+"""Choosing among samples: best of n, and what it is worth exactly.
 
-Holds no training. Shapes: X distinct outcomes, N scores.
+Holds no training; `align.rejection` learns from what is chosen. Shapes: X distinct outcomes, N scores.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from allyouneed.align.rewards import Reward, scored
+from allyouneed.align.samplers import Writer
 from allyouneed.core.errors import InputError
-from allyouneed.generate.language_model import Completion, LanguageModel, Sampling, Turns
+from allyouneed.generate.language_model import Completion, Sampling, Turns
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ class Sampled:
     score: float
 
 
-def sample(
-    lm: LanguageModel, prompts: Sequence[Turns], reward: Reward, n: int, sampling: Sampling
-) -> list[list[Sampled]]:
+def sample(writer: Writer, prompts: Sequence[Turns], reward: Reward, n: int, sampling: Sampling) -> list[list[Sampled]]:
     """`n` scored answers to each prompt, in the order they were drawn; with a seed, answer k of prompt i draws from
     `seed + n·i + k`.
 
@@ -37,7 +36,7 @@ def sample(
     if n < 1:
         raise InputError(f"best of n: n={n}; at least 1 is needed")
     asked = [prompt for prompt in prompts for _ in range(n)]
-    completions = lm.complete(asked, sampling)
+    completions = writer.complete(asked, sampling)
     scores = scored(reward, asked, [one.text for one in completions])
     found = [Sampled(*one) for one in zip(asked, completions, scores, strict=True)]
     return [found[i : i + n] for i in range(0, len(found), n)]
@@ -48,9 +47,9 @@ def best(samples: Iterable[Sampled]) -> Sampled:
     return max(samples, key=lambda one: one.score)
 
 
-def best_of_n(lm: LanguageModel, prompts: Sequence[Turns], reward: Reward, n: int, sampling: Sampling) -> list[Sampled]:
+def best_of_n(writer: Writer, prompts: Sequence[Turns], reward: Reward, n: int, sampling: Sampling) -> list[Sampled]:
     """The best of `n` answers to each prompt (Stiennon et al. 2020, sec. 3; Nakano et al. 2021, sec. 3.2)."""
-    return [best(found) for found in sample(lm, prompts, reward, n, sampling)]
+    return [best(found) for found in sample(writer, prompts, reward, n, sampling)]
 
 
 def best_of_n_kl(n: int) -> float:
@@ -104,35 +103,3 @@ def estimated_best(scores: Sequence[float], n: int) -> float:
         raise InputError(f"best of {n} from {len(scores)} scores; n must be from 1 to their number")
     ordered, total = sorted(scores), math.comb(len(scores), n)
     return sum(math.comb(i, n - 1) / total * score for i, score in enumerate(ordered))
-
-
-class Kept:
-    """The best answer to each prompt of all iterations so far: Llama 2 first kept those of the last one alone, lost
-    abilities by it, and then took the best of all before (Touvron et al. 2023, sec. 3.2.3).
-
-    >>> kept = Kept()
-    >>> answer = Completion("b", "stop", 1, 1)
-    >>> kept.add([Sampled("a", answer, 1.0), Sampled("a", answer, 0.5)])
-    1
-    >>> kept.add([Sampled("a", answer, 0.7)]), [one.score for one in kept.samples]
-    (0, [1.0])
-    """
-
-    def __init__(self) -> None:
-        self._best: dict[str, Sampled] = {}
-
-    @property
-    def samples(self) -> list[Sampled]:
-        """One for each prompt, in the order in which prompts came first."""
-        return list(self._best.values())
-
-    def add(self, samples: Iterable[Sampled]) -> int:
-        """Keep those that are better than what there was; for how many prompts."""
-        better = set()
-        for one in samples:
-            key = repr(one.prompt)
-            there = self._best.get(key)
-            if there is None or one.score > there.score:
-                self._best[key] = one
-                better.add(key)
-        return len(better)

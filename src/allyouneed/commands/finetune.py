@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,14 +35,20 @@ def finetune(
     method: Annotated[
         str,
         typer.Option(
-            help="sft; dpo, ipo, reward; classify, pairs, similarity, choices, spans, tokens: see docs/finetune.md."
+            help="sft; dpo, ipo, reward; ppo, rejection; classify, pairs, similarity, choices, spans, tokens: see "
+            "docs/finetune.md."
         ),
     ] = "sft",
     valid: Annotated[Path | None, typer.Option(help="What to judge by; without it, a tenth of DATA.")] = None,
     epochs: Annotated[float, typer.Option(help="How often each example is seen.")] = 3.0,
     batch: Annotated[int, typer.Option(min=1, help="Examples a step; with sft, rows as long as the longest.")] = 16,
     length: Annotated[int | None, typer.Option(help="The most tokens of an example; default: the context.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The peak rate; default: 6.25e-5·√(117 M/parameters).")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="The peak rate; default: 6.25e-5·√(117 M/parameters), dpo and ipo 1e-6; of adapters tenfold."
+        ),
+    ] = None,
     auxiliary: Annotated[
         float | None, typer.Option(help="λ of the language model's own loss beside the labels' (GPT: 0.5); default: 0.")
     ] = None,
@@ -54,6 +61,37 @@ def finetune(
     margin_field: Annotated[
         str | None, typer.Option(help="Of DATA, a number from 0: how clear a preference is, for reward.")
     ] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FILE.py|MODEL|URL", help="Of ppo and rejection: how good an answer is.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Answers a rollout of ppo, default: 8 steps'; to a prompt of rejection, default 8."),
+    ] = None,
+    passes: Annotated[
+        int | None, typer.Option(help="Of ppo and rejection: how often an answer is learned from; default: 1.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer of ppo and rejection; default: 64.")] = None,
+    kl: Annotated[
+        float | None, typer.Option(help="β of ppo, what a nat away from the reference costs; default: 0.02.")
+    ] = None,
+    kl_target: Annotated[
+        float | None, typer.Option(help="Nats an answer of ppo should be away from the reference: β follows.")
+    ] = None,
+    unended: Annotated[
+        float | None, typer.Option(help="The reward of an answer of ppo that comes to no end; default: as of others.")
+    ] = None,
+    ptx: Annotated[Path | None, typer.Option(help="Texts to learn beside ppo, as many rows a step as answers.")] = None,
+    ptx_weight: Annotated[float | None, typer.Option(help="γ of these texts; default: 27.8.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--lora", metavar="R", help="Train adapters of this rank instead of the model.")
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="α, adapters count α/R; default: R.")] = None,
+    lora_targets: Annotated[
+        str | None, typer.Option(help="Layers by the ends of their names, a regex, or all-linear; default: q,v.")
+    ] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Of what adapters read; default: 0.")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Adapters count α/√R.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave lines out that are wrong, and say so.")] = False,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default: an epoch.")] = None,
     settings: Annotated[
@@ -64,6 +102,8 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="The results as JSON, for programs.")] = False,
 ) -> None:
     """Fine-tune a model. Ctrl-C saves; the same command goes on from there. Runs under torchrun as it is."""
+    from allyouneed.commands import adapters
+    from allyouneed.commands.methods import estimates
     from allyouneed.commands.methods.base import Task
     from allyouneed.commands.methods.table import methods
     from allyouneed.core.seeds import seed_everything
@@ -74,24 +114,30 @@ def finetune(
     from allyouneed.train.ranks import join
     from allyouneed.train.schedules import Linear
 
-    known, options = methods(), {"auxiliary": auxiliary, "beta": beta}
+    known = methods()
+    options: dict[str, Any] = {"auxiliary": auxiliary, "beta": beta}
     options |= {"label_smoothing": label_smoothing, "margin_field": margin_field}
+    options |= {"reward": reward, "samples": samples, "passes": passes, "max_new_tokens": max_new_tokens}
+    options |= {"kl": kl, "kl_target": kl_target, "unended": unended, "ptx": ptx, "ptx_weight": ptx_weight}
     if method not in known:
         raise unknown("method", method, known)
     if not 0 < epochs < math.inf:
         raise InputError(f"--epochs {epochs}; a number above 0 is needed")
     given = {name: value for name, value in options.items() if value is not None}
     known[method].check(method, given, known)
+    lora = adapters.config(rank, lora_alpha, lora_targets, lora_dropout, rslora)
     seed_everything(seed)
     module, tokenizer = load_module(model), load_tokenizer(model)
     if isinstance(module, Head):
         module = module.model  # of what it was tuned to before only the layer is replaced
     bad: list[str] | None = [] if skip_bad else None
-    task = Task(method=method, data=data, valid=valid, length=length, seed=seed, out=out, bad=bad, options=given)
+    what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out}
+    task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora)
     job = known[method].prepare(module, tokenizer, task)
     parameters = sum(p.numel() for p in job.module.parameters())
-    rate = lr if lr is not None else min(1e-3, 6.25e-5 * math.sqrt(117e6 / parameters))
-    each = math.ceil(len(job.train) / batch)
+    usual = known[method].lr or 6.25e-5 * math.sqrt(117e6 / parameters)
+    rate = lr if lr is not None else min(1e-3, usual * (10 if lora else 1))
+    each = math.ceil(len(job.train) * job.repeats / batch)
     training = Training(
         steps=max(1, round(epochs * each)),
         optimizer=AdamW.Config(lr=rate, betas=(0.9, 0.999), weight_decay=0.01),
@@ -103,8 +149,11 @@ def finetune(
     first = join().rank == 0
     if first:
         _announce(job, model, method, training, batch, bad)
-    _same_task(out, fresh, first, {"model": model, "learned": job.digest(task)})
+    asked = {"model": model, "learned": job.digest(task)} | ({"lora": lora.to_json()} if lora else {})
+    _same_task(out, fresh, first, asked)
     found = dict(job.begin())
+    if job.probe is not None and join().world == 1:
+        print(f"estimate: {estimates.told(job, batch, training)}", file=sys.stderr)
     before = dict(job.judge(job.valid)) if job.before else {}
 
     def evaluate(trained: nn.Module) -> Mapping[str, float]:
@@ -126,7 +175,7 @@ def finetune(
     results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
     results |= found | {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
     results |= {"left_out": len(bad or ())}
-    _keep(job, out, results, as_json)
+    _keep(job, model, out, results, as_json)
 
 
 def _same_task(out: Path, fresh: bool, first: bool, task: Mapping[str, Any]) -> None:
@@ -141,16 +190,22 @@ def _same_task(out: Path, fresh: bool, first: bool, task: Mapping[str, Any]) -> 
         write_json(path, dict(task))
 
 
-def _keep(job: Job, out: Path, results: dict[str, Any], as_json: bool) -> None:
+def _keep(job: Job, model: str, out: Path, results: dict[str, Any], as_json: bool) -> None:
     """Write the model and what was found, on the first rank, which all help to put the model together."""
+    from allyouneed.adapt import lora
+    from allyouneed.commands import adapters
     from allyouneed.core.files import write_json
     from allyouneed.models.checkpoints.loading import save
     from allyouneed.train.ranks import join
     from allyouneed.train.sharding import whole
 
-    learned = whole(job.module.eval())
+    learned = job.model(whole(job.module.eval()))
     if join().rank == 0:
-        save(learned, out / "model", job.tokenizer)
+        job.end(out)
+        if lora.names(learned):
+            adapters.keep(job, learned, model, out / "model")
+        else:
+            save(learned, out / "model", job.tokenizer)
         write_json(out / "results.json", results)
         _show(results, out, as_json)
 
@@ -163,17 +218,22 @@ def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad:
 
     shown = Table(title=escape(f"{method}: {model}"), show_header=False)
     parts: Counter[str] = Counter()
+    called = {"layer.": "new layer", ".adapters.": "adapters", "embedding": "embeddings"}
     for name, parameter in job.module.named_parameters():
         name = name.removeprefix("model.")
-        inner = next((part for part in ("blocks", "embedding", "layer.") if part in name), "other")
-        parts[{"layer.": "new layer", "embedding": "embeddings"}.get(inner, inner)] += parameter.numel()
+        inner = next((part for part in (*called, "blocks") if part in name), "other")
+        if parameter.requires_grad:
+            parts[called.get(inner, inner)] += parameter.numel()
     total = sum(parts.values())
     shown.add_row("trained", f"{total:,} parameters: " + ", ".join(f"{part} {n:,}" for part, n in parts.items()))
+    frozen = sum(p.numel() for p in job.module.parameters()) - total
+    if frozen:
+        shown.add_row("frozen", f"{frozen:,} parameters; {total / (total + frozen):.3%} of all are trained")
     shown.add_row("examples", f"{len(job.lengths):,} to learn from, {len(job.valid):,} to judge by")
     for name, value in job.told.items():
         shown.add_row(name, escape(value))
     shown.add_row("tokens", f"median {statistics.median(job.lengths):g}, longest {max(job.lengths)}")
-    seen = training.steps * batch / len(job.train)
+    seen = training.steps * batch / job.repeats / len(job.train)
     shown.add_row("training", f"{training.steps} steps of {batch}, {seen:.1f} epochs; rate {training.optimizer.lr:.3g}")
     console = Console(stderr=True, highlight=False)
     console.print(shown)

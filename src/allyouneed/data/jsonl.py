@@ -2,6 +2,7 @@
 
     {"text": "…"}                                        Text
     {"messages": [{"role": "user", "content": "…"}, …]}  Chat
+    {"prompt": "…"}                                      Prompt
     {"prompt": "…", "completion": "…"}                   Completion
     {"prompt": "…", "chosen": "…", "rejected": "…"}      Preference
     {…, "margin": 1.5}                                   Graded: a preference and how clear it is
@@ -46,6 +47,13 @@ class Chat:
     """A conversation."""
 
     messages: list[Message]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered."""
+
+    prompt: Turns
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Tagged:
     tags: list[str | int]
 
 
-Record = Text | Chat | Completion | Preference | Graded | Labelled | LabelledPair | Choices | Spans | Tagged
+Record = Text | Chat | Prompt | Completion | Preference | Graded | Labelled | LabelledPair | Choices | Spans | Tagged
 Kind = type[Record]
 KINDS: tuple[Kind, ...] = (Text, Chat, Completion, Preference)  # what language models are trained on
 

@@ -176,8 +176,7 @@ class Tokenizer:
         known = [self.pad_id, *sorted(self._special - {self.bos_id, *self.eos_ids})]
         pad = next((i for i in known if i not in taken), self.vocab_size)
         if pad == self.vocab_size:
-            rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-            spec["added_tokens"].append({"id": pad, "content": "<|pad|>"} | rules)
+            spec["added_tokens"] += vocabularies.added_tokens(["<|pad|>"], first=pad)
         return self._changed(spec, pad)
 
     def _changed(self, spec: Any, pad_id: int | None) -> Tokenizer:

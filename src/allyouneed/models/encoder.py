@@ -99,6 +99,8 @@ class MaskedOutput:
 class MaskedModel(Encoder):
     """An encoder that tells masked tokens and whether one sentence follows the other (Devlin et al. 2019, 3.1)."""
 
+    borrowed: ClassVar[tuple[str, ...]] = ("embedding",)  # layers whose weight the head computes with as well
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Encoder.Config):
         """As of the encoder; the head's transformation has the activation and the norm of the blocks."""

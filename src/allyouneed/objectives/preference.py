@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from allyouneed.core.errors import InputError
 from allyouneed.objectives.likelihood import likelihood
 from allyouneed.objectives.loss import Loss
+from allyouneed.objectives.next_token import IGNORED
 
 PairLoss = Callable[[Tensor], Tensor]
 
@@ -64,7 +65,8 @@ def robust_dpo(beta: float = 0.1, label_smoothing: float = 0.1) -> PairLoss:
 
 def ipo(beta: float = 0.1) -> PairLoss:
     """(h − 1/(2β))²: identity preference optimisation (Azar et al. 2023, eq. 17, where β is called τ). Preferences that
-    are certain do not drive h to infinity. Argument and result as of `dpo`.
+    are certain do not drive h to infinity. Argument and result as of `dpo`. Where answers differ in length, h should be
+    of mean log-ratios a token: see `preference`.
 
     >>> ipo(beta=0.5)(torch.tensor([0.0, 1.0]))
     tensor([1., 0.])
@@ -73,7 +75,9 @@ def ipo(beta: float = 0.1) -> PairLoss:
     return lambda h: (h - 1 / (2 * beta)).square()
 
 
-def preference(loss: PairLoss, beta: float) -> Callable[[nn.Module, Mapping[str, Tensor]], Loss]:
+def preference(
+    loss: PairLoss, beta: float, *, per_token: bool = False
+) -> Callable[[nn.Module, Mapping[str, Tensor]], Loss]:
     """The objective of pairs.
 
     Its batches have `ids`, `targets` and `segments` (B, 2, T), the preferred answer first, and `reference` (B, 2): the
@@ -84,11 +88,14 @@ def preference(loss: PairLoss, beta: float) -> Callable[[nn.Module, Mapping[str,
     Args:
         loss: of h.
         beta: β of the implicit rewards.
+        per_token: h is of each answer's mean log-ratio a token instead of their sum, as IPO's authors advise (so the
+            documentation of trl): a margin of 1/(2β) is else as far for a long answer as for a short one.
     """
 
     def objective(module: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         ratios = answer_logprobs(module, batch) - batch["reference"]
-        h = ratios[:, 0] - ratios[:, 1]
+        scores = ratios / (batch["targets"] != IGNORED).sum(-1) if per_token else ratios
+        h = scores[:, 0] - scores[:, 1]
         chosen, rejected = beta * ratios.detach().T
         metrics = {
             "accuracy": ((h.detach().sign() + 1) / 2).sum(),

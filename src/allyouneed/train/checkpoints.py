@@ -163,10 +163,12 @@ def layout(file: Any) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and saved buffers of `module` by name; what is shared is named once."""
+    """The parameters and saved buffers of `module` by name; what is shared is named once. Frozen parameters are left
+    out: they are what the caller brings again, and beside adapters nearly everything.
+    """
     saved = module.state_dict()
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: x.detach() for name, x in named if name in saved}
+    learned = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return {name: x.detach() for name, x in [*learned, *module.named_buffers()] if name in saved}
 
 
 def fill(tensors: dict[str, Tensor], values: dict[str, Tensor], source: Path) -> None:

@@ -225,10 +225,11 @@ class _Run:
 
     def advance(self) -> Row:
         """Train one step further; what was measured."""
-        t, batch = self.training, next(self.batches)
+        t = self.training
         self.step += 1
         how: dict[str, Any] = {"accumulate": t.accumulate, "clip": t.clip, "autocast": self.narrow}
         try:
+            batch = next(self.batches)  # which may be made of what the module answers
             measured = differentiate(self.module, self.objective, batch, self.ranks, **how)
         except InputError as error:
             raise InputError(f"step {self.step}: {error}; training stops, the last checkpoint stands") from None

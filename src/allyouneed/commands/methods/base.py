@@ -17,7 +17,9 @@ from allyouneed.core.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from allyouneed.adapt.layers import Lora
     from allyouneed.data import jsonl
+    from allyouneed.data.packing import Piece
     from allyouneed.data.tokenizers import Tokenizer
     from allyouneed.models.checkpoints.huggingface import Model
     from allyouneed.train.loop import Batches
@@ -28,6 +30,15 @@ OPTIONS = {
     "beta": "--beta",
     "label_smoothing": "--label-smoothing",
     "margin_field": "--margin-field",
+    "reward": "--reward",
+    "samples": "--samples",
+    "passes": "--passes",
+    "max_new_tokens": "--max-new-tokens",
+    "kl": "--kl",
+    "kl_target": "--kl-target",
+    "unended": "--unended",
+    "ptx": "--ptx",
+    "ptx_weight": "--ptx-weight",
 }
 
 
@@ -43,6 +54,7 @@ class Task:
     out: Path  # the run's folder; what takes long to prepare may be kept there
     bad: list[str] | None  # where errors of lines go; None: the first one ends all
     options: Mapping[str, Any]  # those of `OPTIONS` that were given
+    lora: Lora.Config | None = None  # adapters to train instead of the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +71,12 @@ class Job:
     judge: Callable[[Sequence[Any]], Mapping[str, float]]
     before: bool = False  # whether it can be judged as it came, too
     begin: Callable[[], Mapping[str, float]] = dict  # what takes long and comes before training; what was found
+    probe: Callable[[], dict[str, Tensor]] | None = None  # the batch of its longest example, to see what training takes
     told: Mapping[str, str] = field(default_factory=dict)  # what else is said before training, a row each
     identity: Sequence[Any] = ()  # what beside examples and options makes it this job and no other
+    repeats: int = 1  # steps that an example is learned from in an epoch
+    model: Callable[[Any], Any] = lambda trained: trained  # what of the module is kept as the model
+    end: Callable[[Path], None] = lambda out: None  # what else is kept, in the run's folder
 
     def digest(self, task: Task) -> str:
         """Of all that is learned, in order, and how."""
@@ -71,10 +87,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Method:
-    """How one thing is learned: `prepare` is handed model, tokenizer and task; `options` are those it takes."""
+    """How one thing is learned: `prepare` is handed model, tokenizer and task; `options` are those it takes, `lr` the
+    peak rate where none is given, of a model trained as a whole; None: by its size.
+    """
 
     prepare: Callable[[Any, Tokenizer, Task], Job]
     options: frozenset[str] = frozenset()
+    lr: float | None = None
 
     def check(self, name: str, given: Mapping[str, Any], others: Mapping[str, Method]) -> None:
         """Refuse what this method has no use for.
@@ -87,11 +106,36 @@ class Method:
             raise InputError(f"{OPTIONS[option]}: {name} has no use for it; leave it out (taken by {takers})")
 
 
+def adapted(module: Any, task: Task) -> Any:
+    """`module`, in place the base of adapters where the task asks for these; a head's new layer is trained whole."""
+    from allyouneed.adapt import lora
+    from allyouneed.models.heads import Head
+
+    if task.lora is not None:
+        lora.adapt(module, task.lora.replace(whole=("layer",) if isinstance(module, Head) else ()), seed=task.seed)
+    return module
+
+
 def over(examples: Sequence[Any], collate: Callable[[Any], dict[str, Tensor]]) -> Callable[[int, int], Batches]:
     """Batches of examples that are all there before training: every one once an epoch."""
     from allyouneed.data.batches import Epochs
 
     return lambda size, seed: Epochs(examples, batch_size=size, collate=collate, seed=seed)
+
+
+def rows(pieces: Sequence[Piece], length: int) -> list[dict[str, Tensor]]:
+    """Documents packed into rows, each a batch of one."""
+    from allyouneed.data.packing import fit, take
+
+    packed = fit(pieces, length)
+    return [take(packed, [i]) for i in range(len(packed["ids"]))]
+
+
+def joined(chosen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Several of these as one batch."""
+    import torch
+
+    return {name: torch.cat([row[name] for row in chosen]) for name in chosen[0]}
 
 
 def means(
@@ -110,6 +154,11 @@ def means(
             for name, x in {"loss": loss.total, **loss.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + x.item()
     return {name: total / max(weight, 1) for name, total in sums.items()}
+
+
+def longest(lengths: Sequence[int]) -> int:
+    """The place of the longest example."""
+    return max(range(len(lengths)), key=lambda i: lengths[i])
 
 
 def most(length: int | None, context: int) -> int:

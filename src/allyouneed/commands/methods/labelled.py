@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from allyouneed.commands.methods.base import Job, Method, Task, most, over, parted
+from torch import Tensor
+
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, longest, most, over, parted
 from allyouneed.core.errors import InputError, brief
 from allyouneed.data import jsonl, labelled
 from allyouneed.data.tokenizers import Tokenizer
@@ -26,14 +28,20 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
     """A head on the model, and examples for it."""
     auxiliary = _auxiliary(module, task)
     module, tokenizer = _ready(module, tokenizer, task.method)
-    how, longest = labelled.METHODS[task.method], most(task.length, module.config.context)
+    how, limit = labelled.METHODS[task.method], most(task.length, module.config.context)
     known = _labels(task, how)
 
     def example(record: jsonl.Record) -> Any:
-        return labelled.within(how.make(tokenizer, known, record), longest)
+        return labelled.within(how.make(tokenizer, known, record), limit)
 
     learned, judged = parted(task, [how.kind], example)
     head = _head(module, tokenizer, task.method, known)
+    lengths = [labelled.example_of(one).longest for one in learned]
+
+    def collate(chosen: Sequence[Any]) -> dict[str, Tensor]:
+        return labelled.collate([labelled.example_of(one) for one in chosen])
+
+    adapted(head, task)
 
     def judge(examples: Sequence[Any]) -> Mapping[str, float]:
         return (judging.spans if task.method == "spans" else judging.classes)(head, examples)
@@ -44,8 +52,9 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         objective=objectives.labels(auxiliary),
         train=learned,
         valid=judged,
-        batches=over(learned, lambda chosen: labelled.collate([labelled.example_of(one) for one in chosen])),
-        lengths=[labelled.example_of(one).longest for one in learned],
+        batches=over(learned, collate),
+        lengths=lengths,
+        probe=lambda: collate([learned[longest(lengths)]]),
         judge=judge,
         told=_counted(task, known, learned),
         identity=known.names,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from allyouneed.align import references
-from allyouneed.commands.methods.base import Job, Method, Task, means, most, over, parted
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, longest, means, most, over, parted
 from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl, preferences
 from allyouneed.data.preferences import Ranked
@@ -25,16 +25,16 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
     if not isinstance(module, Decoder):
         raise InputError(f"--method {task.method}: a decoder is wanted; of this model the likelihood is not asked")
     beta = task.options.get("beta", 0.1)
-    loss = _loss(task, beta)
-    longest = most(task.length, module.config.context)
+    objective = _objective(task, beta)
+    limit = most(task.length, module.config.context)
 
     def example(record: jsonl.Record) -> Ranked:
         assert isinstance(record, jsonl.Preference)
-        return preferences.within(preferences.pair(tokenizer, record), longest)
+        return preferences.within(preferences.pair(tokenizer, record), limit)
 
     learned, judged = parted(task, (jsonl.Preference,), example)
-    objective = objectives.preference(loss, beta)
-    pairs = _Pairs(module, learned, judged, task, objective)
+    lengths = [one.longest for one in learned]
+    pairs = _Pairs(adapted(module, task), learned, judged, task, objective)
     return Job(
         module=module,
         tokenizer=tokenizer,
@@ -42,7 +42,8 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         train=learned,
         valid=judged,
         batches=over(range(len(learned)), pairs.batch),
-        lengths=[one.longest for one in learned],
+        lengths=lengths,
+        probe=lambda: pairs.batch([longest(lengths)]),
         judge=pairs.judge,
         begin=pairs.begin,
         told=shown(tokenizer, learned[0]),
@@ -83,13 +84,14 @@ class _Pairs:
         return found | {"kl_per_token": references.divergence(self.module, self.reference, held)}
 
 
-def _loss(task: Task, beta: float) -> objectives.PairLoss:
+def _objective(task: Task, beta: float) -> Any:
     if task.method == "ipo":
-        return objectives.ipo(beta)
-    return objectives.dpo(beta, task.options.get("label_smoothing", 0.0))
+        return objectives.preference(objectives.ipo(beta), beta, per_token=True)
+    return objectives.preference(objectives.dpo(beta, task.options.get("label_smoothing", 0.0)), beta)
 
 
+RATE = 1e-6  # Rafailov et al. 2023, app. B
 METHODS = {
-    "dpo": Method(prepare, frozenset({"beta", "label_smoothing"})),
-    "ipo": Method(prepare, frozenset({"beta"})),
+    "dpo": Method(prepare, frozenset({"beta", "label_smoothing"}), RATE),
+    "ipo": Method(prepare, frozenset({"beta"}), RATE),
 }

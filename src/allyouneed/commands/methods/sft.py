@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from allyouneed.commands.methods.base import Job, Method, Task, means, most, over, parted
+from allyouneed.commands.methods.base import (
+    Job,
+    Method,
+    Task,
+    adapted,
+    joined,
+    longest,
+    means,
+    most,
+    over,
+    parted,
+    rows,
+)
 from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl
-from allyouneed.data.packing import fit, pad_right, take
+from allyouneed.data.packing import pad_right
 from allyouneed.data.pairs import apart
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.models.decoder import Decoder
@@ -30,25 +41,25 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         raise InputError(
             "--method sft: this model only reads; use classify, pairs, similarity, choices, spans, tokens or reward"
         )
-    longest = most(task.length, module.config.context)
+    limit = most(task.length, module.config.context)
 
     def example(record: jsonl.Record) -> Any:
         made = instructions.piece(tokenizer, record)
-        _check(len(made.ids), longest)
+        _check(len(made.ids), limit)
         return made
 
     learned, judged = parted(task, instructions.KINDS, example)
     lengths = [len(one.ids) for one in learned]
-    packed = fit(learned, max(lengths))
-    rows = [take(packed, [i]) for i in range(len(packed["ids"]))]
+    packed = rows(learned, max(lengths))
     return Job(
-        module=module,
+        module=adapted(module, task),
         tokenizer=tokenizer,
         objective=next_token,
-        train=rows,
+        train=packed,
         valid=judged,
-        batches=over(rows, lambda chosen: {name: torch.cat([row[name] for row in chosen]) for name in chosen[0]}),
+        batches=over(packed, joined),
         lengths=lengths,
+        probe=lambda: packed[0],
         judge=_judge(module, next_token, pad_right),
         before=True,
         told={"example": instructions.shown(tokenizer, learned[0])},
@@ -57,36 +68,38 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
 
 def _between_stacks(module: EncoderDecoder, tokenizer: Tokenizer, task: Task) -> Job:
     """A model that reads one text and writes the other."""
-    longest = most(task.length, module.config.decoder.context)
+    limit = most(task.length, module.config.decoder.context)
 
     def size(pair: Any) -> int:
         return max(map(len, pair))
 
     def example(record: jsonl.Record) -> Any:
         made = instructions.pair(tokenizer, record)
-        _check(size(made), longest)
+        _check(size(made), limit)
         return made
 
     def collate(chosen: Sequence[Any]) -> dict[str, Tensor]:
         return apart(chosen, start=tokenizer.pad_id or 0)
 
     learned, judged = parted(task, (jsonl.Completion,), example)
+    lengths = [size(one) for one in learned]
     return Job(
-        module=module,
+        module=adapted(module, task),
         tokenizer=tokenizer,
         objective=target_given_source,
         train=learned,
         valid=judged,
         batches=over(learned, collate),
-        lengths=[size(one) for one in learned],
+        lengths=lengths,
+        probe=lambda: collate([learned[longest(lengths)]]),
         judge=_judge(module, target_given_source, collate),
         before=True,
     )
 
 
-def _check(size: int, longest: int) -> None:
-    if size > longest:
-        raise InputError(f"{size} tokens; at most {longest} fit (--length, or a shorter text)")
+def _check(size: int, limit: int) -> None:
+    if size > limit:
+        raise InputError(f"{size} tokens; at most {limit} fit (--length, or a shorter text)")
 
 
 def _judge(module: Any, objective: Any, collate: Collate) -> Callable[[Sequence[Any]], Mapping[str, float]]:

@@ -7,6 +7,6 @@ from allyouneed.commands.methods.base import Method
 
 def methods() -> dict[str, Method]:
     """All of them; imported when they are asked for, since they need torch."""
-    from allyouneed.commands.methods import labelled, preference, reward, sft
+    from allyouneed.commands.methods import labelled, policy, preference, reward, sft
 
-    return sft.METHODS | labelled.METHODS | reward.METHODS | preference.METHODS
+    return sft.METHODS | labelled.METHODS | reward.METHODS | preference.METHODS | policy.METHODS

@@ -109,18 +109,22 @@ def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> No
     state = _state(module)
     if not {"embedding.weight", "encoder.embedding.weight", "model.embedding.weight"} & set(state):
         raise InputError(f"{folder}: packed weights have no such layout; load the model with packed=False to save it")
-    for family in (family for known in (FAMILIES, HEADED) for families in known.values() for family in families):
-        if family.fits(module.config):
-            described = {"architectures": [family.architecture], "model_type": family.model_type} | family.write(
-                module.config
-            )
-            state = to_theirs(family.rules(module.config), module.config.layers, state)
-            break
-    else:
+    family = fitting(module.config)
+    if family is None:
         described = {"model_type": OURS, "config": module.config.to_json()}
+    else:
+        described = {"architectures": [family.architecture], "model_type": family.model_type}
+        described |= family.write(module.config)
+        state = to_theirs(family.rules(module.config), module.config.layers, state)
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     weights.write_sharded(folder, state, max_shard_bytes=max_shard_bytes)
     files.write_json(folder / "config.json", described | {"dtype": dtype})
+
+
+def fitting(config: Any) -> Family[Any] | None:
+    """The family whose layout can say all of `config`, if there is one."""
+    every = (family for known in (FAMILIES, HEADED) for families in known.values() for family in families)
+    return next((family for family in every if family.fits(config)), None)
 
 
 def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, about
 from allyouneed.data import materials
 from allyouneed.data.tokenizers import Tokenizer
-from allyouneed.models.checkpoints import ggml, huggingface
+from allyouneed.models.checkpoints import adapters, ggml, huggingface, peft_config
 from allyouneed.models.checkpoints.gguf import GGUF
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.encoder import Encoder
@@ -29,7 +29,8 @@ def load_module(name: str | Path | GGUF, *, packed: bool = False, step: int | No
 
     Args:
         name: a material's name, a folder in the Hugging Face layout, a hub id (`org/name`) or a `.gguf` file, which may
-            be open already.
+            be open already. Of an adapter in PEFT's layout it is the base that the adapter names, with the adapter
+            merged.
         packed: compute from a GGUF's quantised blocks instead of float32 copies; such weights are frozen.
         step: of a model that was kept along its training: the folder `step<k>` in the folder `name` (`train.suite`),
             or the hub's revision of that name, as Pythia has them.
@@ -44,6 +45,8 @@ def load_module(name: str | Path | GGUF, *, packed: bool = False, step: int | No
     if isinstance(name, GGUF):
         return ggml.load(name, packed=packed)
     found = opened(name if step is None else _open_step(name, step))
+    if isinstance(found, Path) and adapters.is_adapter(found):
+        return _merged(found)
     return ggml.load(found, packed=packed) if isinstance(found, GGUF) else huggingface.load(found)
 
 
@@ -73,6 +76,8 @@ def as_decoder(module: huggingface.Model, name: object) -> Decoder:
 def load_tokenizer(name: str | Path | GGUF) -> Tokenizer:
     """The tokenizer that belongs to a checkpoint, with its chat template."""
     found = name if isinstance(name, GGUF) else opened(name)
+    if isinstance(found, Path) and adapters.is_adapter(found) and not (found / "tokenizer.json").is_file():
+        return load_tokenizer(_chain(found)[1])
     return Tokenizer.from_gguf(found) if isinstance(found, GGUF) else Tokenizer.from_folder(found)
 
 
@@ -102,6 +107,30 @@ def open_checkpoint(name: str | Path) -> Path:
     if _is_hub_id(name):
         return _from_hub(str(name))
     return materials.path(str(name))
+
+
+def _merged(folder: Path) -> huggingface.Model:
+    """The base that an adapter names, with it merged."""
+    base, *found = reversed(_chain(folder))
+    module = load_module(base)
+    for one in found:
+        adapters.merge_adapter(module, one)
+    return module
+
+
+def _chain(folder: Path) -> list[Path]:
+    """An adapter's folder and that of its base, which may be an adapter as well, until one is a model."""
+    found = [folder.resolve()]
+    while adapters.is_adapter(found[-1]):
+        named = peft_config.read(found[-1]).base
+        if not named:
+            mend = f"merge it into one: allyouneed merge MODEL {folder} OUT"
+            raise InputError(f"{found[-1]}: the adapter does not name its base; {mend}")
+        with about(f"{found[-1]}: its base"):
+            found.append(open_checkpoint(named).resolve())
+        if found[-1] in found[:-1]:
+            raise InputError(f"{folder}: the adapter is its own base")
+    return found
 
 
 def _open_step(name: str | Path, step: int) -> Path:

@@ -1,0 +1,183 @@
+"""Policies: the model itself on its own answers to prompts, by what a reward says of them (PPO, rejection sampling)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import save_file
+
+from allyouneed.align import references
+from allyouneed.align.graders import open_reward
+from allyouneed.align.held_out import HeldOut
+from allyouneed.align.language_ppo import LanguagePPO
+from allyouneed.align.policies import LanguagePolicy
+from allyouneed.align.rejection import Rejection
+from allyouneed.align.rewards import Reward
+from allyouneed.align.rollouts import Rollouts
+from allyouneed.align.samplers import LocalSampler, check_length
+from allyouneed.commands.methods.base import Job, Method, Task, adapted, joined, most, over, parted, rows
+from allyouneed.core.errors import InputError, about
+from allyouneed.core.seeds import derive
+from allyouneed.data import instructions, jsonl
+from allyouneed.data.tokenizers import Tokenizer
+from allyouneed.generate.language_model import Sampling, Turns
+from allyouneed.models.decoder import Decoder
+from allyouneed.objectives.next_token import next_token
+from allyouneed.objectives.policy import FixedKl, ProportionalKl
+from allyouneed.train.loop import Batches
+from allyouneed.train.ranks import join
+
+WIDTH = 64  # answers written at once
+ROLLOUT = 8  # steps that answers are written for at once (Ouyang et al. 2022, app. C.4: 512 of them, 64 a step)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What both methods are given, checked."""
+
+    model: Decoder
+    sampler: LocalSampler
+    reward: Reward
+    learned: list[Turns]
+    judged: list[Turns]
+    held: HeldOut
+    answer: int  # the most tokens of an answer
+    lengths: list[int]  # tokens of each prompt to learn from
+
+    @property
+    def told(self) -> dict[str, str]:
+        """A prompt as the model reads it."""
+        tokenizer = self.sampler.lm.tokenizer
+        return {"prompt": tokenizer.decode(self.sampler.prompt_ids(self.learned[0]), skip_special_tokens=False)}
+
+
+def ppo(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
+    """The model as a policy with a critic, rollouts for it, and pretraining text beside them where there is some."""
+    given, set_ = task.options, _setting(module, tokenizer, task)
+    policy = LanguagePolicy(set_.model)
+    text = _text(tokenizer, task, max(set_.lengths) + set_.answer)
+    passes = _at_least(1, "passes", given.get("passes", 1))
+
+    def batches(size: int, seed: int) -> Batches:
+        counts: Any = {"episodes": given.get("samples", ROLLOUT * size), "minibatch": size, "epochs": passes}
+        how: Any = {"max_new_tokens": set_.answer, "kl": _kl(given), "unended": given.get("unended")}
+        with about("--samples and --batch"):
+            config = Rollouts.Config(**counts, **how)
+        beside: Any = over(text, joined)(size, seed) if text else None
+        reads = (set_.held.reference, set_.reward, set_.learned, config)
+        return Rollouts(policy, set_.sampler, *reads, seed=seed, pretraining=beside, log=_log(task))
+
+    weight = given.get("ptx_weight", 27.8)  # γ of Ouyang et al. 2022, app. C.4
+    return _job(set_, task, policy, LanguagePPO(ptx=weight if text else 0.0), batches, passes)
+
+
+def rejection(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
+    """The model itself, and the best of several answers of its own to learn from."""
+    given, set_ = task.options, _setting(module, tokenizer, task)
+    passes = _at_least(1, "passes", given.get("passes", 1))
+
+    def batches(size: int, seed: int) -> Batches:
+        count = _at_least(1, "samples", given.get("samples", 8))
+        config = Rejection.Config(samples=count, max_new_tokens=set_.answer, batch=size, epochs=passes)
+        reads = (set_.sampler, set_.reward, set_.learned, config)
+        return Rejection(set_.model, *reads, seed=seed, log=_log(task))
+
+    return _job(set_, task, set_.model, next_token, batches, passes)
+
+
+def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
+    if not isinstance(module, Decoder):
+        raise InputError(f"--method {task.method}: a decoder is wanted, which writes answers")
+    name = task.options.get("reward")
+    if name is None:
+        raise InputError(f"--method {task.method}: --reward FILE.py, MODEL or URL says how good an answer is; add it")
+    answer = _at_least(1, "max-new-tokens", task.options.get("max_new_tokens", 64))
+    limit, reward = most(task.length, module.config.context), open_reward(name)
+    reader = LocalSampler.of(module, tokenizer, width=1, tokens=1)
+
+    def prompt(record: jsonl.Record) -> Turns:
+        assert isinstance(record, jsonl.Prompt)
+        asked: Any = record.prompt
+        check_length(reader, asked, answer, limit)
+        return cast("Turns", asked)
+
+    learned, judged = parted(task, (jsonl.Prompt,), prompt)
+    lengths = [len(reader.prompt_ids(one)) for one in (*learned, *judged)]
+    sampler = LocalSampler.of(adapted(module, task), tokenizer, width=WIDTH, tokens=max(lengths) + answer)
+    drawn = Sampling(max_new_tokens=answer, seed=derive(task.seed, "held out"))
+    held = HeldOut(module, sampler, references.of(module), reward, drawn)
+    return _Setting(module, sampler, reward, learned, judged, held, answer, lengths[: len(learned)])
+
+
+def _job(
+    set_: _Setting, task: Task, module: Any, objective: Any, batches: Callable[[int, int], Batches], passes: int
+) -> Job:
+    reward = task.options["reward"]
+
+    def end(out: Path) -> None:
+        set_.held.write(out)
+        if isinstance(module, LanguagePolicy):  # of use where training goes on another time
+            save_file(module.critic.state_dict(), out / "critic.safetensors")
+
+    return Job(
+        module=module,
+        tokenizer=set_.sampler.lm.tokenizer,
+        objective=objective,
+        train=set_.learned,
+        valid=set_.judged,
+        batches=batches,
+        lengths=set_.lengths,
+        judge=set_.held.judge,
+        before=True,
+        told=set_.told | {"reward": reward},
+        repeats=passes,
+        model=lambda trained: trained.model if isinstance(trained, LanguagePolicy) else trained,
+        end=end,
+    )
+
+
+def _kl(given: Mapping[str, Any]) -> FixedKl | ProportionalKl:
+    """Ouyang et al. 2022, app. C.4: β = 0.02."""
+    beta, target = given.get("kl", 0.02), given.get("kl_target")
+    if target is None:
+        return FixedKl(beta=beta)
+    if not target > 0:
+        raise InputError(f"--kl-target {target}; nats above 0 are needed")
+    return ProportionalKl(beta=beta, target=target)
+
+
+def _text(tokenizer: Tokenizer, task: Task, length: int) -> list[Any]:
+    """Rows of pretraining text, none without --ptx."""
+    path = task.options.get("ptx")
+    if path is None:
+        if "ptx_weight" in task.options:
+            raise InputError("--ptx-weight says how much pretraining text counts; name it by --ptx FILE")
+        return []
+
+    def piece(record: jsonl.Record) -> Any:
+        return instructions.piece(tokenizer, record)
+
+    found = jsonl.made(path, instructions.KINDS, piece, bad=task.bad)
+    if not found:
+        raise InputError(f"{path}: no text to learn beside")
+    return rows(found, length)
+
+
+def _at_least(least: int, name: str, value: int) -> int:
+    if value < least:
+        raise InputError(f"--{name} {value}; at least {least} is needed")
+    return value
+
+
+def _log(task: Task) -> Path | None:
+    return task.out / "rollouts.jsonl" if join().rank == 0 else None
+
+
+SHARED = frozenset({"reward", "samples", "passes", "max_new_tokens"})
+METHODS = {
+    "ppo": Method(ppo, SHARED | {"kl", "kl_target", "unended", "ptx", "ptx_weight"}),
+    "rejection": Method(rejection, SHARED),
+}

@@ -1,0 +1,219 @@
+"""`finetune --method ppo|rejection`: what they learn, leave behind and refuse; rollouts by other processes."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_policy import PROMPTS, REWARD, TOKENIZER, policy, rollouts, settings
+from tiny_run import same, untimed
+
+from allyouneed import cli
+from allyouneed.align import actors, references
+from allyouneed.align.held_out import HeldOut
+from allyouneed.align.rejection import Rejection
+from allyouneed.align.samplers import LocalSampler
+from allyouneed.core.errors import InputError
+from allyouneed.core.metrics import read
+from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.load import load
+from allyouneed.models.checkpoints.loading import load_decoder, save
+from allyouneed.models.decoder import Decoder
+from allyouneed.objectives.next_token import next_token
+from allyouneed.train.loop import Trained, train
+
+SMALL = """
+def reward(prompt, completion):
+    return sum("a" <= letter <= "z" for letter in completion) / max(len(completion), 1)
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A model, prompts, a reward and some text in one folder."""
+    save(policy().model, tmp_path / "tiny", TOKENIZER)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS * 4))
+    (tmp_path / "small.py").write_text(SMALL)
+    (tmp_path / "text.jsonl").write_text('{"text": "some words to be kept in mind, and a few more"}\n' * 8)
+    return tmp_path
+
+
+def finetune(files: Path, *arguments: object, capsys: pytest.CaptureFixture[str], out: str = "out") -> tuple[int, str]:
+    given = (files / "tiny", files / "prompts.jsonl", "--out", files / out, "--max-new-tokens", 8, *arguments)
+    code = cli.main(["finetune", *map(str, given)])
+    told = capsys.readouterr()
+    return code, told.out if code == 0 else told.err
+
+
+def small(files: Path) -> tuple[object, ...]:
+    return "--reward", files / "small.py", "--batch", 11, "--lr", "1e-2"
+
+
+def test_ppo_raises_the_reward_and_keeps_decoder_critic_samples_and_a_log(files, capsys):
+    text = ("--ptx", files / "text.jsonl", "--ptx-weight", 0.1)
+    how = ("--method", "ppo", "--epochs", 8, "--passes", 4, "--samples", 44, "--kl-target", 3, *text)
+    code, told = finetune(files, *how, *small(files), "--json", capsys=capsys)
+    assert code == 0
+    results = json.loads(told)
+    assert results["reward"] > results["reward_before"] + 0.05
+    assert abs(results["kl_before"]) < 1e-6 < results["kl"] and results["train"] == 44 and results["valid"] == 4
+    assert isinstance(load_decoder(files / "out/model"), Decoder)
+    assert set(load_file(files / "out/critic.safetensors")) == {"layer.weight", "layer.bias"}
+    rows = list(read(files / "out/rollouts.jsonl"))
+    assert len(rows) == 8 and max(row["engine_gap"] for row in rows) <= 1e-4 and rows[0]["beta"] == 0.02
+    samples = [json.loads(line) for line in (files / "out/samples.jsonl").read_text().splitlines()]
+    assert [list(row) for row in samples] == [["prompt", "before", "after", "reward_before", "reward_after"]] * 4
+    mean = sum(row["reward_after"] for row in samples) / 4
+    assert mean == pytest.approx(results["reward"])
+    lm = load(files / "out/model")
+    assert lm.generate([samples[0]["prompt"]], max_new_tokens=8, seed=0) != [samples[0]["before"]]
+    assert "## " in (files / "out/samples.md").read_text()
+
+
+def test_ppo_trains_adapters_alone(files, capsys):
+    how = ("--method", "ppo", "--epochs", 1, "--lora", 2, "--lora-targets", "all-linear")
+    assert finetune(files, *how, *small(files), capsys=capsys)[0] == 0
+    assert (files / "out/model/adapter_model.safetensors").is_file()
+    stored = load_file(next((files / "out/checkpoints").iterdir()) / "model.safetensors")
+    assert all("adapters" in name or name.startswith("critic.") for name in stored)
+
+
+def test_rejection_learns_from_its_best_answers(files, capsys):
+    how = ("--method", "rejection", "--epochs", 3, "--passes", 4, "--samples", 8)
+    code, told = finetune(files, *how, *small(files), "--json", capsys=capsys)
+    assert code == 0
+    results, rows = json.loads(told), list(read(files / "out/rollouts.jsonl"))
+    assert results["reward"] > results["reward_before"] + 0.05 and len(rows) == 3
+    assert all(row["kept"] >= row["best"] > row["reward"] for row in rows)
+    assert rows[0]["better"] == 44 and rows[-1]["kept"] >= rows[0]["kept"]
+    assert not (files / "out/critic.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--method", "ppo"), "--method ppo: --reward FILE.py, MODEL or URL says how good an answer is; add it"),
+        (("--method", "sft", "--reward", "x.py"), "--max-new-tokens: sft has no use for it; leave it out"),
+        (("--method", "rejection", "--reward", "x.py", "--kl", 1), "--kl: rejection has no use for it"),
+        (("--method", "ppo", "--reward", "nowhere.py"), "nowhere.py: no such file"),
+        (("--method", "ppo", "--reward", "{small}", "--kl-target", 0), "--kl-target 0.0; nats above 0 are needed"),
+        (
+            ("--method", "ppo", "--reward", "{small}", "--samples", 30),
+            "--samples and --batch: rollouts.episodes=30 and minibatch=16; the one",
+        ),
+        (("--method", "ppo", "--reward", "{small}", "--ptx-weight", 1), "--ptx-weight says how much pretraining text"),
+        (("--method", "ppo", "--reward", "{small}", "--passes", 0), "--passes 0; at least 1 is needed"),
+        (("--method", "ppo", "--reward", "{small}", "--length", 9), "line 1: its 4 tokens and max_new_tokens=8 exceed"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(files, capsys, arguments, line):
+    given = [str(x).replace("{small}", str(files / "small.py")) for x in arguments]
+    code, told = finetune(files, *given, capsys=capsys)
+    assert code == 2 and line in " ".join(told.split())
+
+
+def test_a_reward_that_fails_ends_the_run_and_the_same_command_goes_on(files, capsys):
+    """The reward fails once it was asked 100 times; when its file is mended, training goes on from the checkpoint."""
+    broken = SMALL.replace("def", "calls = []\n\ndef", 1).replace(
+        "    return", "    calls.append(1)\n    if len(calls) > 100:\n        raise RuntimeError('gone')\n    return"
+    )
+    (files / "small.py").write_text(broken)
+    how = ("--method", "ppo", "--epochs", 4, "--samples", 44, *small(files))
+    code, told = finetune(files, *how, capsys=capsys)
+    assert code == 2 and "small.py: reward: RuntimeError: gone, for the completion" in " ".join(told.split())
+    assert [path.name for path in sorted((files / "out/checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    (files / "small.py").write_text(SMALL)
+    assert finetune(files, *how, capsys=capsys)[0] == 0
+    assert [row["step"] for row in read(files / "out/rollouts.jsonl")] == [1, 2, 3, 4]
+    assert finetune(files, *how, capsys=capsys, out="unbroken")[0] == 0
+    broken_off, whole = (load_decoder(files / name / "model") for name in ("out", "unbroken"))
+    assert same(broken_off, whole)
+
+
+# Rejection sampling as batches
+
+
+def selecting(seed: int = 0, **options: object) -> tuple[Decoder, Rejection]:
+    model = policy(seed).model
+    sampler = LocalSampler.of(model, TOKENIZER, width=16, tokens=32)
+    config = Rejection.Config(**{"samples": 4, "max_new_tokens": 8, "batch": 4, "epochs": 2} | options)
+    return model, Rejection(model, sampler, REWARD, PROMPTS, config, seed=0)
+
+
+def learned(model: Decoder, batches: Rejection, folder: Path | None = None, steps: int = 12) -> Trained:
+    return train(model, next_token, batches, settings(steps=steps, save_every=1, keep=20), folder=folder, quiet=True)
+
+
+def test_each_iteration_keeps_what_is_better_than_all_before():
+    model, batches = selecting()
+    scores = []
+    for _ in range(3):
+        for _ in range(6):
+            next(batches)
+        scores.append([score for _, score in batches.kept.values()])
+        with torch.no_grad():
+            model.embedding.weight.add_(0.1 * torch.randn(model.embedding.weight.shape))
+    assert all(a <= b for first, second in pairwise(scores) for a, b in zip(first, second, strict=True))
+    assert batches.notes.rows[0]["better"] == 12
+    for prompt, (piece, score) in zip(PROMPTS, batches.kept.values(), strict=True):
+        ids = [token for token in piece.targets if token >= 0]
+        assert TOKENIZER.decode(piece.ids[:4]) == prompt
+        assert score == REWARD([prompt], [TOKENIZER.decode(ids)])[0]
+
+
+@pytest.mark.parametrize("step", [3, 6, 8])
+def test_rejection_resumes_bit_for_bit(tmp_path, step):
+    """An iteration is six steps."""
+    whole, batches = selecting()
+    trained = learned(whole, batches)
+    learned(*selecting(), tmp_path, steps=12)
+    for path in (tmp_path / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    again, resumed = selecting(seed=1)
+    history = learned(again, resumed, tmp_path)
+    assert same(whole, again) and untimed(history.history) == untimed(trained.history)
+
+
+# Held-out prompts
+
+
+def test_answers_before_and_after_come_from_the_same_numbers(tmp_path):
+    acting = policy()
+    sampler = LocalSampler.of(acting.model, TOKENIZER, width=16, tokens=32)
+    sampling = Sampling(max_new_tokens=8, seed=1)
+    held = HeldOut(acting.model, sampler, references.of(acting.model), REWARD, sampling)
+    first, again = held.judge(PROMPTS), held.judge(PROMPTS)
+    assert first == again and first["kl"] == 0 and first["length"] <= 8
+    with torch.no_grad():
+        acting.model.embedding.weight.mul_(1.2)
+    assert held.judge(PROMPTS)["kl"] > 0
+    held.write(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert any(row["before"] != row["after"] for row in rows) and [row["prompt"] for row in rows] == PROMPTS
+
+
+# Rollouts by other processes
+
+
+def test_workers_write_what_the_engine_here_writes():
+    """Two workers, weights sent after a step; log-probabilities agree, so the rollouts are the same."""
+    acting, twin = policy(), policy()
+    with actors.over_ray("local", acting.model, TOKENIZER, count=2, width=8, tokens=32) as sampler:
+        far, near = rollouts(acting, sampler=sampler, epochs=1), rollouts(twin, epochs=1)
+        for _ in range(2):
+            for batches in (far, near):
+                for _ in range(2):
+                    next(batches)
+            assert all(torch.equal(x, near.rollout[name]) for name, x in far.rollout.items())
+            with torch.no_grad():
+                for model in (acting.model, twin.model):
+                    model.embedding.weight.mul_(1.1)
+        with pytest.raises(InputError, match="exceed the context of 48"):
+            sampler.complete(["a", "b"], Sampling(max_new_tokens=99))
