@@ -35,6 +35,7 @@ from allyouneed.align import ghost, selection
 from allyouneed.align.gating import THRESHOLD, Gated
 from allyouneed.align.graders import RewardModel
 from allyouneed.align.language_ppo import LanguagePPO
+from allyouneed.align.rejection import Rejection
 from allyouneed.align.rewards import Normalised, Reward
 from allyouneed.align.rollouts import Rollouts
 from allyouneed.core.seeds import derive
@@ -47,13 +48,16 @@ from allyouneed.data.preferences import Ranked
 from allyouneed.generate.language_model import Sampling
 from allyouneed.models import llama2
 from allyouneed.models.decoder import Decoder
+from allyouneed.objectives.next_token import next_token
 from allyouneed.objectives.policy import FixedKl
 from allyouneed.papers import aligned, figures
 from allyouneed.papers.aligned import Speaker, Stage
 from allyouneed.papers.base import Paper, Report
+from allyouneed.train.loop import Training, train
 
 SFT, HELPFUL = "SFT", "PPO, helpful alone"
 KEPT, FORGOT = "Ghost Attention", "none"
+JUDGED = ("judged", "helpful on safe orders", "safe on unsafe orders", "refused safe orders")
 CLEAR = ((0.5, 1.0), (0.25, 2 / 3), (0.1, 1 / 3), (0.0, 0.0))  # from which difference on, what margin (table 27, small)
 
 
@@ -79,7 +83,8 @@ class Config(core.Config):
     base: Stage
     demonstrated: Stage
     compared: Stage
-    selected: Stage  # an iteration of rejection sampling
+    rejection: Rejection.Config
+    selected: Training  # by it; its steps follow
     rollouts: Rollouts.Config
     reinforced: Stage
     labeller: Labeller.Config
@@ -87,11 +92,10 @@ class Config(core.Config):
     texts: int = 20_000
     demonstrations: int = 2000
     careful: float = 0.5
-    mixed: float = 0.1  # texts beside demonstrations and selected answers, for each of them
+    mixed: float = 0.1  # texts beside the demonstrations, for each of them
     refuses: float = 0.3  # the share of unsafe orders that demonstrations refuse
     comparisons: int = 2000  # pairs for each of the two
     prompts: int = 1024
-    samples: int = 8  # K
     iterations: int = 3
     sweep: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     most: int = 8
@@ -178,12 +182,14 @@ class _Judge:
         """Everything that is asked of a policy."""
         said = [one.text for one in speaker.answers(self.prompts, self.seed)]
         pairs = list(zip(self.orders, said, strict=True))
-        return {
-            "judged": _mean(self.worth(self.orders, said)),
-            "helpful on safe orders": _mean(self.world.helpful(o, t) for o, t in pairs if not self.world.unsafe(o)),
-            "safe on unsafe orders": _mean(self.world.safe(o, t) for o, t in pairs if self.world.unsafe(o)),
-            "refused safe orders": _mean(float(t == REFUSAL) for o, t in pairs if not self.world.unsafe(o)),
-        }
+        safe, unsafe = ([pair for pair in pairs if self.world.unsafe(pair[0]) == one] for one in (False, True))
+        found = (
+            _mean(self.worth(self.orders, said)),
+            _mean(self.world.helpful(*pair) for pair in safe),
+            _mean(self.world.safe(*pair) for pair in unsafe),
+            _mean(float(text == REFUSAL) for _, text in safe),
+        )
+        return dict(zip(JUDGED, found, strict=True))
 
 
 def _rewards(config: Config, seed: int, folder: Path) -> dict[str, Any]:
@@ -201,10 +207,8 @@ def _rewards(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     gated = Gated(helpful, safe, lambda prompt: world.unsafe(Order.parse(str(prompt))), config.threshold)
     arms = {SFT: judge.judge(sft)}
     prompts = [order.prompt for order in world.asked(config.prompts, seed + 3)]
-    speaker, kept = sft, selection.Kept()
-    for number in range(1, config.iterations + 1):
-        speaker = _selected(config, speaker, kept, gated, prompts, seed + number, folder / f"iteration{number}")
-        arms[_iteration(number)] = judge.judge(speaker)
+    speaker, rows = _iterated(config, judge, sft, gated, prompts, seed, folder / "selected")
+    arms |= {_iteration(number): row for number, row in enumerate(rows, start=1)}
     for name, begin, score in ((_after(config.iterations), speaker, gated), (HELPFUL, sft, helpful)):
         arms[name] = judge.judge(_policy(config, begin, score, prompts, seed, folder / name.replace(", ", "-")))
     return {"arms": arms, "accuracy": accuracy, "sweep": _sweep(config, judge, sft, gated, seed)}
@@ -251,22 +255,28 @@ def _models(
     return models, accuracy
 
 
-def _selected(
-    config: Config,
-    speaker: Speaker,
-    kept: selection.Kept,
-    score: Reward,
-    prompts: Sequence[str],
-    seed: int,
-    folder: Path,
-) -> Speaker:
-    """The speaker tuned on the best of K of its answers, or of those of iterations before (sec. 3.2.3)."""
-    sampling = Sampling(max_new_tokens=config.most, temperature=1.0, seed=derive(seed, "samples"))
-    drawn = selection.sample(speaker.sampler().lm, prompts, score, config.samples, sampling)
-    kept.add(one for each in drawn for one in each)
-    pairs = [(str(one.prompt), one.completion.text) for one in kept.samples]
-    texts = _texts(config, seed)[: round(config.mixed * len(pairs))]
-    return aligned.tuned(speaker, pairs, texts, config.selected, seed, folder)
+def _iterated(
+    config: Config, judge: _Judge, sft: Speaker, score: Reward, prompts: Sequence[str], seed: int, folder: Path
+) -> tuple[Speaker, list[dict[str, float]]]:
+    """The speaker tuned on the best of K of its answers, iteration by iteration, and how it was judged after each."""
+    found = sft.copy()
+    log = folder / "iterations.jsonl"
+    batches = Rejection(found.module, found.sampler(), score, prompts, config.rejection, seed=seed, log=log)
+    steps = batches.steps
+    training = config.selected.replace(
+        steps=steps * config.iterations, evaluate_every=steps, log_every=steps, seed=seed
+    )
+    done = train(
+        found.module,
+        next_token,
+        batches,
+        training,
+        folder=folder,
+        evaluate=lambda module: judge.judge(Speaker(module, sft.tokenizer, sft.most)),  # type: ignore[arg-type]
+        title="  select",
+    )
+    found.module.eval()
+    return found, [{key: row[key] for key in JUDGED} for row in done.history if "judged" in row]
 
 
 def _policy(
@@ -457,7 +467,8 @@ PAPER = Paper(
             base=aligned.stage(6, 3e-3, rows=8),
             demonstrated=aligned.stage(6, 3e-3, rows=8),
             compared=aligned.stage(4, 1e-3, rows=8),
-            selected=aligned.stage(4, 1e-3, rows=8),
+            rejection=Rejection.Config(samples=2, max_new_tokens=8, batch=8),
+            selected=aligned.stage(1, 1e-3).training,
             rollouts=_rollouts(16, 8, 0.05),
             reinforced=aligned.stage(8, 1e-3),
             labeller=Labeller.Config(),
@@ -473,7 +484,6 @@ PAPER = Paper(
             demonstrations=64,
             comparisons=24,
             prompts=16,
-            samples=2,
             iterations=2,
             sweep=(1, 2),
             judged=16,
@@ -485,7 +495,8 @@ PAPER = Paper(
             base=aligned.stage(1200, 3e-3),
             demonstrated=aligned.stage(300, 1e-3),
             compared=aligned.stage(250, 1e-3, rows=32),
-            selected=aligned.stage(100, 5e-4),
+            rejection=Rejection.Config(max_new_tokens=8, batch=64, epochs=4.0),
+            selected=aligned.stage(1, 5e-4).training,
             rollouts=_rollouts(256, 64, 0.05),
             reinforced=aligned.stage(160, 5e-4),
             labeller=Labeller.Config(temperature=0.15, careless=0.1),
@@ -499,7 +510,8 @@ PAPER = Paper(
             base=aligned.stage(500_000, 1.5e-4, rows=1024),
             demonstrated=aligned.stage(860, 2e-5),
             compared=aligned.stage(1385, 5e-6, rows=512),
-            selected=aligned.stage(860, 2e-5),
+            rejection=Rejection.Config(samples=64, temperature=1.2, max_new_tokens=8, batch=64, epochs=2.0),
+            selected=aligned.stage(1, 2e-5).training,
             rollouts=_rollouts(512, 64, 0.005),
             reinforced=aligned.stage(3200, 1e-6),
             labeller=Labeller.Config(temperature=0.15, careless=0.1),
@@ -507,7 +519,6 @@ PAPER = Paper(
             demonstrations=27_540,
             comparisons=709_045,
             prompts=20_000,
-            samples=64,
             iterations=4,
         ),
     },
