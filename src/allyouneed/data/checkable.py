@@ -13,11 +13,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import derive
 from allyouneed.data import requirements as must
+
+
+PATIENCE = 300  # tasks drawn in a row that were there already
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,10 @@ def tasks(count: int, seed: int, *, held_out: bool = False) -> list[Task]:
     """
     source, contents = random.Random(derive(seed, "tasks", held_out)), HELD_OUT if held_out else TRAINED
     found: dict[str, Task] = {}
-    for number in range(50 * count):
-        if len(found) == count:
-            break
-        templates = list(TEMPLATES.values())[number % len(TEMPLATES)][held_out]
-        one = source.choice(templates)(contents, source)
+    kinds, missed = cycle(pair[held_out] for pair in TEMPLATES.values()), 0
+    while len(found) < count and missed < PATIENCE:
+        one = source.choice(next(kinds))(contents, source)
+        missed = missed + 1 if one.prompt in found else 0
         found.setdefault(one.prompt, one)
     if len(found) < count:
         raise InputError(f"tasks={count}: only {len(found)} different ones were found; ask for fewer")

@@ -66,7 +66,7 @@ class Ghosts(core.Config):
     """The dialogues in which a standing order is to be kept."""
 
     world: Dialogues.Config = field(default_factory=Dialogues.Config)
-    tuned: Stage  # on dialogues without a standing order and single turns with one
+    tuned: Stage  # on dialogues without an order and such as end with one for the last answer
     ghosted: Stage  # both arms
     dialogues: int = 1500
     trained_turns: int = 6
@@ -313,8 +313,8 @@ def _dialogues(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     ghosts, world = config.ghosts, config.ghosts.world.build()
     base, source = _base(config, seed, folder), random.Random(derive(seed, "dialogues"))
     plain = [_talk(world, source.randint(1, ghosts.trained_turns), source) for _ in range(ghosts.dialogues)]
-    single = [_single(world, source) for _ in range(ghosts.dialogues)]
-    pieces = [conversation(base.tokenizer, one) for one in (*plain, *single)]
+    ordered = [_ordered(world, source.randint(1, ghosts.trained_turns), source) for _ in range(ghosts.dialogues)]
+    pieces = [conversation(base.tokenizer, one) for one in (*plain, *ordered)]
     tuned = aligned.learned(base, pieces, ghosts.tuned, seed, folder / "tuned")
     asked: list[Any] = [
         _talk(world, source.randint(2, ghosts.trained_turns), source)[:-1] for _ in range(ghosts.dialogues)
@@ -338,10 +338,13 @@ def _talk(world: Dialogues, turns: int, source: random.Random) -> list[dict[str,
     return [dict(m) for m in world.opened("", asked, [world.answer(order, source) for order in asked])]
 
 
-def _single(world: Dialogues, source: random.Random) -> list[dict[str, str]]:
-    """A turn with an order for it."""
-    asked, ending = world.turns(1, source.getrandbits(32)), world.ending(source.getrandbits(32))
-    return [dict(m) for m in world.opened(ending, asked, [world.answer(asked[0], source, ending)])]
+def _ordered(world: Dialogues, turns: int, source: random.Random) -> list[dict[str, str]]:
+    """A dialogue whose last message has an order for its own answer; what becomes of it later is not shown."""
+    asked, ending = world.turns(turns, source.getrandbits(32)), world.ending(source.getrandbits(32))
+    answers = [*(world.answer(order, source) for order in asked[:-1]), world.answer(asked[-1], source, ending)]
+    messages = [dict(m) for m in world.opened("", asked, answers)]
+    messages[-2]["content"] = f"{STANDING.format(ending)} {messages[-2]['content']}"
+    return messages
 
 
 def _kept(config: Config, world: Dialogues, speaker: Speaker, seed: int) -> list[float]:
