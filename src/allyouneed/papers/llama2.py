@@ -18,6 +18,7 @@ Apart   0.2 million parameters and eighty words for 7 to 70 billion and English.
         each iteration; unsafe orders are tagged by the world, as those of the authors' safety prompts were. A policy
         that refuses all it should is no red team's finding. Whether margins help is shown and not judged: in the paper
         it is a fraction of a percent. Grouped-query attention stands in the presets, with published sizes and counts.
+        Sizes and rates were chosen by single runs with another seed.
 """
 
 from __future__ import annotations
