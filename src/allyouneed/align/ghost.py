@@ -67,7 +67,9 @@ def piece(tokenizer: Tokenizer, dialogue: Dialogue) -> Piece:
     """A dialogue of which the last answer alone is learned: the loss of all turns before it is 0, since their answers
     do not keep the instruction.
     """
-    return conversation(tokenizer, [dict(message) for message in dialogue], after=len(dialogue) - 1)
+    return conversation(
+        tokenizer, [{"role": one["role"], "content": one["content"]} for one in dialogue], after=len(dialogue) - 1
+    )
 
 
 def _with(message: Message, instruction: str) -> Message:

@@ -5,7 +5,7 @@ there is of instructions never seen, about things never seen. `docs/checkable.md
 
 >>> task = tasks(1, seed=0)[0]
 >>> task.prompt, task.kind, task.score("") == 0.0
-("What is 32 + 5? Answer with the number only.", "sums", True)
+('Write one sentence about trains, in capital letters only.', 'form', True)
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
 
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import derive
 from allyouneed.data import requirements as must
-from allyouneed.data.jsonl import Turns
+
+
+PATIENCE = 300  # tasks drawn in a row that were there already
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Checks:
     def __init__(self, asked: Sequence[Task]) -> None:
         self.tasks = {task.prompt: task for task in asked}
 
-    def __call__(self, prompts: Sequence[Turns], completions: Sequence[str]) -> list[float]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """Scores, in order.
 
         Raises:
@@ -107,7 +111,7 @@ class Checks:
         """
         return [self.task(p).score(c) for p, c in zip(prompts, completions, strict=True)]
 
-    def task(self, prompt: Turns) -> Task:
+    def task(self, prompt: Any) -> Task:
         """The task whose prompt a text is, or the last message of a conversation."""
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         if text not in self.tasks:
@@ -130,11 +134,10 @@ def tasks(count: int, seed: int, *, held_out: bool = False) -> list[Task]:
     """
     source, contents = random.Random(derive(seed, "tasks", held_out)), HELD_OUT if held_out else TRAINED
     found: dict[str, Task] = {}
-    for number in range(50 * count):
-        if len(found) == count:
-            break
-        templates = list(TEMPLATES.values())[number % len(TEMPLATES)][held_out]
-        one = source.choice(templates)(contents, source)
+    kinds, missed = cycle(pair[held_out] for pair in TEMPLATES.values()), 0
+    while len(found) < count and missed < PATIENCE:
+        one = source.choice(next(kinds))(contents, source)
+        missed = missed + 1 if one.prompt in found else 0
         found.setdefault(one.prompt, one)
     if len(found) < count:
         raise InputError(f"tasks={count}: only {len(found)} different ones were found; ask for fewer")

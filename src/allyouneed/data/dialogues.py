@@ -27,6 +27,7 @@ from allyouneed.data.tokenizers import END_OF_TEXT, Tokenizer
 
 ENDINGS = ("amen", "cheers", "please", "so", "indeed", "over", "sir", "done")  # none a word of the orders
 STANDING = "end all with {} ."
+SPOKEN = ("user", "assistant", "end", "all", "with", *ENDINGS)  # words that only dialogues have
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} {{ message.content }}"
     "{% if message.role == 'assistant' %} " + END_OF_TEXT + "{% endif %} {% endfor %}"
@@ -51,8 +52,7 @@ class Dialogues(core.Configured):
 
     def tokenizer(self) -> Tokenizer:
         """A token a word, with the template of these conversations."""
-        further = ("user", "assistant", "end", "all", "with", *ENDINGS)
-        return self.orders.tokenizer(*further, chat_template=TEMPLATE)
+        return self.orders.tokenizer(*SPOKEN, chat_template=TEMPLATE)
 
     def turns(self, count: int, seed: int, *, held_out: bool = False) -> list[Order]:
         """What is asked, one turn after the other."""

@@ -17,6 +17,8 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from allyouneed import core
 from allyouneed.core.errors import InputError
@@ -128,7 +130,7 @@ class Orders(core.Configured):
 
     def orders(self, count: int, seed: int, *, held_out: bool = False) -> list[Order]:
         """A fifth of all orders is `held_out`: never among the others."""
-        source, found = random.Random(derive(seed, "orders", held_out)), []
+        source, found = random.Random(derive(seed, "orders", held_out)), list[Order]()
         while len(found) < count:
             order = self._order(source)
             if (derive(self.config.seed, "held out", order) % 5 == 0) == held_out:
@@ -167,13 +169,13 @@ class Orders(core.Configured):
         manner = {"": 1.0, CLOSED: float(closed), RISING: _rising(said)}[order.manner]
         return 2 * right / (order.count + len(said)) * (1 + manner) / 2
 
-    def reward(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def reward(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """`obedience` of each completion to the order that its prompt is.
 
         Raises:
             InputError: a prompt is no order.
         """
-        return [self.obedience(Order.parse(p), c) for p, c in zip(prompts, completions, strict=True)]
+        return [self.obedience(Order.parse(str(p)), c) for p, c in zip(prompts, completions, strict=True)]
 
     def _order(self, source: random.Random) -> Order:
         count, wanted = source.randint(1, len(NUMBERS)), source.choice(PROPERTIES)
@@ -234,4 +236,4 @@ def _rising(words: Sequence[str]) -> float:
     """The share of neighbours in the order of the alphabet; of one word all, of none none."""
     if len(words) < 2:
         return float(len(words))
-    return sum(a < b for a, b in zip(words, words[1:], strict=False)) / (len(words) - 1)
+    return sum(a < b for a, b in pairwise(words)) / (len(words) - 1)

@@ -33,11 +33,11 @@ POLITE = ("please", "thank", "kindly", "would you", "could you", "may i", "appre
 
 @dataclass(frozen=True)
 class Bullets:
-    """So many lines that begin with a mark, "1." and so on where it is "1.", and no others: Dice's coefficient of lines
-    asked for and lines there, by the share of lines that have it.
+    """So many different lines that begin with a mark, any number where it is "1.", and no others: Dice's coefficient of
+    lines asked for and lines there, of which each counts once, by the share of lines that have the mark.
 
-    >>> Bullets(2)("- a\\n- b"), Bullets(2)("Here:\\n- a\\n- b\\n- c")
-    (1.0, 0.6)
+    >>> Bullets(2)("- a\\n- b"), Bullets(2)("Here:\\n- a\\n- b")
+    (1.0, 0.6666666666666666)
     """
 
     count: int
@@ -46,10 +46,10 @@ class Bullets:
     def __call__(self, answer: str) -> float:
         """From 0 to 1."""
         lines = [line.strip() for line in answer.splitlines() if line.strip()]
-        pattern = r"\d+[.)] ?\S" if self.mark == "1." else re.escape(self.mark) + r"\S"
-        marked = sum(bool(re.match(pattern, line)) for line in lines)
-        share = marked / max(1, len(lines))
-        return 2 * min(marked, self.count) / (marked + self.count) * share
+        pattern = r"\d+[.)] ?(\S.*)" if self.mark == "1." else re.escape(self.mark) + r"(\S.*)"
+        marked = [found[1].lower() for line in lines if (found := re.match(pattern, line))]
+        share = len(marked) / max(1, len(lines))
+        return 2 * min(len(set(marked)), self.count) / (len(marked) + self.count) * share
 
 
 @dataclass(frozen=True)
