@@ -20,7 +20,6 @@ from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import derive
 from allyouneed.data import requirements as must
 
-
 PATIENCE = 300  # tasks drawn in a row that were there already
 
 

@@ -19,7 +19,7 @@ from allyouneed import core
 from allyouneed.align import references
 from allyouneed.align.graders import RewardModel
 from allyouneed.align.language_ppo import LanguagePPO
-from allyouneed.align.policies import LanguagePolicy, logprobs
+from allyouneed.align.policies import LanguagePolicy
 from allyouneed.align.rewards import Reward
 from allyouneed.align.rollouts import Rollouts, Text
 from allyouneed.align.samplers import LocalSampler
@@ -35,6 +35,7 @@ from allyouneed.models import llama
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.heads import Classifier
 from allyouneed.nn.initialise import Normal
+from allyouneed.objectives.likelihood import likelihood
 from allyouneed.objectives.next_token import next_token
 from allyouneed.objectives.reward import pair_accuracy, reward, rewards
 from allyouneed.train.loop import Training, train
@@ -75,7 +76,7 @@ class Speaker:
         """KL[this, other] of whole answers in nats, estimated by those that this one drew at temperature 1."""
         pieces = [answer(self.tokenizer.encode(p), a.token_ids) for p, a in zip(prompts, answers, strict=True)]
         with torch.inference_mode():
-            theirs = logprobs(other.eval(), pad_right(pieces)).sum().item()
+            theirs = likelihood(other.eval(), pad_right(pieces)).sum().item()
         return (sum(sum(one.logprobs) for one in answers) - theirs) / len(answers)
 
     def loss(self, texts: Sequence[str]) -> float:
