@@ -161,7 +161,6 @@ def test_packed_layers_are_bases_too():
         ("all-linear", {"q", "k", "v", "out", "channel.out", "gate", "up"}),
         (("head", "embedding"), {"head", "embedding"}),
     ],
-    ids=str,
 )
 def test_patterns(targets, kinds):
     module = made()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from allyouneed.models import bloom, gpt, gpt2, gpt_neo, gpt_neox, llama, mixtra
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.lowering import lowered
 from allyouneed.nn import native
+from allyouneed.nn.native import building
 from allyouneed.nn.norms import NoNorm
 from allyouneed.nn.packed import PackedEmbedding, PackedLinear, shared
 from allyouneed.nn.paged import Storage
@@ -270,7 +272,7 @@ def test_an_older_compiler_builds_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     """GCC 11 has no `__builtin_shufflevector`."""
     if (
         b"Free Software Foundation"
-        not in subprocess.run([*native._compiler(), "--version"], capture_output=True).stdout
+        not in subprocess.run([*building.compiler(), "--version"], capture_output=True).stdout
     ):
         pytest.skip("the compiler here is not GCC")
     older = (*native.FLAGS, "-U__GNUC__", "-D__GNUC__=11", "-D__builtin_shufflevector=absent")
@@ -375,3 +377,23 @@ def test_a_sequence_without_finite_numbers_spoils_no_other() -> None:
     again = one.read([Piece(clean[:6], [41, 42], 0, wanted=1), Piece([5] * 7, [43, 44], 0, wanted=1)])
     assert (again[0] - wanted[5]).abs().max() <= 2e-5
     assert (one.read([short])[0] - wanted[2]).abs().max() <= 2e-5
+
+
+def test_a_wheel_brings_kernels_for_those_without_a_compiler(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best that the processor can run is taken, one of other sources is not, and it computes what ours do."""
+    level, needed = next(iter(reversed(building.LEVELS[platform.machine()].items())))
+    if not needed <= building.features():
+        pytest.skip("this processor is older than any that wheels are built for")
+    monkeypatch.setitem(building.LEVELS, platform.machine(), {level: needed})
+    (made,) = building.ship(tmp_path)
+    assert building.shipped(tmp_path) == made
+    assert building.shipped(tmp_path, found=frozenset({"fpu"})) == (None if needed else made)
+    module, piece = packed(model_of("wide")), Piece(tokens(20), table(0, 20), 0, wanted=20)
+    wanted = reader(module).read([piece])
+    monkeypatch.setattr(native, "compiler", lambda: (_ for _ in ()).throw(OSError("no C++ compiler")))
+    monkeypatch.setattr(native, "shipped", lambda: building.shipped(tmp_path))
+    kernels = native.library.__wrapped__()
+    monkeypatch.setattr(native, "library", lambda: kernels)
+    assert (reader(module).read([piece]) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    monkeypatch.setattr(building, "digest", lambda: "0" * 16)
+    assert building.shipped(tmp_path) is None

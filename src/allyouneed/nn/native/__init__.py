@@ -1,4 +1,5 @@
-"""The C++ kernels: built once on the machine that runs them, kept in the user's cache folder.
+"""The C++ kernels: built once on the machine that runs them, kept in the user's cache folder; without a compiler those
+that the wheel brought along (`building`).
 
 The sources ask nothing of torch's headers, so g++ (11 or later) or clang++ builds them in a few seconds. Their OpenMP
 runtime is the one torch has already loaded (same SONAME), hence the same threads. What the kernels compute is in
@@ -13,8 +14,6 @@ import functools
 import hashlib
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import threading
 import warnings
@@ -23,12 +22,9 @@ from pathlib import Path
 import torch  # noqa: F401  # its OpenMP runtime must be in the process before ours is looked for
 
 from allyouneed.core.files import replacing
+from allyouneed.nn.native.building import ALWAYS, HEADERS, SOURCES, THREADED, compile_kernels, compiler, shipped
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "program.cpp", "quantised.cpp", "wkv.cpp"))
-HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O3", "-march=native")
-ALWAYS = ("-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
-THREADED = "-fopenmp"  # Apple's clang has none: without it the kernels run on one thread
 
 _LOADING = threading.Lock()  # two threads would write the same temporary file
 
@@ -44,7 +40,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         with _LOADING:
-            return declared(ctypes.CDLL(str(built())))
+            return declared(ctypes.CDLL(str(_found())))
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"no native kernels ({_reason(error)}): packed weights are unpacked to fp32 and kept, which takes 4 to 7 "
@@ -56,6 +52,17 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def _found() -> Path:
+    """For just this processor where there is a compiler; else what the wheel brought for its generation."""
+    try:
+        return built()
+    except (OSError, subprocess.SubprocessError):
+        path = shipped()
+        if path is None:
+            raise
+        return path
+
+
 def built(flags: tuple[str, ...] = FLAGS) -> Path:
     """The path of the shared library for these sources, compiler, `flags` and processor; compiled where it is missing.
 
@@ -63,9 +70,9 @@ def built(flags: tuple[str, ...] = FLAGS) -> Path:
         OSError: no compiler, or a cache folder that is not ours to write.
         subprocess.SubprocessError: the compiler failed.
     """
-    compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    options = repr((compiler, flags, ALWAYS, THREADED, _processor())).encode()
+    command = compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=60).stdout
+    options = repr((command, flags, ALWAYS, THREADED, _processor())).encode()
     digest = hashlib.sha256(
         b"".join(source.read_bytes() for source in SOURCES + HEADERS) + version + options
     ).hexdigest()
@@ -73,7 +80,8 @@ def built(flags: tuple[str, ...] = FLAGS) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.parent.chmod(0o700)  # only its owner may: code is loaded from here, never from a folder of somebody else's
     if not target.exists():
-        _compile(compiler, flags, target)
+        with replacing(target) as temporary:
+            compile_kernels(command, flags, temporary)
     return target
 
 
@@ -101,23 +109,6 @@ def folder() -> Path:
     """Where built libraries are kept: `native` in `ALLYOUNEED_CACHE`, else in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ALLYOUNEED_CACHE") or Path(cache) / "allyouneed") / "native"
-
-
-def _compile(compiler: list[str], flags: tuple[str, ...], target: Path) -> None:
-    with replacing(target) as temporary:
-        command = [*compiler, *flags, *ALWAYS, *map(str, SOURCES), "-o", str(temporary)]
-        try:
-            subprocess.run([*command, THREADED], capture_output=True, check=True, timeout=300)
-        except subprocess.CalledProcessError:
-            subprocess.run(command, capture_output=True, check=True, timeout=300)
-
-
-def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
-    found = next((name for name in [*named[:1], "g++", "clang++", "c++"] if shutil.which(name)), None)
-    if found is None:
-        raise OSError("no C++ compiler")
-    return named if named[:1] == [found] else [found]
 
 
 def _processor() -> str:
