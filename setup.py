@@ -1,4 +1,4 @@
-"""What `pyproject.toml` cannot say: a wheel brings the C++ kernels along, compiled for several generations of processors.
+"""What `pyproject.toml` cannot say: a wheel brings the C++ kernels along, compiled for some generations of processors.
 
 Where no compiler is, and in editable installs, they are left out; then they are compiled at first use.
 """
