@@ -99,15 +99,9 @@ def bars(
     axes.barh(places, values, height=0.62, color=list(colors or PALETTE[: len(labels)]))
     for place, value, (low, high) in zip(places, values, intervals or [(v, v) for v in values], strict=True):
         axes.plot([low, high], [place, place], color=_INK, linewidth=1.4, solid_capstyle="butt")
-        end = max(value, high) if value >= 0 else min(value, low)
+        end = max(value, high, 0.0)  # on the right of negative ones, too: their left is the labels'
         axes.annotate(
-            form.format(value),
-            (end, place),
-            color=_INK,
-            xytext=(6 if value >= 0 else -6, 0),
-            textcoords="offset points",
-            va="center",
-            ha="left" if value >= 0 else "right",
+            form.format(value), (end, place), color=_INK, xytext=(6, 0), textcoords="offset points", va="center"
         )
     axes.set_yticks(places, labels)
     axes.tick_params(axis="y", length=0)

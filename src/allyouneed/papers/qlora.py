@@ -273,7 +273,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="real weights",
-    minutes={"smoke": 0.2, "laptop": 15},
+    minutes={"smoke": 0.2, "laptop": 34},
     seeds={"smoke": 1, "laptop": 4, "paper": 1},
     sizes={
         "smoke": Config(
