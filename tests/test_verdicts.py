@@ -1,0 +1,65 @@
+"""What papers on alignment and adapters make of numbers: hand-made ones, whose verdicts are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from allyouneed.align.exact import Point
+from allyouneed.papers import dpo
+from allyouneed.papers.base import Report
+from allyouneed.papers.checks import Check
+
+
+def report(tmp_path: Path, seeds: int = 3) -> Report:
+    return Report(slug="hand", seeds=range(seeds), folder=tmp_path, evidence="small world", quiet=True)
+
+
+def laptop(paper: ModuleType) -> Any:
+    return paper.PAPER.sizes["laptop"]
+
+
+def by_name(found: Report, part: str) -> Check:
+    (check,) = [one for one in found.checks if part in one.name]
+    return check
+
+
+def line(slope: float, *places: float) -> list[Point]:
+    """Policies whose gain is `slope` times the root of their divergence."""
+    return [Point(kl, 1.0 + slope * math.sqrt(kl)) for kl in places]
+
+
+KNOWN = dpo.Known(Point(0.0, 1.0), line(2.0, 0.001, 0.1, 1.0, 9.0), [])
+
+
+def test_dpo_judges_within_what_both_arms_have_trained(tmp_path: Path) -> None:
+    config, found = laptop(dpo), report(tmp_path)
+    assert KNOWN.share(line(1.0, 0.01, 4.0), 0.3) == pytest.approx(0.5)
+    for kl in (0.009, 4.1):
+        with pytest.raises(AssertionError, match="both sides"):
+            KNOWN.share(line(1.0, 0.01, 4.0), kl)
+    points = {
+        "DPO": [line(1.0, 0.01, 0.5, 4.0)] * 3,
+        "PPO, reward model": [line(0.6, 0.1, 0.8)] * 3,  # nothing around 1 nat: judged at 0.8
+        "preferred texts": [[Point(0.04, 9.0), *line(0.8, 0.05)]] * 3,  # only the last is judged
+    }
+    dpo._judge(config, found, [KNOWN] * 3, points)
+    assert by_name(found, "PPO").value == pytest.approx(0.5 - 0.3)
+    assert by_name(found, "fine-tuning").value == pytest.approx(0.5 - 0.4)
+    assert found.verdict == "holds"
+    assert found.arms["PPO, reward model"] == {
+        "share within 0.25 nats": 0.3,
+        "share within 0.5 nats": 0.3,
+        "share within 1 nats": None,
+    }
+    assert found.notes == [f"Seed {seed}: nothing lies around 1 nats; judged at 0.8." for seed in range(3)]
+
+
+def test_dpo_below_its_first_policy_is_judged_there_and_not_by_a_line_from_the_reference(tmp_path: Path) -> None:
+    first = Point(0.2, 1.0 + 0.5 * math.sqrt(0.2))
+    ahead = dpo._ahead(KNOWN, [first, *line(1.0, 4.0)], line(0.8, 0.05), 0.05)
+    assert ahead == pytest.approx(0.25 - 0.4)
