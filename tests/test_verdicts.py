@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from allyouneed.align.exact import Point
-from allyouneed.papers import dpo
+from allyouneed.papers import aligned, dpo, instructgpt
 from allyouneed.papers.base import Report
 from allyouneed.papers.checks import Check
 
@@ -63,3 +63,34 @@ def test_dpo_below_its_first_policy_is_judged_there_and_not_by_a_line_from_the_r
     first = Point(0.2, 1.0 + 0.5 * math.sqrt(0.2))
     ahead = dpo._ahead(KNOWN, [first, *line(1.0, 4.0)], line(0.8, 0.05), 0.05)
     assert ahead == pytest.approx(0.25 - 0.4)
+
+
+def trace(*rows: tuple[float, float, float]) -> list[dict[str, float]]:
+    return [dict(zip(("even", "odd", "proxy"), row, strict=True)) for row in rows]
+
+
+def test_instructgpt_tells_a_fall_from_what_the_penalty_spares(tmp_path: Path) -> None:
+    free = trace((0.1, 0.1, 0.0), (0.8, 0.7, 1.0), (0.7, 0.9, 2.0), (0.3, 0.2, 3.0))
+    assert instructgpt._overdone(free) == {"truth": pytest.approx(0.5), "proxy": pytest.approx(2.0)}
+    still = trace((0.1, 0.1, 0.0), (0.8, 0.7, 1.0), (0.8, 0.65, 1.5))
+    for bound, verdict in ((still, "holds"), (free, "fails")):  # a control that falls as far shows no penalty's worth
+        found = report(tmp_path)
+        traces = [{instructgpt.FREE: free, instructgpt.BOUND: bound}] * 3
+        instructgpt._check_proxy(laptop(instructgpt), found, traces)
+        assert found.verdict == verdict
+        assert by_name(found, "with the penalty").value == pytest.approx(0.5 - instructgpt._overdone(bound)["truth"])
+
+
+def test_instructgpts_reward_models_see_each_comparison_as_often_and_warm_up_alike(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, Any]] = []
+    monkeypatch.setattr(aligned, "ranked", lambda speaker, prompts, *rest: list(prompts))
+    monkeypatch.setattr(aligned, "graded", lambda speaker, some, how, *rest: seen.append((len(some), how)))
+    config = laptop(instructgpt)
+    instructgpt._graders(config, config.world.build(), None, 0, tmp_path)  # type: ignore[arg-type]
+    for count, how in seen:
+        steps, warmup = how.training.steps, how.training.schedule.warmup
+        assert steps * how.rows / count == pytest.approx(450 * 32 / 2048, rel=0.02)
+        assert warmup / steps == pytest.approx(22 / 450, abs=0.015)
+    assert [count for count, _ in seen] == [128, 512, 2048]
