@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from allyouneed.align.exact import Point
-from allyouneed.papers import aligned, dpo, instructgpt
+from allyouneed.papers import aligned, dpo, instructgpt, llama2
 from allyouneed.papers.base import Report
 from allyouneed.papers.checks import Check
 
@@ -94,3 +94,44 @@ def test_instructgpts_reward_models_see_each_comparison_as_often_and_warm_up_ali
         assert steps * how.rows / count == pytest.approx(450 * 32 / 2048, rel=0.02)
         assert warmup / steps == pytest.approx(22 / 450, abs=0.015)
     assert [count for count, _ in seen] == [128, 512, 2048]
+
+
+def test_llama2s_model_for_both_sees_each_pair_as_often(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, float] = {}
+
+    def ranked(speaker: Any, prompts: list[str], truth: Any, *rest: Any) -> list[Any]:
+        return [SimpleNamespace(pieces=(), ranks=()) for _ in prompts]
+
+    def graded(speaker: Any, some: list[Any], how: Any, seed: int, folder: Path, name: str) -> str:
+        seen[name] = how.training.steps * how.rows / len(some)
+        return name
+
+    for name, part in (("ranked", ranked), ("graded", graded), ("right", lambda model, tested: len(model))):
+        monkeypatch.setattr(aligned, name, part)
+    monkeypatch.setattr(llama2, "Ranked", lambda pieces, ranks: None)
+    config = laptop(llama2)
+    _, accuracy = llama2._models(config, config.world.build(), None, 0, tmp_path)  # type: ignore[arg-type]
+    assert set(seen) == {"helpful", "safe", "both", "helpful without margins"}
+    assert set(seen.values()) == {250 * 32 / 2000}
+    assert accuracy["safe"] == {"its own": len("safe"), "one for both": len("both")}  # each judged by its own
+
+
+@pytest.mark.parametrize(("keeps", "wanted"), [(0, [0.0, 0.0, 0.0]), (1, [1.0, 0.0, 0.0]), (3, [1.0, 1.0, 1.0])])
+def test_llama2_counts_the_turns_in_which_an_order_is_kept(
+    monkeypatch: pytest.MonkeyPatch, keeps: int, wanted: list[float]
+) -> None:
+    """A speaker that ends its first answers as ordered, and forgets."""
+    config = laptop(llama2)
+    config = config.replace(ghosts=config.ghosts.replace(turns=3, tested=5))
+    world = config.ghosts.world.build()
+
+    def complete(open_: list[Any], sampling: Any) -> list[Any]:
+        turn = (len(open_[0]) + 1) // 2
+        endings = [one[0]["content"].split()[3] for one in open_]  # "end all with … ."
+        assert len(endings) == 5 and all(len(one) == 2 * turn - 1 for one in open_)
+        return [SimpleNamespace(text=f"baro {end} " if turn <= keeps else "baro") for end in endings]
+
+    speaker: Any = SimpleNamespace(sampler=lambda: SimpleNamespace(lm=SimpleNamespace(complete=complete)))
+    found = llama2._kept(config, world, speaker, 0)
+    assert found == wanted
+    assert llama2._later(found) == sum(wanted[1:]) / 2  # the first turn is no memory

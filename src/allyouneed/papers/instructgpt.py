@@ -209,7 +209,7 @@ def _graders(
     comparisons = aligned.ranked(sft, prompts, world.reward, labeller, config.each, seed)
     found = []
     for count in config.comparisons:
-        how = _lasting(config.compared, count / most)
+        how = aligned.lasting(config.compared, count / most)
         found.append(aligned.graded(sft, comparisons[:count], how, seed, folder, f"compared{count}"))
     return comparisons, found
 
@@ -229,7 +229,7 @@ def _policies(
     """
     prompts = [order.prompt for order in world.orders(config.prompts, seed + 2)]
     free = config.rollouts.replace(kl=FixedKl(beta=0.0))
-    longer = _lasting(config.reinforced, config.freed)
+    longer = aligned.lasting(config.reinforced, config.freed)
     arms = {
         PPO: (graders[-1], config.rollouts, config.reinforced, 0.0),
         PTX: (graders[-1], config.rollouts, config.reinforced, config.ptx),
@@ -258,13 +258,6 @@ def _policies(
 def _scaled(grader: RewardModel, sft: Speaker, prompts: Sequence[str], seed: int) -> Normalised:
     """The reward model's scores with mean 0 and deviation 1 over the reference's answers."""
     return Normalised.on(grader, prompts, [one.text for one in sft.answers(prompts, seed + 4)])
-
-
-def _lasting(how: Stage, times: float) -> Stage:
-    """The stage with so many times its steps, its warm-up too, so that the curve of the rate is the same."""
-    training, schedule = how.training, how.training.schedule
-    schedule = schedule.replace(warmup=round(schedule.warmup * times))
-    return how.replace(training=training.replace(steps=max(1, round(training.steps * times)), schedule=schedule))
 
 
 def _dpo(config: Config, sft: Speaker, comparisons: Sequence[Ranked], seed: int, folder: Path) -> Speaker:
