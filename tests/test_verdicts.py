@@ -8,9 +8,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from allyouneed.align.exact import Point
-from allyouneed.papers import aligned, dpo, instructgpt, llama2
+from allyouneed.evaluate.subspaces import overlaps
+from allyouneed.papers import aligned, dpo, instructgpt, llama2, lora, qlora
 from allyouneed.papers.base import Report
 from allyouneed.papers.checks import Check
 
@@ -135,3 +137,55 @@ def test_llama2_counts_the_turns_in_which_an_order_is_kept(
     found = llama2._kept(config, world, speaker, 0)
     assert found == wanted
     assert llama2._later(found) == sum(wanted[1:]) / 2  # the first turn is no memory
+
+
+def adapted(loss: float, right: float, trained: int) -> dict[str, float]:
+    return {"loss": loss, "right": right, "trained": trained, "all": 10_000}
+
+
+@pytest.mark.parametrize(
+    ("least", "high", "low_trains", "failed"),
+    [
+        ((0.22, 0.88), (0.2, 0.9), 99, []),
+        ((0.22, 0.0), (0.2, 0.0), 99, ["right lines, r = 1"]),  # none right: no fewer than none says nothing
+        ((0.3, 0.88), (0.2, 0.9), 99, ["loss, r = 1 minus r = 64"]),
+        ((0.22, 0.88), (0.2, 0.9), 100, ["share of the weights that r = 8 trains"]),
+    ],
+)
+def test_lora_judges_rank_1_by_its_loss_and_by_lines_that_are_right(
+    tmp_path: Path, least: tuple[float, float], high: tuple[float, float], low_trains: int, failed: list[str]
+) -> None:
+    found, config = report(tmp_path), laptop(lora)
+    arms = {
+        "r = 1": [adapted(*least, 12)] * 3,
+        "r = 8": [adapted(0.21, 0.9, low_trains)] * 3,
+        "r = 64": [adapted(*high, 800)] * 3,
+        lora.FULL: [adapted(0.2, 0.9, 10_000)] * 3,
+    }
+    lora._check(config, found, arms, {"loss": 3.0}, {"moved": 1e-6}, [[[0.8, 0.4], [0.4, 0.5]]] * 3)
+    assert [one.name for one in found.checks if one.passed is not True] == failed
+
+
+def test_lora_tells_the_first_direction_from_the_others() -> None:
+    eye = torch.eye(8, 20, dtype=torch.double)
+    apart = torch.eye(20, dtype=torch.double)[[0, *range(8, 15)]]  # the first alone is shared
+    for other, wanted in ((apart, 0.0), (eye, 1.0)):
+        assert lora._beyond(overlaps(eye, other).tolist()) == pytest.approx(wanted)
+
+
+def test_qlora_compares_arms_of_one_seed(tmp_path: Path) -> None:
+    """Seeds far apart, arms of one seed close: only differences within seeds are sure."""
+
+    def losses(seed: int) -> dict[str, dict[str, float]]:
+        prose = {qlora.BASE: 0.0, "Int8 + DQ": 0.0, qlora.PLAIN: 0.02, qlora.NF4: 0.021, qlora.FP4: 0.05}
+        found = {name: {"prose": seed + cost} for name, cost in (prose | {qlora.INT4: 0.04}).items()}
+        for name in qlora.TUNED:
+            found[name] |= {"code": seed + 2.0, "tuned": seed + (1.02 if name == qlora.NF4 else 1.0)}
+        return found
+
+    found = report(tmp_path, 4)
+    qlora._judge(laptop(qlora), found, "hand", [losses(seed) for seed in range(4)])
+    wanted = {"FP4 + DQ minus": 0.029, "Int4 + DQ minus": 0.019, "DQ minus none": 0.001, "float32": 0.02, "gains": 0.98}
+    assert {part: by_name(found, part).value for part in wanted} == pytest.approx(wanted)
+    failed = [one.name for one in found.checks if one.passed is not True]
+    assert failed == ["hand, tuned: NF4 + DQ minus float32"]  # 0.02 beyond what it may lose
