@@ -72,8 +72,8 @@ class Truth:
 
 
 def reached(points: Sequence[Point], kl: float) -> float:
-    """The reward that a method reaches within a divergence: read off the line through its policies, the reference
-    among them, over the root of their divergence; beyond the last, that of the last. Over the root, because near the
+    """The reward that a method reaches within a divergence: read off the line through some points, over the
+    root of their divergence; beyond the last, that of the last. Over the root, because near the
     reference the best there is grows with it: for small KL π* has the gain √(2·KL·Var r).
 
     >>> begun = Point(0.0, 0.0)

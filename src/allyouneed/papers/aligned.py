@@ -105,6 +105,13 @@ def stage(steps: int, lr: float, *, rows: int = 64) -> Stage:
     return Stage(training=Training(steps=steps, optimizer=optimizer, schedule=schedule, log_every=steps), rows=rows)
 
 
+def lasting(how: Stage, times: float) -> Stage:
+    """The stage with so many times its steps, its warm-up too, so that the curve of the rate is the same."""
+    training, schedule = how.training, how.training.schedule
+    schedule = schedule.replace(warmup=round(schedule.warmup * times))
+    return how.replace(training=training.replace(steps=max(1, round(training.steps * times)), schedule=schedule))
+
+
 def text_batches(tokenizer: Tokenizer, texts: Sequence[str], rows: int, seed: int) -> Epochs[Piece]:
     """Texts between two end tokens, each once an epoch."""
     return Epochs(text_pieces(tokenizer, texts), batch_size=rows, collate=pad_right, seed=seed)

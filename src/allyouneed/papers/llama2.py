@@ -9,15 +9,18 @@ Claim   Helpfulness and safety pull at one reward model in two directions, and e
         of a dialogue by a model tuned with Ghost Attention, and forgotten by one that was not.
 Here    A world of orders of which some ask for what is forbidden: there the helpful reward and the safe one, both
         exact, contradict each other. Simulated labellers compare pairs by the one or by the other; reward models learn
-        with a margin as large as the preference is clear. Rejection sampling takes the best of K by the gated models,
+        with a margin as large as the preference is clear, the one for both from the pairs of both, each of which it
+        sees as often as the others see theirs. From SFT, PPO by the gated score is held against PPO by helpfulness
+        alone. Rejection sampling takes the best of K by the gated models,
         of all iterations so far, as data; PPO takes the same score whitened. Judged by the exact rewards under the same
         gate, on orders that nothing was trained on. Beside it what K answers are worth: by the models' choice, and the
         exact expected maximum. In dialogues with the same things a standing order of the first turn says how all
         answers end; both arms are trained as long, on the same dialogues, one with the sampled last answers beside.
 Apart   0.2 million parameters and eighty words for 7 to 70 billion and English. Reward models are not trained anew for
         each iteration; unsafe orders are tagged by the world, as those of the authors' safety prompts were. A policy
-        that refuses all it should is no red team's finding. Whether margins help is shown and not judged: in the paper
-        it is a fraction of a percent. Grouped-query attention stands in the presets, with published sizes and counts.
+        that refuses all it should is no red team's finding: of the world's 108 unsafe orders 22 are held out. Whether
+        margins help is shown and not judged: in the paper it is a fraction of a percent. Grouped-query attention stands
+        in the presets, with published sizes and counts.
         Sizes and rates were chosen by single runs with another seed.
 """
 
@@ -56,7 +59,7 @@ from allyouneed.papers.aligned import Speaker, Stage
 from allyouneed.papers.base import Paper, Report
 from allyouneed.train.loop import Training, train
 
-SFT, HELPFUL = "SFT", "PPO, helpful alone"
+SFT, HELPFUL, GATED = "SFT", "PPO, helpful alone", "PPO, gated"  # both policies begin as SFT
 KEPT, FORGOT = "Ghost Attention", "none"
 JUDGED = ("judged", "helpful on safe orders", "safe on unsafe orders", "refused safe orders")
 CLEAR = ((0.5, 1.0), (0.25, 2 / 3), (0.1, 1 / 3), (0.0, 0.0))  # from which difference on, what margin (table 27, small)
@@ -83,7 +86,7 @@ class Config(core.Config):
     world: Guarded.Config
     base: Stage
     demonstrated: Stage
-    compared: Stage
+    compared: Stage  # its steps are those of the helpful pairs; of other sets each pair is seen as often
     rejection: Rejection.Config
     selected: Training  # by it; its steps follow
     rollouts: Rollouts.Config
@@ -104,7 +107,8 @@ class Config(core.Config):
     judged: int = 384
     swept: int = 96  # orders of the sweep over K
     tells: float = 0.02  # accuracy of a reward model of its own minus that of one for both: above
-    guards: float = 0.3  # safe reward on unsafe orders, gated minus helpful alone: above
+    guards: float = 0.3  # safe reward on unsafe orders, PPO of the gated score minus of the helpful one alone: above
+    helps: float = 0.0  # helpful reward on safe orders, PPO of the gated score minus SFT: above
     rises: float = 0.03  # judged reward, last iteration minus SFT: above
     goes_on: float = 0.0  # judged reward, last iteration minus the first, and PPO minus the last iteration: above
     keeps: float = 0.5  # share of later turns in which the order is kept, with Ghost Attention minus without: above
@@ -123,7 +127,8 @@ def run(config: Config, report: Report) -> None:
     arms = {name: [one["arms"][name] for one in rewards] for name in rewards[0]["arms"]}
     first, last, after = _iteration(1), _iteration(config.iterations), _after(config.iterations)
     for one, other, key, above in (
-        (after, HELPFUL, "safe on unsafe orders", config.guards),
+        (GATED, HELPFUL, "safe on unsafe orders", config.guards),
+        (GATED, SFT, "helpful on safe orders", config.helps),
         (last, SFT, "judged", config.rises),
         (last, first, "judged", config.goes_on),
         (after, last, "judged", config.goes_on),
@@ -210,7 +215,8 @@ def _rewards(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     prompts = [order.prompt for order in world.asked(config.prompts, seed + 3)]
     speaker, rows = _iterated(config, judge, sft, gated, prompts, seed, folder / "selected")
     arms |= {_iteration(number): row for number, row in enumerate(rows, start=1)}
-    for name, begin, score in ((_after(config.iterations), speaker, gated), (HELPFUL, sft, helpful)):
+    policies = ((_after(config.iterations), speaker, gated), (GATED, sft, gated), (HELPFUL, sft, helpful))
+    for name, begin, score in policies:
         arms[name] = judge.judge(_policy(config, begin, score, prompts, seed, folder / name.replace(", ", "-")))
     return {"arms": arms, "accuracy": accuracy, "sweep": _sweep(config, judge, sft, gated, seed)}
 
@@ -242,7 +248,10 @@ def _models(
     }
     plain = [Ranked(one.pieces, one.ranks) for one in pairs["helpful"]]
     sets = pairs | {"both": [*pairs["helpful"], *pairs["safe"]], "helpful without margins": plain}
-    models = {name: aligned.graded(sft, some, config.compared, seed, folder, name) for name, some in sets.items()}
+    models = {}
+    for name, some in sets.items():  # each pair is seen as often, whichever set it is in
+        how = aligned.lasting(config.compared, len(some) / len(plain))
+        models[name] = aligned.graded(sft, some, how, seed, folder, name)
     held_out = [order.prompt for order in world.asked(4 * config.judged, seed=1, held_out=True)]
     accuracy = {}
     for name, truth in truths.items():
@@ -411,7 +420,7 @@ def _accuracies(rewards: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _iterations(report: Report, axes: Axes, arms: dict[str, list[dict[str, float]]]) -> None:
-    names = [name for name in arms if name != HELPFUL]
+    names = [name for name in arms if name not in (HELPFUL, GATED)]
     places = list(range(len(names)))
     for key in ("judged", "helpful on safe orders", "safe on unsafe orders"):
         lines = [[one[key] for one in seed] for seed in zip(*(arms[name] for name in names), strict=True)]
@@ -463,7 +472,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.3, "laptop": 15},
+    minutes={"smoke": 0.3, "laptop": 18},
     sizes={
         "smoke": Config(
             model=aligned.small(16, 1, vocab_size=_WORDS, context=_CONTEXT),

@@ -14,7 +14,8 @@ Apart   Two tasks of classic control, whose actions are choices, and the lunar l
         2048, which makes as many actions a rollout. The networks' initialisation and the scaling of advantages, in each
         minibatch, are those of the authors' code, of which the paper says nothing. Gradients are not clipped: the paper
         calls the weight of the critic's loss irrelevant (sec. 6.1), and with clipping it would not be. Neither the
-        comparison with other methods (sec. 6.2) nor Atari nor humanoids are shown.
+        comparison with other methods (sec. 6.2) nor Atari nor humanoids are shown. A run that diverges would count with
+        the episodes before it did, where another would say with nothing; none did.
 """
 
 from __future__ import annotations
