@@ -176,7 +176,7 @@ def test_a_vocabulary_that_puts_a_space_before_each_part_keeps_the_text():
 
 def test_an_answer_that_begins_with_other_words_than_its_prompt_is_refused():
     said = turns(("system", "S"), ("user", "Q"), ("assistant", "good"))
-    line = "chosen: begins with a system's message but not with the prompt; give the answer alone, or both whole"
+    line = "chosen: begins with a system's message but not with the prompt; give the answer alone"
     with pytest.raises(InputError, match=line):
         pair(chatting(), jsonl.Preference("Q", said, turns(("assistant", "bad"))))
     rejected = turns(("user", "other"), ("assistant", "bad"))

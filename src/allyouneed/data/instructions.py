@@ -117,7 +117,7 @@ def _tells_who_speaks(template: str) -> bool:
 
 
 def _marked(tokenizer: Tokenizer, text: str, after: int, name: str) -> Piece:
-    """A text with what the vocabulary puts around it and its end; what comes `after` so many characters is predicted."""
+    """A text with what the vocabulary puts around it and its end; what comes `after` so many characters is learned."""
     if not text[after:].strip():
         raise InputError(f"{name} is empty; a text is needed")
     ids, marks = _read(tokenizer, text, [(after, len(text))])
@@ -130,10 +130,10 @@ def _marked(tokenizer: Tokenizer, text: str, after: int, name: str) -> Piece:
 def _read(tokenizer: Tokenizer, text: str, learned: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
     """The ids of a text, and which of them stand for the characters that are learned.
 
-    A model that is asked reads the text before its answer alone. Where that gives other tokens than the whole text
-    does ("Answer: " and "yes" have a space that one token would take from both), what is before and what comes after are
-    read apart, so that no token is learned that could not be answered, and none is lost. Vocabularies that write
-    another text then (a space before each part) keep tokens that reach over the border, and these are learned.
+    A model that is asked reads the text before its answer alone. Where that gives other tokens than the whole text does
+    (of "Answer: " and "yes" one token would take the space and the word), what is before and what comes after are read
+    apart: what is learned is what can be answered then, and nothing is lost. Vocabularies that write another text so (a
+    space before each part) keep tokens that reach over the border, and these are learned.
     """
     ids, places = tokenizer.places(text)
     asked = {start: tokenizer.encode(text[:start]) for start, _ in learned if start}

@@ -101,7 +101,7 @@ def _after(prompt: jsonl.Turns, answer: jsonl.Turns) -> jsonl.Turns:
         answer = answer[len(turns) :]
     if _said(answer) and answer[0]["role"] in ("system", "user"):
         role = answer[0]["role"]
-        raise InputError(f"begins with a {role}'s message but not with the prompt; give the answer alone, or both whole")
+        raise InputError(f"begins with a {role}'s message but not with the prompt; give the answer alone")
     return answer
 
 
