@@ -46,7 +46,7 @@ def finetune(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="The peak rate; default: 6.25e-5·√(117 M/parameters), dpo and ipo 1e-6; of adapters tenfold."
+            help="The peak rate; default: 6.25e-5·√(117 M/parameters), dpo and ipo 1e-6, ppo 1e-5; of adapters tenfold."
         ),
     ] = None,
     auxiliary: Annotated[
