@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from allyouneed.adapt.layers import Adapted
 
 NUMBERS = 16
-STRIDE = 61  # of a layer's weights one in so many is looked at; a prime, so that all columns are
-PLAIN, FEW_BITS = 5e-3, 0.5  # how far apart one model's may be: stored in 16 bits (0.001), in 4 (0.1); another's: 1
+SAMPLE = 4096  # about so many of a layer's weights are looked at, an odd number apart, so that all columns are
+PLAIN, FEW_BITS = 5e-3, 0.3  # how far apart one model's may be: stored in 16 bits (0.001), in 4 (0.1); another's: 1
 
 
 def sketch(layers: Sequence[nn.Module]) -> list[float]:
@@ -28,7 +28,8 @@ def sketch(layers: Sequence[nn.Module]) -> list[float]:
     """
     total = torch.zeros(NUMBERS, dtype=torch.float64)
     for i, layer in enumerate(layers):
-        sample = _weight(layer).detach().flatten()[::STRIDE].double().cpu()
+        weight = _weight(layer).detach().flatten()
+        sample = weight[:: (len(weight) // SAMPLE) | 1].double().cpu()
         places = torch.arange(len(sample), dtype=torch.float64) + i
         waves = torch.arange(1, NUMBERS + 1, dtype=torch.float64).sqrt()[:, None] * places
         total += (waves.cos() @ sample) / sample.norm().clamp_min(1e-30)
