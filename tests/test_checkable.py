@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from allyouneed.align.graders import open_reward
 from allyouneed.core.errors import InputError
 from allyouneed.data import requirements as must
 from allyouneed.data.checkable import HELD_OUT, TEMPLATES, TRAINED, Checks, Task, tasks
@@ -119,3 +124,17 @@ def test_the_reward_finds_the_task_by_its_prompt():
 )
 def test_requirements(requirement, answer, expected):
     assert requirement(answer) == pytest.approx(expected)
+
+
+def test_the_example_writes_the_prompts_beside_it_and_scores_those_held_out():
+    home = Path(__file__).parents[1] / "docs" / "examples"
+    said = []
+    for asked, there in (([], "prompts.jsonl"), (["held", "out"], "held.jsonl")):
+        done = subprocess.run([sys.executable, home / "checked.py", *asked], capture_output=True, text=True, timeout=60)
+        lines, first = done.stdout.splitlines(), (home / there).read_text().splitlines()
+        assert first and lines[: len(first)] == first
+        said.append([json.loads(line)["prompt"] for line in lines])
+    reward = open_reward(str(home / "checked.py"))
+    learned, held = said
+    assert not {one[0]["content"] for one in learned} & {one[0]["content"] for one in held}
+    assert len(reward([*learned, *held], [""] * len([*learned, *held]))) == 192 + 48

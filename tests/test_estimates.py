@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from allyouneed.adapt import lora
+from allyouneed.align import references
 from allyouneed.commands.methods import estimates
-from allyouneed.commands.methods.base import Job, over
+from allyouneed.commands.methods.base import Job, Task, over
+from allyouneed.commands.methods.table import methods
 from allyouneed.data.packing import document, pad_right
 from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.models import llama
@@ -71,3 +74,28 @@ def test_adapters_have_less_state():
 def test_a_machine_that_is_too_small_is_told(monkeypatch):
     monkeypatch.setattr(estimates, "memory", lambda device: 1000)
     assert "which is too little" in estimates.told(job(CONFIG.build()), 4, TRAINING)
+
+
+def test_a_frozen_copy_is_counted_and_a_model_without_its_adapters_is_not():
+    whole, adapted = CONFIG.build(), CONFIG.build()
+    lora.adapt(adapted, lora.Lora.Config(rank=2))
+    for module, more in ((whole, 4 * sum(p.numel() for p in whole.parameters())), (adapted, 0)):
+        alone = job(module)
+        held = replace(alone, reference=references.of(module))
+        sizes = [sum(x.nbytes for x in estimates._held(one)) for one in (alone, held)]
+        assert sizes[1] - sizes[0] == more
+
+
+@pytest.mark.parametrize("method", ["ppo", "rejection"])
+def test_policies_are_tried_by_a_row_of_a_rollout(method, tmp_path):
+    """As long as the longest prompt with the longest answer, and differentiated like any other."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "abc"}\n' * 4)
+    (tmp_path / "reward.py").write_text("def reward(prompt, completion):\n    return 1.0\n")
+    what = {"data": tmp_path / "prompts.jsonl", "valid": None, "length": None, "out": tmp_path, "bad": None, "seed": 0}
+    options = {"reward": str(tmp_path / "reward.py"), "max_new_tokens": 8}
+    task = Task(method=method, options=options, **what)
+    made = methods()[method].prepare(CONFIG.build(), byte_tokenizer(), task)
+    assert {x.shape for x in made.probe().values()} == {(1, 3 + 8)} and max(made.lengths) == 11
+    told = estimates.told(made, 4, TRAINING)
+    assert "and what writing answers takes" in told and said(told) > 0
+    assert all(p.grad is None for p in made.module.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import peft
@@ -13,9 +14,13 @@ import transformers
 from safetensors.torch import load_file
 
 from allyouneed import cli
+from allyouneed.adapt import lora
+from allyouneed.adapt.quantise import Quantise, quantise
+from allyouneed.core.errors import InputError
 from allyouneed.data.tokenizer_training import train_unigram, train_wordpiece
 from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.models import bert, gpt2, llama, t5
+from allyouneed.models.checkpoints.adapters import load_adapter, save_adapter
 from allyouneed.models.checkpoints.loading import load_module, load_tokenizer, save
 from allyouneed.models.heads import Classifier
 
@@ -95,6 +100,9 @@ def test_from_lines_to_a_merged_model_that_peft_agrees_with(models, tmp_path, ca
     results = json.loads(told)
     assert results["nats_per_token"] < results["nats_per_token_before"] - 1
     assert cli.main(["merge", str(models["llama"]), str(out / "model"), str(tmp_path / "merged")]) == 0
+    for there in (models["llama"], tmp_path / "merged"):
+        assert cli.main(["merge", str(models["llama"]), str(out / "model"), str(there)]) == 2
+        assert "is there already; choose another folder" in " ".join(capsys.readouterr().err.split())
     x = torch.tensor([byte_tokenizer().encode("4 is blue")])
     with torch.no_grad():
         ours = load_module(out / "model")(x).logits
@@ -105,6 +113,18 @@ def test_from_lines_to_a_merged_model_that_peft_agrees_with(models, tmp_path, ca
     capsys.readouterr()
     answer = ["generate", str(out / "model"), "3 is", "--temperature", "0", "--max-new-tokens", "5"]
     assert cli.main(answer) == 0 and "red" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "how"), [(None, ""), ("nf4", " --quantize nf4"), ("int8", "")])
+def test_the_end_says_how_it_is_served_as_it_was_judged(kind, how, models, tmp_path, capsys):
+    out, base = tmp_path / "run", models["llama"]
+    given = ("--lora", 2, "--epochs", 1, "--out", out, *(("--quantize", kind) if kind else ()))
+    code, told, err = run(base, data(tmp_path, ANSWERS), *given, capsys=capsys)
+    assert code == 0, err
+    over = f", judged over its layers in {kind}" if kind else ""
+    line = f"{out}/model: an adapter of {base}{over}; allyouneed serve {base}{how} --adapter tuned={out}/model"
+    assert told.splitlines()[-1] == line
+    assert json.loads((out / "results.json").read_text()).get("quantize") == kind
 
 
 def test_an_adapter_can_be_trained_on(models, tmp_path, capsys):
@@ -164,3 +184,36 @@ def test_the_same_command_goes_on_bit_for_bit(models, tmp_path, capsys):
 def test_what_is_refused_before_training(options, message, models, tmp_path, capsys):
     code, _, err = run(models["decoder"], data(tmp_path, ANSWERS), *options, "--out", tmp_path / "run", capsys=capsys)
     assert code == 2 and message in err and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_adapter_for_another_base_of_the_same_shapes_is_refused(models, tmp_path):
+    module = load_module(models["llama"])
+    lora.adapt(module, lora.Lora.Config(rank=2))
+    save_adapter(module, tmp_path / "adapter", base=str(models["llama"]))
+    load_adapter(load_module(models["llama"]), tmp_path / "adapter")
+    load_adapter(load_module(models["llama"]).bfloat16(), tmp_path / "adapter")
+    rounded = load_module(models["llama"])
+    quantise(rounded, Quantise.Config(kind="nf4"))
+    load_adapter(rounded, tmp_path / "adapter")
+    torch.manual_seed(1)
+    with pytest.raises(InputError, match=r"an adapter for another base, .*: this model's layers have other numbers"):
+        load_adapter(load_module(models["llama"]).config.build(), tmp_path / "adapter")
+    retrained = load_module(models["llama"])
+    with torch.no_grad():
+        retrained.blocks[0].mixer.q.weight.add_(0.02 * torch.randn_like(retrained.blocks[0].mixer.q.weight))
+    with pytest.raises(InputError, match="other numbers"):
+        load_adapter(retrained, tmp_path / "adapter")
+    described = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    with warnings.catch_warnings(record=True):  # PEFT says which field it passes over
+        assert peft.LoraConfig.from_pretrained(tmp_path / "adapter").r == described["r"] == 2
+
+
+def test_one_of_few_bits_is_told_from_others_too(models, tmp_path):
+    module = load_module(models["llama"])
+    quantise(module, Quantise.Config(kind="nf4"))
+    lora.adapt(module, lora.Lora.Config(rank=2))
+    save_adapter(module, tmp_path / "adapter", base=str(models["llama"]))
+    load_adapter(load_module(models["llama"]), tmp_path / "adapter")
+    torch.manual_seed(1)
+    with pytest.raises(InputError, match="other numbers"):
+        load_adapter(load_module(models["llama"]).config.build(), tmp_path / "adapter")

@@ -69,6 +69,9 @@ def test_ppo_raises_the_reward_and_keeps_decoder_critic_samples_and_a_log(files,
     assert [list(row) for row in samples] == [["prompt", "before", "after", "reward_before", "reward_after"]] * 4
     mean = sum(row["reward_after"] for row in samples) / 4
     assert mean == pytest.approx(results["reward"])
+    gain = mean - sum(row["reward_before"] for row in samples) / 4
+    assert results["reward_gain"] == pytest.approx(gain)
+    assert results["reward_gain_low"] <= gain <= results["reward_gain_high"]
     lm = load(files / "out/model")
     assert lm.generate([samples[0]["prompt"]], max_new_tokens=8, seed=0) != [samples[0]["before"]]
     assert "## " in (files / "out/samples.md").read_text()
@@ -132,6 +135,51 @@ def test_a_reward_that_fails_ends_the_run_and_the_same_command_goes_on(files, ca
     assert finetune(files, *how, capsys=capsys, out="unbroken")[0] == 0
     broken_off, whole = (load_decoder(files / name / "model") for name in ("out", "unbroken"))
     assert same(broken_off, whole)
+
+
+@pytest.mark.parametrize(("epochs", "rounds"), [(1, 1), (3, 3)])
+def test_each_epoch_of_rejection_answers_all_prompts_anew(files, capsys, epochs, rounds):
+    """44 prompts in steps of 16: three steps an epoch, the last of which begins another."""
+    given = ("--method", "rejection", "--reward", files / "small.py", "--samples", 2, "--epochs", epochs)
+    assert finetune(files, *given, capsys=capsys)[0] == 0
+    assert len(list(read(files / "out/rollouts.jsonl"))) == rounds
+    assert max(row["step"] for row in read(files / "out/metrics.jsonl")) == 3 * rounds
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "steps"),
+    [
+        (("--samples", 22, "--epochs", 0.75), "2 of 2 steps, each on new answers", 4),
+        (("--epochs", 1), "1 of 8 steps: all is learned from answers of the model as it came; more --epochs", 8),
+    ],
+)
+def test_ppo_ends_with_whole_rollouts_and_says_where_there_is_but_one(files, capsys, how, said, steps):
+    given = (files / "tiny", files / "prompts.jsonl", "--out", files / "out", "--max-new-tokens", 8, *how)
+    assert cli.main(["finetune", *map(str, (*given, "--method", "ppo", *small(files)))]) == 0
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert said in told and ", and what writing answers takes" in told
+    assert max(row["step"] for row in read(files / "out/metrics.jsonl")) == steps
+
+
+def test_what_is_mended_after_a_refused_start_begins(files, capsys):
+    """Nothing was trained, so nothing stands in the way."""
+    given = ("--method", "ppo", "--reward", files / "small.py", "--batch", 11, "--epochs", 1)
+    assert finetune(files, *given, "--samples", 30, capsys=capsys)[0] == 2
+    (files / "small.py").write_text("def reward(prompt, completion):\n    return 'much'\n")
+    assert finetune(files, *given, "--samples", 33, capsys=capsys)[0] == 2
+    (files / "small.py").write_text(SMALL)
+    assert finetune(files, *given, "--samples", 44, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("changed", ["text.jsonl", "held.jsonl"])
+def test_text_beside_and_what_is_judged_by_belong_to_a_run(files, capsys, changed):
+    (files / "held.jsonl").write_text('{"prompt": "ab"}\n')
+    beside = ("--ptx", files / "text.jsonl", "--valid", files / "held.jsonl")
+    given = ("--method", "ppo", *small(files), "--epochs", 1, "--samples", 11, *beside)
+    assert finetune(files, *given, capsys=capsys)[0] == 0
+    (files / changed).write_text((files / changed).read_text().replace("ab", "cd").replace("words", "other"))
+    code, told = finetune(files, *given, capsys=capsys)
+    assert code == 2 and "another model, data or method was begun there" in " ".join(told.split())
 
 
 # Rejection sampling as batches

@@ -10,7 +10,9 @@ from allyouneed.core.errors import InputError
 from allyouneed.data import instructions, jsonl
 from allyouneed.data.packing import IGNORED
 from allyouneed.data.preferences import collate, pair, within
+from allyouneed.data.tokenizer_training import train_unigram
 from allyouneed.data.tokenizers import byte_tokenizer
+from allyouneed.models.checkpoints.loading import load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}.{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -134,3 +136,51 @@ def test_what_is_learned_is_shown():
     conversation = turns(("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B"))
     piece = instructions.piece(tokenizer, jsonl.Chat(conversation))
     assert instructions.shown(tokenizer, piece) == "<u>Q.<a>⟦A.⟧<u>R.<a>⟦B.⟧"
+
+
+ASKED = "Is the shop open? Answer: "
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_tokenizer("smollm2-135m-instruct")
+
+
+@pytest.mark.parametrize("prompt", [ASKED, ASKED.strip(), "One\n\n", "One \n", "Say"])
+@pytest.mark.parametrize("answer", ["yes", " yes", "no", "\nno"])
+def test_an_answer_is_learned_whole_after_what_a_model_that_is_asked_reads(smollm2, prompt, answer):
+    """Also where one token would take the end of the prompt and the beginning of the answer."""
+    piece = instructions.piece(smollm2, jsonl.Completion(prompt, answer))
+    asked = smollm2.encode(prompt, add_special_tokens=True)
+    assert piece.ids[: len(asked)] == asked
+    assert learned(smollm2, piece) == answer and piece.targets[-2] == smollm2.eos_ids[0]
+    assert piece.targets[: len(asked) - 1] == [IGNORED] * (len(asked) - 1)
+
+
+def test_answers_to_one_prompt_differ_in_what_is_learned(smollm2):
+    made = pair(smollm2, jsonl.Preference(ASKED, "yes", "no"))
+    assert [learned(smollm2, piece) for piece in made.pieces] == ["yes", "no"]
+    chat = turns(("user", "Q"), ("assistant", "\nA"), ("user", "R"), ("assistant", "\n\nB"))
+    piece = instructions.piece(smollm2, jsonl.Chat(chat))
+    said = smollm2.decode([t for t in piece.targets if t != IGNORED], skip_special_tokens=False)
+    assert said == "\nA<|im_end|>\n\n\nB<|im_end|>\n"
+
+
+def test_a_vocabulary_that_puts_a_space_before_each_part_keeps_the_text():
+    """What is written by Unigram pieces is read as one; the piece that reaches over the border is learned."""
+    tokenizer = train_unigram(["two is two", "is it two or one", "one two one two"], 40, sentinels=4)
+    whole = tokenizer.encode("is it two", add_special_tokens=True)
+    piece = instructions.piece(tokenizer, jsonl.Completion("is it ", "two"))
+    assert piece.ids[: len(whole)] == whole and learned(tokenizer, piece).strip() == "two"
+
+
+def test_an_answer_that_begins_with_other_words_than_its_prompt_is_refused():
+    said = turns(("system", "S"), ("user", "Q"), ("assistant", "good"))
+    line = "chosen: begins with a system's message but not with the prompt; give the answer alone"
+    with pytest.raises(InputError, match=line):
+        pair(chatting(), jsonl.Preference("Q", said, turns(("assistant", "bad"))))
+    rejected = turns(("user", "other"), ("assistant", "bad"))
+    with pytest.raises(InputError, match="rejected: begins with a user's message but not with the prompt"):
+        pair(chatting(), jsonl.Preference("Q", turns(("assistant", "good")), rejected))
+    both = pair(chatting(), jsonl.Preference(said[:2], said, turns(("assistant", "bad"))))
+    assert chatting().decode(both.pieces[0].ids) == "<s>S.<u>Q.<a>good."

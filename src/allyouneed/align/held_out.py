@@ -60,6 +60,10 @@ class HeldOut:
             "ended": statistics.fmean(one.finish_reason == "stop" for one in completions),
         }
 
+    def gains(self) -> list[float]:
+        """By how much the last answer to each prompt is better than the first."""
+        return [after.score - before.score for before, after in zip(self.first, self.last, strict=True)]
+
     def write(self, folder: Path) -> None:
         """`samples.jsonl` and, to be read side by side, `samples.md`."""
         rows = [self._row(*pair) for pair in zip(self.first, self.last, strict=True)]

@@ -22,7 +22,7 @@ from allyouneed.align.samplers import Sampler, check_lengths
 from allyouneed.align.selection import Sampled, best, sample
 from allyouneed.core.errors import InputError, brief
 from allyouneed.core.seeds import derive
-from allyouneed.data.batches import Epochs
+from allyouneed.data.batches import Epochs, needed
 from allyouneed.data.packing import Batch, Piece, answer, pad_right
 from allyouneed.generate.language_model import Sampling, Turns
 from allyouneed.models.decoder import Decoder
@@ -63,7 +63,7 @@ class Rejection(Iterator[Batch]):
 
         def steps(self, prompts: int) -> int:
             """Of training, an iteration over so many prompts."""
-            return max(1, round(self.epochs * prompts / self.batch))
+            return needed(prompts, self.batch, self.epochs)
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from allyouneed.commands.quantising import new_folder
 from allyouneed.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,12 +24,13 @@ def register(app: typer.Typer) -> None:
 def merge(
     model: Annotated[str, typer.Argument(help="The base: a material, a folder, a hub id or a .gguf file.")],
     adapter: Annotated[Path, typer.Argument(help="A folder with an adapter in PEFT's layout.")],
-    out: Annotated[Path, typer.Argument(help="The folder of the merged model.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the merged model; it must not exist.")],
 ) -> None:
     """Add a LoRA adapter to the weights of its base and save the model (Hugging Face layout, float32)."""
     from allyouneed.models.checkpoints.adapters import merge_adapter
     from allyouneed.models.checkpoints.loading import load_module, load_tokenizer, save
 
+    new_folder(out)
     module, tokenizer = load_module(model), load_tokenizer(model)
     layers = merge_adapter(module, adapter)
     save(module, out, tokenizer)

@@ -46,7 +46,7 @@ def finetune(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="The peak rate; default: 6.25e-5·√(117 M/parameters), dpo and ipo 1e-6; of adapters tenfold."
+            help="The peak rate; default: 6.25e-5·√(117 M/parameters), dpo and ipo 1e-6, ppo 1e-5; of adapters tenfold."
         ),
     ] = None,
     auxiliary: Annotated[
@@ -113,6 +113,7 @@ def finetune(
     from allyouneed.commands.methods import estimates
     from allyouneed.commands.methods.base import Task
     from allyouneed.commands.methods.table import methods
+    from allyouneed.core.files import write_json
     from allyouneed.core.seeds import seed_everything
     from allyouneed.models.checkpoints.loading import load_module, load_tokenizer
     from allyouneed.models.heads import Head
@@ -145,11 +146,11 @@ def finetune(
     parameters = sum(p.numel() for p in job.module.parameters()) + stored(job.module)
     usual = known[method].lr or 6.25e-5 * math.sqrt(117e6 / parameters)
     rate = lr if lr is not None else min(1e-3, usual * (10 if lora else 1))
-    each = math.ceil(len(job.train) * job.repeats / batch)
+    each, steps = job.steps(epochs, batch)
     training = Training(
-        steps=max(1, round(epochs * each)),
+        steps=steps,
         optimizer=(PagedAdamW if paged else AdamW).Config(lr=rate, betas=(0.9, 0.999), weight_decay=0.01),
-        schedule=Linear(warmup=max(1, round(0.1 * epochs * each))),
+        schedule=Linear(warmup=max(1, round(0.1 * steps))),
         seed=seed,
         save_every=save_every or each,
         evaluate_every=each,
@@ -159,11 +160,15 @@ def finetune(
         _announce(job, model, method, training, batch, bad)
     asked = {"model": model, "learned": job.digest(task)} | ({"lora": lora.to_json()} if lora else {})
     asked |= {"quantise": storage.to_json()} if storage else {}
-    _same_task(out, fresh, first, asked)
+    if not fresh:
+        _check_task(out, asked)
+    batches = job.batches(batch, seed)
     found = dict(job.begin())
     if job.probe is not None and join().world == 1:
         print(f"estimate: {estimates.told(job, batch, training)}", file=sys.stderr)
     before = dict(job.judge(job.valid)) if job.before else {}
+    if first:
+        write_json(out / "task.json", asked)
 
     def evaluate(trained: nn.Module) -> Mapping[str, float]:
         return {f"valid_{name}": value for name, value in job.judge(job.valid).items()}
@@ -171,7 +176,7 @@ def finetune(
     trained = train(
         job.module.train(),
         job.objective,
-        job.batches(batch, seed),
+        batches,
         training,
         folder=out,
         evaluate=evaluate,
@@ -181,20 +186,17 @@ def finetune(
         job.module.load_state_dict(trained.averages, strict=False)
     results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
     results |= found | {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
-    results |= {"left_out": len(bad or ())}
+    results |= {"left_out": len(bad or ())} | ({"quantize": storage.kind} if storage else {})
     _keep(job, model, out, results, as_json)
 
 
-def _same_task(out: Path, fresh: bool, first: bool, task: Mapping[str, Any]) -> None:
-    """Refuse to go on in a folder where something else was being learned, and say what is learned in a new one."""
-    from allyouneed.core.files import read_json, write_json
+def _check_task(out: Path, task: Mapping[str, Any]) -> None:
+    """Refuse to go on in a folder where something else was being learned."""
+    from allyouneed.core.files import read_json
 
     path = out / "task.json"
-    if path.is_file() and not fresh and read_json(path) != task:
+    if path.is_file() and read_json(path) != task:
         raise InputError(f"{out}: another model, data or method was begun there; choose another --out, or add --fresh")
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(task))
 
 
 def _keep(job: Job, model: str, out: Path, results: dict[str, Any], as_json: bool) -> None:
@@ -208,13 +210,13 @@ def _keep(job: Job, model: str, out: Path, results: dict[str, Any], as_json: boo
 
     learned = job.model(whole(job.module.eval()))
     if join().rank == 0:
-        job.end(out)
+        results |= job.end(out)
         if lora.names(learned):
             adapters.keep(job, learned, model, out / "model")
         else:
             save(learned, out / "model", job.tokenizer)
         write_json(out / "results.json", results)
-        _show(results, out, as_json)
+        _show(results, out, model, as_json)
 
 
 def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad: list[str] | None) -> None:
@@ -242,6 +244,8 @@ def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad:
     shown.add_row("tokens", f"median {statistics.median(job.lengths):g}, longest {max(job.lengths)}")
     seen = training.steps * batch / job.repeats / len(job.train)
     shown.add_row("training", f"{training.steps} steps of {batch}, {seen:.1f} epochs; rate {training.optimizer.lr:.3g}")
+    if job.whole(batch) > 1:
+        shown.add_row("rounds", _rounds(training.steps, job.whole(batch)))
     console = Console(stderr=True, highlight=False)
     console.print(shown)
     for line in (bad or [])[:5]:
@@ -250,10 +254,27 @@ def _announce(job: Job, model: str, method: str, training: Any, batch: int, bad:
         console.print(f"left out: {len(bad) - 5} more")
 
 
-def _show(results: Mapping[str, Any], out: Path, as_json: bool) -> None:
+def _rounds(steps: int, whole: int) -> str:
+    """How often the model answers anew; once is not what who asks for a policy means."""
+    rounds = f"{math.ceil(steps / whole)} of {whole} steps"
+    if steps > whole:
+        return f"{rounds}, each on new answers"
+    return f"{rounds}: all is learned from answers of the model as it came; more --epochs have it answer anew"
+
+
+def _show(results: Mapping[str, Any], out: Path, model: str, as_json: bool) -> None:
+    from allyouneed.models.checkpoints.adapters import is_adapter
+
     if as_json:
         print(json.dumps(results))
         return
     for name, value in results.items():
         print(f"{name:<24} {f'{value:.4f}' if isinstance(value, float) else value}")
-    print(f"{out / 'model'}: the tuned model")
+    if not is_adapter(out / "model"):
+        print(f"{out / 'model'}: the tuned model")
+        return
+    kind = results.get("quantize")
+    over = f", judged over its layers in {kind}" if kind else ""
+    same = f" --quantize {kind}" if kind in ("nf4", "fp4") else ""  # those of 4 and 8 bits are packed otherwise there
+    served = f"allyouneed serve {model}{same} --adapter tuned={out / 'model'}"
+    print(f"{out / 'model'}: an adapter of {model}{over}; {served}")

@@ -35,8 +35,7 @@ def quantize(
     from allyouneed.adapt.quantise import Quantise, quantise
     from allyouneed.models.checkpoints.loading import load_module, load_tokenizer, save
 
-    if out.exists():
-        raise InputError(f"{out}: is there already; choose another folder")
+    new_folder(out)
     config = Quantise.Config(kind=kind, block=block, double=double, embedding=embedding)
     module = load_module(model)
     before = sum(p.numel() for p in module.parameters())
@@ -44,6 +43,16 @@ def quantize(
     save(module, out, load_tokenizer(model))
     facts = {"kind": kind, "layers": len(layers)} | _facts(module, out, before)
     print(json.dumps(facts) if as_json else _line(facts, out))
+
+
+def new_folder(out: Path) -> None:
+    """Refuse a folder that is there, which may be the model that is read.
+
+    Raises:
+        InputError: it exists.
+    """
+    if out.exists():
+        raise InputError(f"{out}: is there already; choose another folder")
 
 
 def config(kind: str | None, lora: Lora.Config | None) -> Quantise.Config | None:

@@ -7,6 +7,7 @@ holds is made elsewhere (`packing`, a small world's own function).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,15 @@ from allyouneed.core.seeds import generator
 from allyouneed.data.packing import Batch
 
 Example = TypeVar("Example")
+
+
+def needed(examples: int, batch_size: int, epochs: float = 1) -> int:
+    """Batches until each of so many examples was taken `epochs` times, the last one begun counting whole.
+
+    >>> needed(42, 16), needed(42, 16, epochs=3)
+    (3, 8)
+    """
+    return max(1, math.ceil(examples * epochs / batch_size))
 
 
 class Generated(Iterator[Batch]):

@@ -23,13 +23,12 @@ def piece(tokenizer: Tokenizer, record: jsonl.Record) -> Piece:
         InputError: an empty text, no chat template for messages, or no message of the assistant's.
     """
     if isinstance(record, jsonl.Text):
-        return _marked(tokenizer, record.text, (0, len(record.text)), "text")
+        return _marked(tokenizer, record.text, 0, "text")
     if isinstance(record, jsonl.Chat):
         return conversation(tokenizer, record.messages)
     assert isinstance(record, jsonl.Completion), f"no text to learn in {type(record).__name__}"
     if isinstance(record.prompt, str) and isinstance(record.completion, str):
-        whole = record.prompt + record.completion
-        return _marked(tokenizer, whole, (len(record.prompt), len(whole)), "completion")
+        return _marked(tokenizer, record.prompt + record.completion, len(record.prompt), "completion")
     prompt, completion = _turns("user", record.prompt), _turns("assistant", record.completion)
     return conversation(tokenizer, [*prompt, *completion], after=len(prompt))
 
@@ -86,7 +85,7 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[jsonl.Message], after:
         before = told
     if not learned:
         raise InputError("messages: none of the assistant's; there is nothing to learn")
-    return document(*_within(*tokenizer.places(before), learned))
+    return document(*_read(tokenizer, before, learned))
 
 
 def shown(tokenizer: Tokenizer, piece: Piece) -> str:
@@ -117,22 +116,35 @@ def _tells_who_speaks(template: str) -> bool:
     return first != second
 
 
-def _marked(tokenizer: Tokenizer, text: str, learned: tuple[int, int], name: str) -> Piece:
-    """A text with what the vocabulary puts around it and its end; only the characters `learned` are predicted."""
-    if not text[learned[0] :].strip():
+def _marked(tokenizer: Tokenizer, text: str, after: int, name: str) -> Piece:
+    """A text with what the vocabulary puts around it and its end; what comes `after` so many characters is learned."""
+    if not text[after:].strip():
         raise InputError(f"{name} is empty; a text is needed")
-    ids, marks = _within(*tokenizer.places(text, add_special_tokens=True), [learned])
-    end = tokenizer.eos_ids[:1]
-    if end and ids[-1] == end[0]:
-        return document(ids, [*marks[:-1], True])
-    return document([*ids, *end], marks + [True] * len(end))
+    ids, marks = _read(tokenizer, text, [(after, len(text))])
+    front, back = tokenizer.frame
+    end = () if back and back[-1] in tokenizer.eos_ids[:1] else tokenizer.eos_ids[:1]
+    behind = [*back, *end]
+    return document([*front, *ids, *behind], [False] * len(front) + marks + [True] * len(behind))
 
 
-def _within(
-    ids: list[int], places: Sequence[tuple[int, int]], learned: Sequence[tuple[int, int]]
-) -> tuple[list[int], list[bool]]:
-    """The ids, and which of them begin within the characters that are learned."""
-    return ids, [any(start <= place < end for start, end in learned) for place, _ in places]
+def _read(tokenizer: Tokenizer, text: str, learned: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """The ids of a text, and which of them stand for the characters that are learned.
+
+    A model that is asked reads the text before its answer alone. Where that gives other tokens than the whole text does
+    (of "Answer: " and "yes" one token would take the space and the word), what is before and what comes after are read
+    apart: what is learned is what can be answered then, and nothing is lost. Vocabularies that write another text so (a
+    space before each part) keep tokens that reach over the border, and these are learned.
+    """
+    ids, places = tokenizer.places(text)
+    asked = {start: tokenizer.encode(text[:start]) for start, _ in learned if start}
+    cuts = [start for start, before in asked.items() if ids[: len(before)] != before]
+    if cuts:
+        borders = [*zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        parts = [(start, *tokenizer.places(text[start:end])) for start, end in borders]
+        apart = [token for _, tokens, _ in parts for token in tokens]
+        if tokenizer.decode(apart, skip_special_tokens=False) == tokenizer.decode(ids, skip_special_tokens=False):
+            ids, places = apart, [(a + start, b + start) for start, _, found in parts for a, b in found]
+    return ids, [any(start < max(last, first + 1) and first < end for start, end in learned) for first, last in places]
 
 
 def _turns(role: str, given: jsonl.Turns) -> list[jsonl.Message]:

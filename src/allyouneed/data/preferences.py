@@ -46,7 +46,8 @@ def pair(tokenizer: Tokenizer, record: jsonl.Preference | jsonl.Graded) -> Ranke
     """
     pieces = []
     for name, given in (("chosen", record.chosen), ("rejected", record.rejected)):
-        answer = _after(record.prompt, given)
+        with about(name):
+            answer = _after(record.prompt, given)
         if not _said(answer).strip():
             raise InputError(f"{name} is empty; an answer is needed")
         with about(name):
@@ -88,10 +89,20 @@ def collate(examples: Sequence[Ranked]) -> Batch:
 
 
 def _after(prompt: jsonl.Turns, answer: jsonl.Turns) -> jsonl.Turns:
-    """The answer's own messages, where it is a whole conversation that begins with the prompt."""
+    """The answer's own messages, where it is a whole conversation that begins with the prompt.
+
+    Raises:
+        InputError: it begins with somebody else's words, and not with the prompt, which would stand there twice.
+    """
+    if isinstance(answer, str):
+        return answer
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    repeats = isinstance(answer, list) and len(answer) > len(turns) and answer[: len(turns)] == turns
-    return answer[len(turns) :] if repeats else answer
+    if len(answer) > len(turns) and answer[: len(turns)] == turns:
+        answer = answer[len(turns) :]
+    if _said(answer) and answer[0]["role"] in ("system", "user"):
+        role = answer[0]["role"]
+        raise InputError(f"begins with a {role}'s message but not with the prompt; give the answer alone")
+    return answer
 
 
 def _said(answer: jsonl.Turns) -> str:

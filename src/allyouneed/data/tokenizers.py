@@ -130,6 +130,13 @@ class Tokenizer:
             whole = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return whole.ids, whole.offsets
 
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the vocabulary's rules put before a text, and those after it."""
+        plain, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
+        at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[:at], whole[at + len(plain) :]
+
     def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
         """The ids of a text given as words, special tokens around it, and the number of the word that each is of."""
         self._check_texts(words)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,13 +78,25 @@ class Job:
     told: Mapping[str, str] = field(default_factory=dict)  # what else is said before training, a row each
     identity: Sequence[Any] = ()  # what beside examples and options makes it this job and no other
     repeats: int = 1  # steps that an example is learned from in an epoch
+    whole: Callable[[int], int] = lambda batch: 1  # steps that belong together, all on answers written before them
+    reference: Callable[[], AbstractContextManager[nn.Module]] | None = None  # what the module is held to
     model: Callable[[Any], Any] = lambda trained: trained  # what of the module is kept as the model
-    end: Callable[[Path], None] = lambda out: None  # what else is kept, in the run's folder
+    end: Callable[[Path], Mapping[str, Any]] = lambda out: {}  # keeps what else there is, in the run's folder; facts
+
+    def steps(self, epochs: float, batch: int) -> tuple[int, int]:
+        """Of one epoch, and of all of them, whole rounds."""
+        from allyouneed.data.batches import needed
+
+        each, whole = needed(len(self.train), batch, self.repeats), self.whole(batch)
+        return each, whole * max(1, round(epochs * each / whole))
 
     def digest(self, task: Task) -> str:
-        """Of all that is learned, in order, and how."""
-        learned = [[x.tolist() for x in one.values()] if isinstance(one, dict) else one for one in self.train]
-        said = repr((task.method, sorted(task.options.items()), list(self.identity), learned))
+        """Of all that is learned and judged by, in order, and how."""
+        read = [
+            [[x.tolist() for x in one.values()] if isinstance(one, dict) else one for one in examples]
+            for examples in (self.identity, self.train, self.valid)
+        ]
+        said = repr((task.method, sorted(task.options.items()), *read))
         return hashlib.sha256(said.encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ def told(job: Job, batch: int, training: Any) -> str:
     assert job.probe is not None, "nothing to try"
     kept, seconds = _tried(job, job.probe(), training)
     parameters = list(job.module.parameters())
-    held = sum(_size(x) for x in (*parameters, *job.module.buffers()))
+    held = sum(map(_size, _held(job)))
     state = STATE * sum(_size(p) for p in parameters if p.requires_grad)
     need, there = held + state + kept * batch / training.accumulate, memory(parameters[0].device)
     step = seconds * batch * sum(job.lengths) / len(job.train) / max(job.lengths)
     room = "" if there is None else f" of {_bytes(there)}" + (", which is too little" if need > there else "")
-    return f"about {_bytes(need)} of memory{room}; {step:.2g} s a step, {clock(step * training.steps)} in all"
+    beside = ", and what writing answers takes" if job.whole(batch) > 1 else ""
+    return f"about {_bytes(need)} of memory{room}; {step:.2g} s a step, {clock(step * training.steps)} in all{beside}"
 
 
 def _tried(job: Job, batch: dict[str, Tensor], training: Any) -> tuple[float, float]:
@@ -50,6 +52,13 @@ def _tried(job: Job, batch: dict[str, Tensor], training: Any) -> tuple[float, fl
     loss.total.backward()
     module.zero_grad(set_to_none=True)
     return sum(stored.values()), time.perf_counter() - began
+
+
+def _held(job: Job) -> list[Tensor]:
+    """All tensors of the module and of its reference, each once: a model without its adapters is no second one."""
+    with job.reference() if job.reference else nullcontext(job.module) as reference:
+        tensors = [x for module in (job.module, reference) for x in (*module.parameters(), *module.buffers())]
+    return list({id(x): x for x in tensors}.values())
 
 
 def _size(x: Tensor) -> int:

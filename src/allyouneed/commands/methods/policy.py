@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from allyouneed.align import references
+from allyouneed.align import experience, references
 from allyouneed.align.graders import open_reward
 from allyouneed.align.held_out import HeldOut
 from allyouneed.align.language_ppo import LanguagePPO
@@ -22,7 +24,9 @@ from allyouneed.commands.methods.base import Job, Method, Task, adapted, joined,
 from allyouneed.core.errors import InputError, about
 from allyouneed.core.seeds import derive
 from allyouneed.data import instructions, jsonl
+from allyouneed.data.packing import answer, pad_right
 from allyouneed.data.tokenizers import Tokenizer
+from allyouneed.evaluate.statistics import bootstrap
 from allyouneed.generate.language_model import Sampling, Turns
 from allyouneed.models.decoder import Decoder
 from allyouneed.objectives.next_token import next_token
@@ -45,7 +49,7 @@ class _Setting:
     judged: list[Turns]
     held: HeldOut
     answer: int  # the most tokens of an answer
-    lengths: list[int]  # tokens of each prompt to learn from
+    lengths: list[int]  # tokens of each prompt to learn from with the longest answer
 
     @property
     def told(self) -> dict[str, str]:
@@ -58,20 +62,24 @@ def ppo(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
     """The model as a policy with a critic, rollouts for it, and pretraining text beside them where there is some."""
     given, set_ = task.options, _setting(module, tokenizer, task)
     policy = LanguagePolicy(set_.model)
-    text = _text(tokenizer, task, max(set_.lengths) + set_.answer)
+    text = _text(tokenizer, task, max(set_.lengths))
     passes = _at_least(1, "passes", given.get("passes", 1))
 
-    def batches(size: int, seed: int) -> Batches:
+    def config(size: int) -> Rollouts.Config:
         counts: Any = {"episodes": given.get("samples", ROLLOUT * size), "minibatch": size, "epochs": passes}
         how: Any = {"max_new_tokens": set_.answer, "kl": _kl(given), "unended": given.get("unended")}
         with about("--samples and --batch"):
-            config = Rollouts.Config(**counts, **how)
+            return Rollouts.Config(**counts, **how)
+
+    def batches(size: int, seed: int) -> Batches:
         beside: Any = over(text, joined)(size, seed) if text else None
-        reads = (set_.held.reference, set_.reward, set_.learned, config)
+        reads = (set_.held.reference, set_.reward, set_.learned, config(size))
         return Rollouts(policy, set_.sampler, *reads, seed=seed, pretraining=beside, log=_log(task))
 
     weight = given.get("ptx_weight", 27.8)  # γ of Ouyang et al. 2022, app. C.4
-    return _job(set_, task, policy, LanguagePPO(ptx=weight if text else 0.0), batches, passes)
+    own = {"batches": batches, "repeats": passes, "whole": lambda size: config(size).steps, "identity": text}
+    row = experience.joined(_longest(set_), text[0]) if text else _longest(set_)
+    return _job(set_, task, policy, LanguagePPO(ptx=weight if text else 0.0), row, **own)
 
 
 def rejection(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
@@ -79,13 +87,17 @@ def rejection(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
     given, set_ = task.options, _setting(module, tokenizer, task)
     passes = _at_least(1, "passes", given.get("passes", 1))
 
+    count = _at_least(1, "samples", given.get("samples", 8))
+
+    def config(size: int) -> Rejection.Config:
+        return Rejection.Config(samples=count, max_new_tokens=set_.answer, batch=size, epochs=passes)
+
     def batches(size: int, seed: int) -> Batches:
-        count = _at_least(1, "samples", given.get("samples", 8))
-        config = Rejection.Config(samples=count, max_new_tokens=set_.answer, batch=size, epochs=passes)
-        reads = (set_.sampler, set_.reward, set_.learned, config)
+        reads = (set_.sampler, set_.reward, set_.learned, config(size))
         return Rejection(set_.model, *reads, seed=seed, log=_log(task))
 
-    return _job(set_, task, set_.model, next_token, batches, passes)
+    own = {"batches": batches, "repeats": passes, "whole": lambda size: config(size).steps(len(set_.learned))}
+    return _job(set_, task, set_.model, next_token, _longest(set_), **own)
 
 
 def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
@@ -94,33 +106,40 @@ def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
     name = task.options.get("reward")
     if name is None:
         raise InputError(f"--method {task.method}: --reward FILE.py, MODEL or URL says how good an answer is; add it")
-    answer = _at_least(1, "max-new-tokens", task.options.get("max_new_tokens", 64))
+    longest = _at_least(1, "max-new-tokens", task.options.get("max_new_tokens", 64))
     limit, reward = most(task.length, module.config.context), open_reward(name)
     reader = LocalSampler.of(module, tokenizer, width=1, tokens=1)
 
     def prompt(record: jsonl.Record) -> Turns:
         assert isinstance(record, jsonl.Prompt)
         asked: Any = record.prompt
-        check_length(reader, asked, answer, limit)
+        check_length(reader, asked, longest, limit)
         return cast("Turns", asked)
 
     learned, judged = parted(task, (jsonl.Prompt,), prompt)
-    lengths = [len(reader.prompt_ids(one)) for one in (*learned, *judged)]
-    sampler = LocalSampler.of(adapted(module, task), tokenizer, width=WIDTH, tokens=max(lengths) + answer)
-    drawn = Sampling(max_new_tokens=answer, seed=derive(task.seed, "held out"))
+    lengths = [len(reader.prompt_ids(one)) + longest for one in (*learned, *judged)]
+    sampler = LocalSampler.of(adapted(module, task), tokenizer, width=WIDTH, tokens=max(lengths))
+    drawn = Sampling(max_new_tokens=longest, seed=derive(task.seed, "held out"))
     held = HeldOut(module, sampler, references.of(module), reward, drawn)
-    return _Setting(module, sampler, reward, learned, judged, held, answer, lengths[: len(learned)])
+    return _Setting(module, sampler, reward, learned, judged, held, longest, lengths[: len(learned)])
 
 
-def _job(
-    set_: _Setting, task: Task, module: Any, objective: Any, batches: Callable[[int, int], Batches], passes: int
-) -> Job:
+def _longest(set_: _Setting) -> dict[str, Tensor]:
+    """A row as long as any that is learned from, as a rollout has it."""
+    size = max(set_.lengths) - set_.answer
+    row = pad_right([answer([0] * size, [0] * set_.answer)])
+    return row | {name: torch.zeros(row["ids"].shape) for name in experience.LEARNED if name not in row}
+
+
+def _job(set_: _Setting, task: Task, module: Any, objective: Any, row: dict[str, Tensor], **own: Any) -> Job:
     reward = task.options["reward"]
 
-    def end(out: Path) -> None:
+    def end(out: Path) -> dict[str, float]:
         set_.held.write(out)
         if isinstance(module, LanguagePolicy):  # of use where training goes on another time
             save_file(module.critic.state_dict(), out / "critic.safetensors")
+        gain = bootstrap(set_.held.gains())  # of prompts, each with its answers before and after
+        return {"reward_gain": gain.estimate, "reward_gain_low": gain.low, "reward_gain_high": gain.high}
 
     return Job(
         module=module,
@@ -128,14 +147,15 @@ def _job(
         objective=objective,
         train=set_.learned,
         valid=set_.judged,
-        batches=batches,
         lengths=set_.lengths,
+        probe=lambda: row,
         judge=set_.held.judge,
         before=True,
         told=set_.told | {"reward": reward},
-        repeats=passes,
+        reference=set_.held.reference,
         model=lambda trained: trained.model if isinstance(trained, LanguagePolicy) else trained,
         end=end,
+        **own,
     )
 
 

@@ -48,6 +48,7 @@ def prepare(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
         judge=pairs.judge,
         begin=pairs.begin,
         told=shown(tokenizer, learned[0]),
+        reference=pairs.reference,
     )
 
 
