@@ -104,6 +104,32 @@ def test_the_same_command_goes_on(models, data, tmp_path, capsys):
     assert code == 2 and "--fresh" in err
 
 
+def test_a_model_that_was_trained_on_in_between_is_another(models, data, tmp_path, capsys):
+    """Of the same name; and --fresh believes nothing that was read of the old one."""
+    given = (tmp_path / "model", data, "--method", "dpo", "--epochs", 1, "--out", tmp_path / "run")
+    tokenizer, module = load_tokenizer(models["decoder"]), load_module(models["decoder"])
+    save(module, tmp_path / "model", tokenizer)
+    assert run(*given, capsys=capsys)[0] == 0
+    with torch.no_grad():
+        module.blocks[0].mixer.out.weight[3] += 0.1
+    save(module, tmp_path / "model", tokenizer)
+    code, _, err = run(*given, capsys=capsys)
+    assert code == 2 and "another model" in err
+    kept = np.load(tmp_path / "run" / "reference.npy")
+    kept["logprobs"] = 0.0  # as no reference says
+    np.save(tmp_path / "run" / "reference.npy", kept)
+    code, _, err = run(*given, "--fresh", capsys=capsys)
+    assert code == 0, err
+    assert np.load(tmp_path / "run" / "reference.npy")["logprobs"].all()
+
+
+def test_another_batch_is_another_run(models, data, tmp_path, capsys):
+    given = (models["decoder"], data, "--method", "dpo", "--epochs", 1, "--out", tmp_path / "run")
+    assert run(*given, "--batch", 9, capsys=capsys)[0] == 0
+    code, _, err = run(*given, "--batch", 3, capsys=capsys)
+    assert code == 2 and "another model, data, method or --batch was begun there" in err
+
+
 def test_a_reward_model_is_transformers_own(models, data, tmp_path, capsys):
     given = (models["decoder"], data, "--method", "reward", "--epochs", 8, "--lr", 0.01, "--margin-field", "gap")
     code, told, err = run(*given, "--out", tmp_path / "run", "--json", capsys=capsys)

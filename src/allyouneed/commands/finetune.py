@@ -116,6 +116,7 @@ def finetune(
     from allyouneed.core.seeds import seed_everything
     from allyouneed.models.checkpoints.loading import load_module, load_tokenizer
     from allyouneed.models.heads import Head
+    from allyouneed.nn.digests import digest
     from allyouneed.train.loop import Training, train
     from allyouneed.train.optimizers import AdamW, PagedAdamW
     from allyouneed.train.ranks import join
@@ -138,8 +139,9 @@ def finetune(
     module, tokenizer = load_module(model), load_tokenizer(model)
     if isinstance(module, Head):
         module = module.model  # of what it was tuned to before only the layer is replaced
+    base = digest(module)
     bad: list[str] | None = [] if skip_bad else None
-    what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out}
+    what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out, "fresh": fresh}
     task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora, quantise=storage)
     job = known[method].prepare(module, tokenizer, task)
     parameters = sum(p.numel() for p in job.module.parameters()) + stored(job.module)
@@ -157,7 +159,8 @@ def finetune(
     first = join().rank == 0
     if first:
         _announce(job, model, method, training, batch, bad)
-    asked = {"model": model, "learned": job.digest(task)} | ({"lora": lora.to_json()} if lora else {})
+    asked: dict[str, Any] = {"model": model, "weights": base, "batch": batch, "learned": job.digest(task)}
+    asked |= {"lora": lora.to_json()} if lora else {}
     asked |= {"quantise": storage.to_json()} if storage else {}
     _same_task(out, fresh, first, asked)
     found = dict(job.begin())
@@ -191,7 +194,8 @@ def _same_task(out: Path, fresh: bool, first: bool, task: Mapping[str, Any]) -> 
 
     path = out / "task.json"
     if path.is_file() and not fresh and read_json(path) != task:
-        raise InputError(f"{out}: another model, data or method was begun there; choose another --out, or add --fresh")
+        what = "another model, data, method or --batch was begun there"
+        raise InputError(f"{out}: {what}; choose another --out, or add --fresh")
     if first:
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, dict(task))

@@ -54,6 +54,7 @@ class Task:
     seed: int
     out: Path  # the run's folder; what takes long to prepare may be kept there
     bad: list[str] | None  # where errors of lines go; None: the first one ends all
+    fresh: bool = False  # whether what was prepared before is of no use
     options: Mapping[str, Any]  # those of `OPTIONS` that were given
     lora: Lora.Config | None = None  # adapters to train instead of the model
     quantise: Quantise.Config | None = None  # how their base is stored
