@@ -181,6 +181,22 @@ def test_rejection_resumes_bit_for_bit(tmp_path, step):
     assert same(whole, again) and untimed(history.history) == untimed(trained.history)
 
 
+@pytest.mark.parametrize("changes", [{"epochs": 3.0}, {"samples": 2}, {"temperature": 0.5}])
+def test_a_state_of_rejection_under_other_settings_is_refused(changes):
+    model, batches = selecting()
+    next(batches)
+    (name,) = changes
+    config, state = batches.config.replace(**changes), batches.state_dict()
+    with pytest.raises(InputError, match=f"it was taken with {name}="):
+        Rejection(model, batches.sampler, REWARD, PROMPTS, config, seed=batches.seed).load_state_dict(state)
+    with pytest.raises(InputError, match="it was taken with seed="):
+        Rejection(model, batches.sampler, REWARD, PROMPTS, batches.config, seed=9).load_state_dict(state)
+    with pytest.raises(InputError, match="it was taken with prompts="):
+        Rejection(model, batches.sampler, REWARD, PROMPTS[::-1], batches.config, seed=batches.seed).load_state_dict(
+            state
+        )
+
+
 # Held-out prompts
 
 

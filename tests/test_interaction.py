@@ -261,6 +261,18 @@ def test_a_state_of_other_environments_is_refused():
         begun().load_state_dict({"generator": 1})
 
 
+@pytest.mark.parametrize("changes", [{"epochs": 1}, {"gamma": 0.9}, {"minibatch": 8}, {"kl": FixedKl(beta=1.0)}])
+def test_a_state_taken_under_other_settings_is_refused(changes):
+    one = begun()
+    next(one)
+    (name,) = changes
+    with pytest.raises(InputError, match=f"it was taken with {name}="):
+        begun(config=SMALL.replace(**changes)).load_state_dict(one.state_dict())
+    limited = Environments.Config(name="CartPole-v1", count=2, options={"max_episode_steps": 5}).build(seed=0)
+    with pytest.raises(InputError, match="their state has options="):
+        limited.load_state_dict(one.environments.state_dict())
+
+
 # rollouts
 
 

@@ -274,6 +274,26 @@ def test_a_state_of_something_else_is_refused():
         batches.load_state_dict(state | {"pretraining": {}})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 3}, "it was taken with epochs=2, this run has epochs=3"),
+        ({"gamma": 0.5}, "gamma=1.0, this run has gamma=0.5"),
+        ({"minibatch": 4}, "minibatch=8, this run has minibatch=4"),
+        ({"kl": FixedKl(beta=0.5)}, "kl="),
+        ({"prompts": PROMPTS[::-1]}, "prompts="),
+        ({"reference": references.of(policy(7).model)}, "reference="),
+    ],
+)
+def test_a_state_taken_under_other_settings_is_refused(changes, message):
+    one = rollouts(policy())
+    for _ in range(3):
+        next(one)
+    with pytest.raises(InputError, match=message):
+        rollouts(policy(), **changes).load_state_dict(one.state_dict())
+    rollouts(policy(), tolerance=1e-3).load_state_dict(one.state_dict())  # of no account to what is learned
+
+
 # What goes wrong
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from allyouneed import core
 from allyouneed.align.actor_critic import ActorCritic, Scale
 from allyouneed.align.environments import Environments
+from allyouneed.align.identity import check_same, identity
 from allyouneed.align.returns import Returns, RewardScale
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import derive, generator
@@ -75,6 +76,7 @@ class Interaction(core.Configured, Iterator[Batch]):
         self.number, self.place = 0, 0  # rollouts made, minibatches taken of the last
         self.rollout: Batch = {}
         self.minibatches: list[Batch] = []  # of the present epoch
+        self.identity = identity(config, seed)
 
     @property
     def updates(self) -> int:
@@ -82,7 +84,7 @@ class Interaction(core.Configured, Iterator[Batch]):
         return self.actions // self.config.minibatch * self.config.epochs
 
     def __next__(self) -> Batch:
-        if self.place == self.updates or not self.rollout:
+        if self.place >= self.updates or not self.rollout:
             self._roll()
         epoch, i = divmod(self.place, self.actions // self.config.minibatch)
         if i == 0:
@@ -97,6 +99,7 @@ class Interaction(core.Configured, Iterator[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, with all that is still to be learned of the last rollout."""
         state = {"number": self.number, "place": self.place, "beta": self.beta, "rollout": dict(self.rollout)}
+        state["made_by"] = self.identity
         if self.rewards is not None:
             state["rewards"] = self.rewards.state_dict()
         return state | {"environments": self.environments.state_dict(), "finished": self.finished.state_dict()}
@@ -105,10 +108,11 @@ class Interaction(core.Configured, Iterator[Batch]):
         """Go on where `state` was taken.
 
         Raises:
-            InputError: it is of other environments, another seed or another kind of iterator.
+            InputError: it is of other environments, settings, another seed or another kind of iterator.
         """
         if not isinstance(state.get("environments"), Mapping):
             raise InputError("data state: field 'environments' is missing; these batches are no rollouts")
+        check_same(state.get("made_by"), self.identity)
         self.environments.load_state_dict(state["environments"])
         self.finished.load_state_dict(state["finished"])
         if self.rewards is not None:

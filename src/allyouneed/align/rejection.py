@@ -15,6 +15,7 @@ from typing import Any
 
 from allyouneed import core
 from allyouneed.align.experience import places
+from allyouneed.align.identity import check_same, digest_of, identity
 from allyouneed.align.notes import Notes
 from allyouneed.align.references import evaluating
 from allyouneed.align.rewards import Reward
@@ -83,9 +84,10 @@ class Rejection(Iterator[Batch]):
         self.number, self.place = 0, 0  # iterations begun, batches taken of the last
         self.kept: dict[int, tuple[Piece, float]] = {}  # the best answer to each prompt by its number, and its score
         self.order = self._ordered()
+        self.identity = identity(config, seed, prompts=digest_of(prompts))
 
     def __next__(self) -> Batch:
-        if self.place == self.steps or not self.kept:
+        if self.place >= self.steps or not self.kept:
             self._iterate()
         self.place += 1
         return pad_right([self.kept[int(i)][0] for i in next(self.order)["places"]])
@@ -94,16 +96,17 @@ class Rejection(Iterator[Batch]):
         """Where it stands, with the answers kept so far."""
         pieces, scores = [piece for piece, _ in self.kept.values()], [score for _, score in self.kept.values()]
         kept = pad_right(pieces) if pieces else {}
-        return {"number": self.number, "place": self.place, "scores": scores, "kept": kept}
+        return {"number": self.number, "place": self.place, "scores": scores, "kept": kept, "made_by": self.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken.
 
         Raises:
-            InputError: it is of other prompts or another kind of iterator.
+            InputError: it is of other prompts, settings, another seed or another kind of iterator.
         """
         if "kept" not in state or len(state.get("scores", ())) not in (0, len(self.prompts)):
             raise InputError(f"data state: fields {brief(sorted(state))} are no answers to these prompts")
+        check_same(state.get("made_by"), self.identity)
         self.number, self.place = state["number"], state["place"]
         pieces = _pieces(state["kept"]) if state["kept"] else []
         self.kept = dict(enumerate(zip(pieces, state["scores"], strict=True)))
