@@ -186,7 +186,7 @@ class Lottery(gymnasium.Env):
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
-        drawn = np.random.random()  # noqa: NPY002
+        drawn = np.random.random()
         if self.ends:
             return np.zeros(1, np.float32), 0.0, drawn < 0.5, False, {}
         return np.array([drawn], np.float32), 0.0, False, False, {}
@@ -199,10 +199,10 @@ def test_an_environment_that_does_not_follow_from_its_seed_is_not_resumed(ends):
         one, other = (Environments.Config(name="Lottery-v0", count=4).build(seed=0) for _ in range(2))
     finally:
         del gymnasium.registry["Lottery-v0"]
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     for _ in range(3):
         one.step(np.zeros(4, dtype=np.int64))
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     with pytest.raises(InputError, match="'Lottery-v0': the same seed and actions led elsewhere; it cannot be resumed"):
         other.load_state_dict(one.state_dict())
 

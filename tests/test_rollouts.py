@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from tiny_policy import PROMPTS, TOKENIZER, policy, rollouts, run, settings, small
 from tiny_run import At, same, untimed
 
+from allyouneed.adapt.lora import Lora, adapt, parameters
 from allyouneed.align import experience, references
 from allyouneed.align.language_ppo import LanguagePPO
 from allyouneed.align.policies import LanguagePolicy, Read, ValueModel
@@ -25,7 +27,7 @@ from allyouneed.core.errors import InputError
 from allyouneed.core.metrics import read
 from allyouneed.data.batches import Windows
 from allyouneed.data.packing import IGNORED, answer, pad_right
-from allyouneed.models import llama
+from allyouneed.models import gpt2, llama
 from allyouneed.models.heads import Classifier
 from allyouneed.objectives.likelihood import likelihood, token_logprobs
 from allyouneed.objectives.next_token import next_token
@@ -154,9 +156,17 @@ def test_micro_batches_add_up_to_the_batch():
 
 
 def test_before_the_first_step_the_surrogate_is_flat_and_nothing_is_clipped():
-    acting = policy()
-    batch = next(rollouts(acting))
-    loss = LanguagePPO()(acting.eval(), batch)
+    """In train mode, of a policy that drops what it is trained on otherwise."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "context": 48, "dim": 16, "num_layers": 2, "num_heads": 2}
+    acting = LanguagePolicy(gpt2.architecture(**sizes, dropout=0.3).build())
+    lora = Lora.Config(rank=2, dropout=0.5, targets="all-linear")
+    adapt(acting.model, lora)
+    for pair in parameters(acting.model).values():
+        torch.nn.init.normal_(pair, std=0.1)
+    batch = next(rollouts(acting.train(), reference=lambda: nullcontext(acting.model)))
+    loss = LanguagePPO()(acting, batch)
+    assert acting.training and loss.total.requires_grad
     assert loss.metrics["far"] == 0 and abs(loss.metrics["kl_of_step"].item()) < 1e-6
 
 
@@ -295,6 +305,12 @@ def test_a_state_taken_under_other_settings_is_refused(changes, message):
 
 
 # What goes wrong
+
+
+def test_another_precision_than_that_of_the_old_numbers_is_refused():
+    acting = policy()
+    with pytest.raises(InputError, match="precision=bf16: log-probabilities are compared with others"):
+        run(acting, rollouts(acting), training=settings(precision="bf16"))
 
 
 def test_a_reward_that_is_no_number_is_named_and_the_last_checkpoint_stands(tmp_path):

@@ -107,7 +107,9 @@ class Environments(core.Configured):
         found = {**state, "episodes": len(state.get("episodes", ()))}
         for key, value in mine.items():
             if found.get(key) != value:
-                raise InputError(f"environments: their state has {key}={found.get(key)}, this run {value}; start it anew")
+                raise InputError(
+                    f"environments: their state has {key}={found.get(key)}, this run {value}; start it anew"
+                )
         if "observations" not in state:
             raise InputError("environments: their state has no observations to compare with; start the run anew")
         self.episodes = np.array(state["episodes"]) - 1

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.core.modes import evaluating
+from allyouneed.objectives.likelihood import check_exact
 from allyouneed.objectives.loss import Loss
 from allyouneed.objectives.next_token import IGNORED
 from allyouneed.objectives.policy import kl_k3, mix, value_loss
@@ -19,7 +21,8 @@ class LanguagePPO(core.Config):
     """−(clipped surrogate) + c·(clipped value loss), a mean over the answers' tokens, + γ·(loss of a pretraining token)
     (Ouyang et al. 2022, eq. 2; Ziegler et al. 2019, and their code for the constants).
 
-    The penalty for leaving the reference is in the rewards. Called with a `LanguagePolicy` and a batch. Metrics: the
+    The penalty for leaving the reference is in the rewards. Nothing is dropped, since π_old was read so: else the ratio
+    were off 1 before the first step. Called with a `LanguagePolicy` and a batch. Metrics: the
     terms, the share of tokens whose ratio is `far` from 1, and `kl_of_step`, KL[π_old, π] of the answers' tokens.
     """
 
@@ -30,7 +33,9 @@ class LanguagePPO(core.Config):
 
     def __call__(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         """The loss of some rows, a target being a token of an answer."""
-        read, told = module(batch), batch["targets"] != IGNORED
+        check_exact(batch["old_logprobs"])
+        with evaluating(module):
+            read, told = module(batch), batch["targets"] != IGNORED
         text = batch.get("pretraining")
         acted = told if text is None else told & (text == 0)[:, None]
         policy = self.of_answers(read.logprobs, read.values, batch, acted)

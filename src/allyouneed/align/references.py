@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from allyouneed.adapt import lora
 from allyouneed.core.errors import InputError
+from allyouneed.core.modes import evaluating
 from allyouneed.core.progress import Progress
 from allyouneed.data.packing import IGNORED
 from allyouneed.data.preferences import Ranked, collate
@@ -54,16 +55,6 @@ def of(module: nn.Module) -> Reference:
         yield frozen
 
     return copied
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[nn.Module]:
-    """Within, `module` drops nothing."""
-    training = module.training
-    try:
-        yield module.eval()
-    finally:
-        module.train(training)
 
 
 def logprobs(

@@ -17,11 +17,11 @@ from allyouneed import core
 from allyouneed.align.experience import places
 from allyouneed.align.identity import check_same, digest_of, identity
 from allyouneed.align.notes import Notes
-from allyouneed.align.references import evaluating
 from allyouneed.align.rewards import Reward
 from allyouneed.align.samplers import Sampler, check_lengths
 from allyouneed.align.selection import Sampled, best, sample
 from allyouneed.core.errors import InputError, brief
+from allyouneed.core.modes import evaluating
 from allyouneed.core.seeds import derive
 from allyouneed.data.batches import Epochs
 from allyouneed.data.packing import Batch, Piece, answer, pad_right
@@ -126,22 +126,37 @@ class Rejection(Iterator[Batch]):
         with evaluating(self.model):
             self.sampler.renew()
             drawn = sample(self.sampler, self.prompts, self.reward, c.samples, sampling)
-        chosen = [best(found) for found in drawn]
+        ended = [[one for one in found if one.completion.finish_reason == "stop"] for found in drawn]
+        chosen = [best(found) if found else None for found in ended]  # what was cut off is not to be learned as whole
         better = self._keep(chosen)
         self.number, self.place = self.number + 1, 0
         self.order = self._ordered()
-        means = {"reward": (one.score for found in drawn for one in found), "best": (one.score for one in chosen)}
-        means |= {"kept": (score for _, score in self.kept.values())}
-        facts = {name: statistics.fmean(scores) for name, scores in means.items()}
+        facts = self._facts(drawn, [one for one in chosen if one is not None])
         self.notes.add({"step": self.number, **facts, "better": better, "seconds": time.perf_counter() - began})
 
-    def _keep(self, chosen: Sequence[Sampled]) -> int:
-        """Put these in the places of worse ones; how many."""
-        better = [i for i, one in enumerate(chosen) if i not in self.kept or one.score > self.kept[i][1]]
-        for i in better:
-            one = chosen[i]
-            self.kept[i] = answer(self.sampler.prompt_ids(one.prompt), one.completion.token_ids), one.score
-        return len(better)
+    def _facts(self, drawn: Sequence[Sequence[Sampled]], chosen: Sequence[Sampled]) -> dict[str, float]:
+        """Means of all answers' rewards, of the best ones' and of what is kept, and the share of answers that ended."""
+        every = [one for found in drawn for one in found]
+        scores = {"reward": every, "best": chosen}
+        facts = {name: statistics.fmean(one.score for one in some) for name, some in scores.items()}
+        facts["kept"] = statistics.fmean(score for _, score in self.kept.values())
+        return facts | {"ended": statistics.fmean(one.completion.finish_reason == "stop" for one in every)}
+
+    def _keep(self, chosen: Sequence[Sampled | None]) -> int:
+        """Put these in the places of worse ones; how many.
+
+        Raises:
+            InputError: there is nothing to learn, since no answer ever came to an end.
+        """
+        better = 0
+        for i, one in enumerate(chosen):
+            if one is not None and (i not in self.kept or one.score > self.kept[i][1]):
+                ids = self.sampler.prompt_ids(one.prompt)
+                self.kept[i], better = (answer(ids, one.completion.token_ids), one.score), better + 1
+        if not self.kept:
+            tokens = f"max_new_tokens={self.config.max_new_tokens}"
+            raise InputError(f"rejection: no answer came to an end within {tokens}; give more, or train by sft first")
+        return better
 
 
 def _pieces(rows: Batch) -> list[Piece]:

@@ -22,10 +22,11 @@ from allyouneed.align import experience
 from allyouneed.align.identity import check_same, digest_of, identity
 from allyouneed.align.notes import Notes
 from allyouneed.align.policies import LanguagePolicy
-from allyouneed.align.references import Reference, evaluating
+from allyouneed.align.references import Reference
 from allyouneed.align.rewards import Reward, scored
 from allyouneed.align.samplers import Sampler, check_lengths
 from allyouneed.core.errors import InputError, brief
+from allyouneed.core.modes import evaluating
 from allyouneed.core.seeds import derive, generator
 from allyouneed.data.batches import Epochs
 from allyouneed.data.packing import IGNORED, Batch, answer, pad_right, take

@@ -97,6 +97,17 @@ class Method:
     prepare: Callable[[Any, Tokenizer, Task], Job]
     options: frozenset[str] = frozenset()
     lr: float | None = None
+    exact: bool = False  # whether what is trained is compared with numbers that were read in fp32
+
+    def check_precision(self, name: str, precision: str) -> None:
+        """Refuse a precision in which two readings of one text differ.
+
+        Raises:
+            InputError: names both.
+        """
+        if self.exact and precision != "fp32":
+            line = f"--method {name}: precision={precision}, but its reference is read in fp32 and compared with"
+            raise InputError(f"{line}; leave precision as it is")
 
     def check(self, name: str, given: Mapping[str, Any], others: Mapping[str, Method]) -> None:
         """Refuse what this method has no use for.

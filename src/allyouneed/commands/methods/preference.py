@@ -96,6 +96,6 @@ def _objective(task: Task, beta: float) -> Any:
 
 RATE = 1e-6  # Rafailov et al. 2023, app. B
 METHODS = {
-    "dpo": Method(prepare, frozenset({"beta", "label_smoothing"}), RATE),
-    "ipo": Method(prepare, frozenset({"beta"}), RATE),
+    "dpo": Method(prepare, frozenset({"beta", "label_smoothing"}), RATE, exact=True),
+    "ipo": Method(prepare, frozenset({"beta"}), RATE, exact=True),
 }
