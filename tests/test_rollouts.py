@@ -19,11 +19,12 @@ from tiny_run import At, same, untimed
 
 from allyouneed.adapt.lora import Lora, adapt, parameters
 from allyouneed.align import experience, references
+from allyouneed.align.interaction import Interaction
 from allyouneed.align.language_ppo import LanguagePPO
 from allyouneed.align.policies import LanguagePolicy, Read, ValueModel
 from allyouneed.align.rewards import EachOf
 from allyouneed.align.rollouts import Rollouts
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, RemoteError
 from allyouneed.core.metrics import read
 from allyouneed.data.batches import Windows
 from allyouneed.data.packing import IGNORED, answer, pad_right
@@ -31,7 +32,7 @@ from allyouneed.models import gpt2, llama
 from allyouneed.models.heads import Classifier
 from allyouneed.objectives.likelihood import likelihood, token_logprobs
 from allyouneed.objectives.next_token import next_token
-from allyouneed.objectives.policy import FixedKl, ProportionalKl
+from allyouneed.objectives.policy import AdaptiveKl, FixedKl, ProportionalKl
 from allyouneed.objectives.ppo import Clipped
 from allyouneed.train.checkpoints import weights
 from allyouneed.train.optimizers import AdamW
@@ -359,6 +360,38 @@ def test_sizes_that_do_not_fit_are_refused():
         rollouts(policy(), minibatch=5)
     with pytest.raises(InputError, match="epochs=0; at least 1"):
         rollouts(policy(), epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: Rollouts.Config(gamma=1.5), "rollouts.gamma=1.5; from 0 to 1"),
+        (lambda: Rollouts.Config(lam=-0.1), "rollouts.lam=-0.1; from 0 to 1"),
+        (lambda: Interaction.Config(gamma=float("nan")), "interaction.gamma=nan; from 0 to 1"),
+        (lambda: Interaction.Config(minibatch=1), "interaction.minibatch=1; at least 2"),
+        (lambda: LanguagePPO(value_epsilon=-0.2), "value_epsilon=-0.2; 0 or more"),
+        (lambda: LanguagePPO(ptx=-1.0), "ptx=-1.0; 0 or more"),
+        (lambda: AdaptiveKl(target=0.0), "kl.target=0.0; nats above 0"),
+        (lambda: ProportionalKl(target=-6.0), "kl.target=-6.0; nats above 0"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(made, message):
+    with pytest.raises(InputError, match=message):
+        made()
+
+
+def test_a_judge_that_is_lost_ends_the_run_with_its_step(tmp_path):
+    calls = count()
+
+    def lost(prompts, completions):
+        if next(calls):
+            raise RemoteError("http://judge: 503", 503)
+        return [0.0] * len(prompts)
+
+    acting = policy()
+    with pytest.raises(RemoteError, match="step 5: http://judge: 503; training stops, the last checkpoint") as found:
+        run(acting, rollouts(acting, lost), tmp_path, training=settings(save_every=4))
+    assert found.value.status == 503
 
 
 def test_what_is_saved_of_lora_is_what_is_trained():

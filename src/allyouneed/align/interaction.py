@@ -24,7 +24,7 @@ from allyouneed.align.identity import check_same, identity
 from allyouneed.align.returns import Returns, RewardScale
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import derive, generator
-from allyouneed.objectives.policy import AdaptiveKl, FixedKl, gae, whiten
+from allyouneed.objectives.policy import AdaptiveKl, FixedKl, check_discounts, gae, whiten
 
 Batch = dict[str, Tensor]
 
@@ -56,9 +56,10 @@ class Interaction(core.Configured, Iterator[Batch]):
         scale_rewards: bool = False  # by the deviation of discounted returns, as the authors' code has it
 
         def __post_init__(self) -> None:
-            for name in ("steps", "epochs", "minibatch"):
-                if getattr(self, name) < 1:
-                    raise InputError(f"interaction.{name}={getattr(self, name)}; at least 1 is needed")
+            for name, least in (("steps", 1), ("epochs", 1), ("minibatch", 2)):  # advantages of one have no deviation
+                if getattr(self, name) < least:
+                    raise InputError(f"interaction.{name}={getattr(self, name)}; at least {least} is needed")
+            check_discounts("interaction", self.gamma, self.lam)
 
     def __init__(self, config: Config, module: ActorCritic, environments: Environments, *, seed: int) -> None:
         self.config, self.module, self.environments, self.seed = config, module, environments, seed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.core.errors import InputError
 from allyouneed.core.modes import evaluating
 from allyouneed.objectives.likelihood import check_exact
 from allyouneed.objectives.loss import Loss
@@ -30,6 +32,12 @@ class LanguagePPO(core.Config):
     value_epsilon: float | None = 0.2
     value_weight: float = 0.1  # c, of half the squared error
     ptx: float = 0.0  # γ; Ouyang et al.: 27.8
+
+    def __post_init__(self) -> None:
+        for name in ("value_epsilon", "value_weight", "ptx"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name}={value}; 0 or more is needed")
 
     def __call__(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         """The loss of some rows, a target being a token of an answer."""

@@ -33,7 +33,7 @@ from allyouneed.data.packing import IGNORED, Batch, answer, pad_right, take
 from allyouneed.generate.language_model import Completion, Sampling, Turns
 from allyouneed.nn.digests import digest
 from allyouneed.objectives.likelihood import likelihood
-from allyouneed.objectives.policy import AdaptiveKl, FixedKl, ProportionalKl
+from allyouneed.objectives.policy import AdaptiveKl, FixedKl, ProportionalKl, check_discounts
 
 SAME = 1e-6  # nats: what policy and reference may differ by before training
 
@@ -88,6 +88,7 @@ class Rollouts(Iterator[Batch]):
             for name in ("episodes", "minibatch", "epochs", "max_new_tokens"):
                 if getattr(self, name) < 1:
                     raise InputError(f"rollouts.{name}={getattr(self, name)}; at least 1 is needed")
+            check_discounts("rollouts", self.gamma, self.lam)
             if self.episodes % self.minibatch:
                 pair = f"rollouts.episodes={self.episodes} and minibatch={self.minibatch}"
                 raise InputError(f"{pair}; the one must be a multiple of the other")
