@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -83,13 +84,18 @@ def test_ppo_trains_adapters_alone(files, capsys):
 
 
 def test_rejection_learns_from_its_best_answers(files, capsys):
+    ending = policy().model
+    with torch.no_grad():  # of eight tokens one or two are the end
+        ending.embedding.weight[:, 0] += 1.0
+        ending.head.weight[TOKENIZER.eos_ids[0], 0] = 0.8
+    save(ending, files / "tiny", TOKENIZER)
     how = ("--method", "rejection", "--epochs", 3, "--passes", 4, "--samples", 8)
     code, told = finetune(files, *how, *small(files), "--json", capsys=capsys)
     assert code == 0
     results, rows = json.loads(told), list(read(files / "out/rollouts.jsonl"))
     assert results["reward"] > results["reward_before"] + 0.05 and len(rows) == 3
     assert all(row["kept"] >= row["best"] > row["reward"] for row in rows)
-    assert rows[0]["better"] == 44 and rows[-1]["kept"] >= rows[0]["kept"]
+    assert rows[0]["ended"] > 0.3 and rows[0]["better"] > 40 and rows[-1]["kept"] >= rows[0]["kept"]
     assert not (files / "out/critic.safetensors").exists()
 
 
@@ -137,9 +143,19 @@ def test_a_reward_that_fails_ends_the_run_and_the_same_command_goes_on(files, ca
 # Rejection sampling as batches
 
 
+class Ending(LocalSampler):
+    """Says of the answers to some prompts that they came to an end; of an untrained model hardly one does."""
+
+    ends: frozenset[str] | set[str] = frozenset(PROMPTS)
+
+    def complete(self, prompts, sampling):
+        found = zip(prompts, super().complete(prompts, sampling), strict=True)
+        return [replace(one, finish_reason="stop" if prompt in self.ends else "length") for prompt, one in found]
+
+
 def selecting(seed: int = 0, **options: object) -> tuple[Decoder, Rejection]:
     model = policy(seed).model
-    sampler = LocalSampler.of(model, TOKENIZER, width=16, tokens=32)
+    sampler = Ending.of(model, TOKENIZER, width=16, tokens=32)
     config = Rejection.Config(**{"samples": 4, "max_new_tokens": 8, "batch": 4, "epochs": 2} | options)
     return model, Rejection(model, sampler, REWARD, PROMPTS, config, seed=0)
 
@@ -163,6 +179,23 @@ def test_each_iteration_keeps_what_is_better_than_all_before():
         ids = [token for token in piece.targets if token >= 0]
         assert TOKENIZER.decode(piece.ids[:4]) == prompt
         assert score == REWARD([prompt], [TOKENIZER.decode(ids)])[0]
+
+
+def test_what_was_cut_off_is_not_learned_and_its_prompt_waits():
+    _, batches = selecting()
+    batches.sampler.ends = {PROMPTS[2], PROMPTS[7]}
+    rows = [row for _ in range(6) for row in next(batches)["ids"].tolist()]
+    assert {TOKENIZER.decode(row[:4]) for row in rows} == batches.sampler.ends and len(rows) == 24
+    assert batches.notes.rows[0]["better"] == 2 and batches.notes.rows[0]["ended"] == pytest.approx(2 / 12)
+    _, resumed = selecting()
+    resumed.sampler.ends = batches.sampler.ends = {PROMPTS[0], PROMPTS[7]}
+    resumed.load_state_dict(batches.state_dict())
+    assert all(torch.equal(next(batches)["ids"], next(resumed)["ids"]) for _ in range(4))
+    assert sorted(batches.kept) == sorted(resumed.kept) == [0, 2, 7]
+    _, none = selecting()
+    none.sampler.ends = set()
+    with pytest.raises(InputError, match="no answer came to an end within max_new_tokens=8"):
+        next(none)
 
 
 @pytest.mark.parametrize("step", [3, 6, 8])

@@ -32,7 +32,9 @@ from allyouneed.models.decoder import Decoder
 class Rejection(Iterator[Batch]):
     """Batches of `ids`, `targets` and `segments`, (B, T): the best answer to each prompt of all iterations so far.
 
-    Llama 2 first learned from the last iteration alone and lost abilities by it, then kept the best of all before.
+    An answer that was cut off is not learned, else its cut would be taken for its end: a prompt without one that ended
+    is passed over until there is one. Llama 2 first learned from the last iteration alone and lost abilities by it,
+    then kept the best of all before.
     `state_dict` holds the answers that are being learned from.
 
     Args:
@@ -80,7 +82,7 @@ class Rejection(Iterator[Batch]):
         check_lengths(sampler, prompts, config.max_new_tokens, model.limit)
         self.model, self.sampler, self.reward = model, sampler, reward
         self.prompts, self.config, self.seed, self.notes = prompts, config, seed, Notes(log)
-        self.steps = config.steps(len(prompts))
+        self.steps = config.steps(len(prompts))  # an iteration; where some are passed over, the others come more often
         self.number, self.place = 0, 0  # iterations begun, batches taken of the last
         self.kept: dict[int, tuple[Piece, float]] = {}  # the best answer to each prompt by its number, and its score
         self.order = self._ordered()
@@ -90,13 +92,15 @@ class Rejection(Iterator[Batch]):
         if self.place >= self.steps or not self.kept:
             self._iterate()
         self.place += 1
-        return pad_right([self.kept[int(i)][0] for i in next(self.order)["places"]])
+        numbers = sorted(self.kept)
+        return pad_right([self.kept[numbers[i]][0] for i in next(self.order)["places"].tolist()])
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, with the answers kept so far."""
-        pieces, scores = [piece for piece, _ in self.kept.values()], [score for _, score in self.kept.values()]
-        kept = pad_right(pieces) if pieces else {}
-        return {"number": self.number, "place": self.place, "scores": scores, "kept": kept, "made_by": self.identity}
+        numbers = sorted(self.kept)
+        pieces, scores = [self.kept[i][0] for i in numbers], [self.kept[i][1] for i in numbers]
+        kept = {"numbers": numbers, "scores": scores, "kept": pad_right(pieces) if pieces else {}}
+        return {"number": self.number, "place": self.place, **kept, "made_by": self.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken.
@@ -104,19 +108,19 @@ class Rejection(Iterator[Batch]):
         Raises:
             InputError: it is of other prompts, settings, another seed or another kind of iterator.
         """
-        if "kept" not in state or len(state.get("scores", ())) not in (0, len(self.prompts)):
+        if "kept" not in state or len(state.get("scores", ())) != len(state.get("numbers", ())):
             raise InputError(f"data state: fields {brief(sorted(state))} are no answers to these prompts")
         check_same(state.get("made_by"), self.identity)
         self.number, self.place = state["number"], state["place"]
         pieces = _pieces(state["kept"]) if state["kept"] else []
-        self.kept = dict(enumerate(zip(pieces, state["scores"], strict=True)))
+        self.kept = dict(zip(state["numbers"], zip(pieces, state["scores"], strict=True), strict=True))
         self.order = self._ordered()
         self.order.drawn = self.place * self.config.batch
 
     def _ordered(self) -> Epochs[int]:
-        """The order of this iteration."""
+        """The order of this iteration, over the answers there are; before the first, of nothing that counts."""
         seed = derive(self.seed, "rejection", self.number)
-        return Epochs(range(len(self.prompts)), batch_size=self.config.batch, collate=places, seed=seed)
+        return Epochs(range(max(1, len(self.kept))), batch_size=self.config.batch, collate=places, seed=seed)
 
     def _iterate(self) -> None:
         """Have all prompts answered K times and keep what is better than what there was."""
