@@ -165,7 +165,7 @@ def test_the_same_command_goes_on_bit_for_bit(models, tmp_path, capsys):
         adapters.append(load_file(tmp_path / name / "model/adapter_model.safetensors"))
     assert all(torch.equal(x, adapters[1][key]) for key, x in adapters[0].items())
     code, _, err = run(*given[:2], "--lora", 3, "--out", tmp_path / "whole", capsys=capsys)
-    assert code == 2 and "another model, data or method was begun there" in err
+    assert code == 2 and "another model, data, method or --batch was begun there" in err
 
 
 @pytest.mark.parametrize(

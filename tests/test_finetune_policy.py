@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,13 +87,18 @@ def test_ppo_trains_adapters_alone(files, capsys):
 
 
 def test_rejection_learns_from_its_best_answers(files, capsys):
+    ending = policy().model
+    with torch.no_grad():  # of eight tokens one or two are the end
+        ending.embedding.weight[:, 0] += 1.0
+        ending.head.weight[TOKENIZER.eos_ids[0], 0] = 0.8
+    save(ending, files / "tiny", TOKENIZER)
     how = ("--method", "rejection", "--epochs", 3, "--passes", 4, "--samples", 8)
     code, told = finetune(files, *how, *small(files), "--json", capsys=capsys)
     assert code == 0
     results, rows = json.loads(told), list(read(files / "out/rollouts.jsonl"))
     assert results["reward"] > results["reward_before"] + 0.05 and len(rows) == 3
     assert all(row["kept"] >= row["best"] > row["reward"] for row in rows)
-    assert rows[0]["better"] == 44 and rows[-1]["kept"] >= rows[0]["kept"]
+    assert rows[0]["ended"] > 0.3 and rows[0]["better"] > 40 and rows[-1]["kept"] >= rows[0]["kept"]
     assert not (files / "out/critic.safetensors").exists()
 
 
@@ -185,9 +191,19 @@ def test_text_beside_and_what_is_judged_by_belong_to_a_run(files, capsys, change
 # Rejection sampling as batches
 
 
+class Ending(LocalSampler):
+    """Says of the answers to some prompts that they came to an end; of an untrained model hardly one does."""
+
+    ends: frozenset[str] | set[str] = frozenset(PROMPTS)
+
+    def complete(self, prompts, sampling):
+        found = zip(prompts, super().complete(prompts, sampling), strict=True)
+        return [replace(one, finish_reason="stop" if prompt in self.ends else "length") for prompt, one in found]
+
+
 def selecting(seed: int = 0, **options: object) -> tuple[Decoder, Rejection]:
     model = policy(seed).model
-    sampler = LocalSampler.of(model, TOKENIZER, width=16, tokens=32)
+    sampler = Ending.of(model, TOKENIZER, width=16, tokens=32)
     config = Rejection.Config(**{"samples": 4, "max_new_tokens": 8, "batch": 4, "epochs": 2} | options)
     return model, Rejection(model, sampler, REWARD, PROMPTS, config, seed=0)
 
@@ -213,6 +229,23 @@ def test_each_iteration_keeps_what_is_better_than_all_before():
         assert score == REWARD([prompt], [TOKENIZER.decode(ids)])[0]
 
 
+def test_what_was_cut_off_is_not_learned_and_its_prompt_waits():
+    _, batches = selecting()
+    batches.sampler.ends = {PROMPTS[2], PROMPTS[7]}
+    rows = [row for _ in range(6) for row in next(batches)["ids"].tolist()]
+    assert {TOKENIZER.decode(row[:4]) for row in rows} == batches.sampler.ends and len(rows) == 24
+    assert batches.notes.rows[0]["better"] == 2 and batches.notes.rows[0]["ended"] == pytest.approx(2 / 12)
+    _, resumed = selecting()
+    resumed.sampler.ends = batches.sampler.ends = {PROMPTS[0], PROMPTS[7]}
+    resumed.load_state_dict(batches.state_dict())
+    assert all(torch.equal(next(batches)["ids"], next(resumed)["ids"]) for _ in range(4))
+    assert sorted(batches.kept) == sorted(resumed.kept) == [0, 2, 7]
+    _, none = selecting()
+    none.sampler.ends = set()
+    with pytest.raises(InputError, match="no answer came to an end within max_new_tokens=8"):
+        next(none)
+
+
 @pytest.mark.parametrize("step", [3, 6, 8])
 def test_rejection_resumes_bit_for_bit(tmp_path, step):
     """An iteration is six steps."""
@@ -227,6 +260,22 @@ def test_rejection_resumes_bit_for_bit(tmp_path, step):
     again, resumed = selecting(seed=1)
     history = learned(again, resumed, tmp_path)
     assert same(whole, again) and untimed(history.history) == untimed(trained.history)
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 3.0}, {"samples": 2}, {"temperature": 0.5}])
+def test_a_state_of_rejection_under_other_settings_is_refused(changes):
+    model, batches = selecting()
+    next(batches)
+    (name,) = changes
+    config, state = batches.config.replace(**changes), batches.state_dict()
+    with pytest.raises(InputError, match=f"it was taken with {name}="):
+        Rejection(model, batches.sampler, REWARD, PROMPTS, config, seed=batches.seed).load_state_dict(state)
+    with pytest.raises(InputError, match="it was taken with seed="):
+        Rejection(model, batches.sampler, REWARD, PROMPTS, batches.config, seed=9).load_state_dict(state)
+    with pytest.raises(InputError, match="it was taken with prompts="):
+        Rejection(model, batches.sampler, REWARD, PROMPTS[::-1], batches.config, seed=batches.seed).load_state_dict(
+            state
+        )
 
 
 # Held-out prompts

@@ -35,11 +35,30 @@ class Parrot:
 
 def test_the_answer_is_sampled_with_the_order_everywhere_and_learned_with_it_once():
     parrot = Parrot()
-    (found,) = ghost.haunted(parrot, [ASKED], ["Be brief."], Sampling())
+    ((number, found),) = ghost.haunted(parrot, [ASKED], ["Be brief."], Sampling()).items()
+    assert number == 0
     assert [m["content"] for m in parrot.prompts[0]] == ["Be brief. Hi", "Hello", "Be brief. Bye"]
     assert [m["content"] for m in found] == ["Be brief. Hi", "Hello", "Bye", "2"]
     assert [m["role"] for m in found] == ["user", "assistant", "user", "assistant"]
     assert ASKED[0]["content"] == "Hi"  # nothing was written into what was given
+
+
+class Interrupted(Parrot):
+    """Comes to an end with the second of three dialogues alone: the first is cut, the last says nothing."""
+
+    def complete(self, prompts, sampling):
+        return [Completion("Well,", "length", 1, 1), Completion("Bye", "stop", 1, 1), Completion(" ", "stop", 1, 1)][
+            : len(prompts)
+        ]
+
+
+def test_an_answer_that_is_not_whole_is_left_out():
+    found = ghost.haunted(Interrupted(), [ASKED] * 3, ["Be brief.", "Be kind.", "Be quick."], Sampling())
+    assert {number: (one[0]["content"], one[-1]["content"]) for number, one in found.items()} == {
+        1: ("Be kind. Hi", "Bye")
+    }
+    with pytest.raises(InputError, match="all 1 answers are empty or were cut off; max_new_tokens=128"):
+        ghost.haunted(Interrupted(), [ASKED], ["Be brief."], Sampling())
 
 
 def test_only_the_last_answer_is_learned():

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -171,6 +172,41 @@ def test_environments_are_made_again_where_they_were(name):
     assert one.state_dict()["episodes"] == other.state_dict()["episodes"]
 
 
+class Lottery(gymnasium.Env):
+    """Keeps no rule: draws from NumPy's global generator, how far it goes and, where it `ends`, when it is over."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, ends: bool) -> None:
+        self.ends = ends
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        drawn = np.random.random()
+        if self.ends:
+            return np.zeros(1, np.float32), 0.0, drawn < 0.5, False, {}
+        return np.array([drawn], np.float32), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_environment_that_does_not_follow_from_its_seed_is_not_resumed(ends):
+    gymnasium.register("Lottery-v0", Lottery, kwargs={"ends": ends})
+    try:
+        one, other = (Environments.Config(name="Lottery-v0", count=4).build(seed=0) for _ in range(2))
+    finally:
+        del gymnasium.registry["Lottery-v0"]
+    np.random.seed(0)
+    for _ in range(3):
+        one.step(np.zeros(4, dtype=np.int64))
+    np.random.seed(1)
+    with pytest.raises(InputError, match="'Lottery-v0': the same seed and actions led elsewhere; it cannot be resumed"):
+        other.load_state_dict(one.state_dict())
+
+
 def test_where_an_episode_ended_another_begins_and_both_observations_are_told():
     envs = Environments.Config(name="CartPole-v1", count=2, options={"max_episode_steps": 5}).build(seed=0)
     for _ in range(4):
@@ -196,7 +232,7 @@ def test_observations_of_several_parts_are_flattened():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("CartPole-v11", {}, "."),
+        ("CartPole-v11", {}, "environment 'CartPole-v11': Environment version `v11` .* doesn't exist"),
         ("CartPol-v1", {}, "unknown environment 'CartPol-v1'; did you mean 'CartPole-v1'"),
         ("CartPole-v1", {"gravity_of": 3}, "environment 'CartPole-v1': .*gravity_of"),
     ],
@@ -223,6 +259,18 @@ def test_a_state_of_other_environments_is_refused():
             Environments.Config(name=name, count=count).build(seed=seed).load_state_dict(one.state_dict())
     with pytest.raises(InputError, match="these batches are no rollouts"):
         begun().load_state_dict({"generator": 1})
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 1}, {"gamma": 0.9}, {"minibatch": 8}, {"kl": FixedKl(beta=1.0)}])
+def test_a_state_taken_under_other_settings_is_refused(changes):
+    one = begun()
+    next(one)
+    (name,) = changes
+    with pytest.raises(InputError, match=f"it was taken with {name}="):
+        begun(config=SMALL.replace(**changes)).load_state_dict(one.state_dict())
+    limited = Environments.Config(name="CartPole-v1", count=2, options={"max_episode_steps": 5}).build(seed=0)
+    with pytest.raises(InputError, match="their state has options="):
+        limited.load_state_dict(one.environments.state_dict())
 
 
 # rollouts

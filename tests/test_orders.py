@@ -146,6 +146,17 @@ def test_a_labeller_without_opinion_decides_by_lot():
             Labeller.Config(**wrong)
 
 
+class Lowest(random.Random):
+    """Draws the one end of [0, 1) that it can."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+def test_the_lowest_draw_is_noise_like_another():
+    assert sorted(Labeller.Config(temperature=0.1).build().rank([0.1, 0.2], Lowest(0))) == [0, 1]
+
+
 def test_helpful_and_safe_contradict_each_other_where_it_is_unsafe_only():
     world, source = Guarded.Config().build(), random.Random(0)
     asked = world.asked(600, seed=0)

@@ -136,6 +136,33 @@ def test_a_reward_model_reads_answers_as_they_are_learned_whatever_stands_beside
     assert len({round(score, 5) for score in found}) == 3
 
 
+def test_what_a_reward_model_cannot_read_whole_is_refused():
+    model = llama.EXAMPLE.replace(vocab_size=257).build()
+    head = Classifier(Classifier.Config(model=model.config, labels=("reward",), bias=False, dropout=0.0), model)
+    reward = RewardModel(head, TOKENIZER, "mine")
+    with pytest.raises(InputError, match=r"reward mine: .* tokens exceed its context of 48, for the completion 'bbb"):
+        reward(["a", "a"], ["b", "b" * 60])
+
+
+def test_a_file_may_hold_dataclasses_and_look_beside_it(tmp_path):
+    (tmp_path / "beside_the_reward.py").write_text("WORTH = 2.0")
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_reward import WORTH\n"
+    )
+    text += "@dataclass\nclass A:\n    x: float = WORTH\ndef reward(prompt, completion):\n    return A().x\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert from_file(tmp_path / "mine.py")(["a"], ["b"]) == [2.0]
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)")
+    with pytest.raises(InputError, match=r"ends.py: SystemExit: 3"):
+        from_file(tmp_path / "ends.py")
+
+
+@pytest.mark.parametrize("score", [torch.zeros(2), torch.zeros(1, 2), 10**400, "much"])
+def test_a_score_of_another_shape_is_named(score):
+    with pytest.raises(InputError, match=r"reward mine: gave .* for the completion 'b' of the prompt 'a'"):
+        scored(EachOf(lambda prompt, completion: score, "mine"), ["a"], ["b"])
+
+
 def test_a_model_of_several_labels_is_no_reward_model():
     with pytest.raises(InputError, match="x: tells 2 labels; a reward model is a decoder with one output"):
         RewardModel(head(("good", "bad")), TOKENIZER, "x")
@@ -163,6 +190,15 @@ def test_a_judge_is_asked_again_only_where_it_gave_no_grade():
     texts = [prompt[0]["content"] for prompt, _ in lm.asked]
     assert "[Answer]\n{prompt}\n" in texts[0] and "user: Hi" in texts[2] and "from 1 (of no use) to 10" in texts[0]
     assert texts[3] == texts[4] == texts[1] and [s.temperature for _, s in lm.asked] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("said", "grade"),
+    [("8", 8), (" 3.5/10\n", 3.5), ("Grade: 2", 2), ("grade: 9/10.", 9), ("10.", 10)]
+    + [(x, None) for x in ("On a scale of 1 to 10: 8", "11", "1 to 10", "8/5", "I give 7 points", "-3", "")],
+)
+def test_a_grade_is_a_number_alone(said, grade):
+    assert Judge(Grader())._grade(said) == grade
 
 
 def test_a_judge_that_never_grades_is_named():

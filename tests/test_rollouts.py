@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,22 @@ import torch
 from tiny_policy import PROMPTS, TOKENIZER, policy, rollouts, run, settings, small
 from tiny_run import At, same, untimed
 
+from allyouneed.adapt.lora import Lora, adapt, parameters
 from allyouneed.align import experience, references
+from allyouneed.align.interaction import Interaction
 from allyouneed.align.language_ppo import LanguagePPO
 from allyouneed.align.policies import LanguagePolicy, Read, ValueModel
 from allyouneed.align.rewards import EachOf
 from allyouneed.align.rollouts import Rollouts
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, RemoteError
 from allyouneed.core.metrics import read
 from allyouneed.data.batches import Windows
 from allyouneed.data.packing import IGNORED, answer, pad_right
-from allyouneed.models import llama
+from allyouneed.models import gpt2, llama
 from allyouneed.models.heads import Classifier
 from allyouneed.objectives.likelihood import likelihood, token_logprobs
 from allyouneed.objectives.next_token import next_token
-from allyouneed.objectives.policy import FixedKl, ProportionalKl
+from allyouneed.objectives.policy import AdaptiveKl, FixedKl, ProportionalKl
 from allyouneed.objectives.ppo import Clipped
 from allyouneed.train.checkpoints import weights
 from allyouneed.train.optimizers import AdamW
@@ -154,9 +157,17 @@ def test_micro_batches_add_up_to_the_batch():
 
 
 def test_before_the_first_step_the_surrogate_is_flat_and_nothing_is_clipped():
-    acting = policy()
-    batch = next(rollouts(acting))
-    loss = LanguagePPO()(acting.eval(), batch)
+    """In train mode, of a policy that drops what it is trained on otherwise."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "context": 48, "dim": 16, "num_layers": 2, "num_heads": 2}
+    acting = LanguagePolicy(gpt2.architecture(**sizes, dropout=0.3).build())
+    lora = Lora.Config(rank=2, dropout=0.5, targets="all-linear")
+    adapt(acting.model, lora)
+    for pair in parameters(acting.model).values():
+        torch.nn.init.normal_(pair, std=0.1)
+    batch = next(rollouts(acting.train(), reference=lambda: nullcontext(acting.model)))
+    loss = LanguagePPO()(acting, batch)
+    assert acting.training and loss.total.requires_grad
     assert loss.metrics["far"] == 0 and abs(loss.metrics["kl_of_step"].item()) < 1e-6
 
 
@@ -274,7 +285,33 @@ def test_a_state_of_something_else_is_refused():
         batches.load_state_dict(state | {"pretraining": {}})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 3}, "it was taken with epochs=2, this run has epochs=3"),
+        ({"gamma": 0.5}, "gamma=1.0, this run has gamma=0.5"),
+        ({"minibatch": 4}, "minibatch=8, this run has minibatch=4"),
+        ({"kl": FixedKl(beta=0.5)}, "kl="),
+        ({"prompts": PROMPTS[::-1]}, "prompts="),
+        ({"reference": references.of(policy(7).model)}, "reference="),
+    ],
+)
+def test_a_state_taken_under_other_settings_is_refused(changes, message):
+    one = rollouts(policy())
+    for _ in range(3):
+        next(one)
+    with pytest.raises(InputError, match=message):
+        rollouts(policy(), **changes).load_state_dict(one.state_dict())
+    rollouts(policy(), tolerance=1e-3).load_state_dict(one.state_dict())  # of no account to what is learned
+
+
 # What goes wrong
+
+
+def test_another_precision_than_that_of_the_old_numbers_is_refused():
+    acting = policy()
+    with pytest.raises(InputError, match="precision=bf16: log-probabilities are compared with others"):
+        run(acting, rollouts(acting), training=settings(precision="bf16"))
 
 
 def test_a_reward_that_is_no_number_is_named_and_the_last_checkpoint_stands(tmp_path):
@@ -323,6 +360,38 @@ def test_sizes_that_do_not_fit_are_refused():
         rollouts(policy(), minibatch=5)
     with pytest.raises(InputError, match="epochs=0; at least 1"):
         rollouts(policy(), epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: Rollouts.Config(gamma=1.5), "rollouts.gamma=1.5; from 0 to 1"),
+        (lambda: Rollouts.Config(lam=-0.1), "rollouts.lam=-0.1; from 0 to 1"),
+        (lambda: Interaction.Config(gamma=float("nan")), "interaction.gamma=nan; from 0 to 1"),
+        (lambda: Interaction.Config(minibatch=1), "interaction.minibatch=1; at least 2"),
+        (lambda: LanguagePPO(value_epsilon=-0.2), "value_epsilon=-0.2; 0 or more"),
+        (lambda: LanguagePPO(ptx=-1.0), "ptx=-1.0; 0 or more"),
+        (lambda: AdaptiveKl(target=0.0), "kl.target=0.0; nats above 0"),
+        (lambda: ProportionalKl(target=-6.0), "kl.target=-6.0; nats above 0"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(made, message):
+    with pytest.raises(InputError, match=message):
+        made()
+
+
+def test_a_judge_that_is_lost_ends_the_run_with_its_step(tmp_path):
+    calls = count()
+
+    def lost(prompts, completions):
+        if next(calls):
+            raise RemoteError("http://judge: 503", 503)
+        return [0.0] * len(prompts)
+
+    acting = policy()
+    with pytest.raises(RemoteError, match="step 5: http://judge: 503; training stops, the last checkpoint") as found:
+        run(acting, rollouts(acting, lost), tmp_path, training=settings(save_every=4))
+    assert found.value.status == 503
 
 
 def test_what_is_saved_of_lora_is_what_is_trained():

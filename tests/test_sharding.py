@@ -25,7 +25,9 @@ from torch.distributed.tensor import DTensor
 
 from allyouneed.core.errors import InputError, RankLostError
 from allyouneed.core.metrics import read
+from allyouneed.core.modes import evaluating
 from allyouneed.data.batches import Epochs
+from allyouneed.models import gpt2
 from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.objectives.next_token import next_token
 from allyouneed.train import checkpoints as saving
@@ -363,6 +365,20 @@ def test_recomputing_keeps_less_and_gives_the_same_gradient(family):
         gradients.append([p.grad for p in module.parameters()])
         kept.append(total)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_recomputing_drops_nothing_where_nothing_was_dropped():
+    """The gradient is computed after the mode of the forward pass was left."""
+    gradients = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        module = gpt2.architecture(vocab_size=20, context=16, dim=16, num_layers=2, num_heads=2, dropout=0.5).build()
+        with sharding.recomputed(module.train(), asked):
+            with evaluating(module):
+                total = module(torch.arange(16)[None]).logits.square().sum()
+            total.backward()
+        gradients.append([p.grad for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 # Meshes that do not fit

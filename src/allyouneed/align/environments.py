@@ -60,6 +60,7 @@ class Environments(core.Configured):
 
     def __init__(self, config: Config, *, seed: int) -> None:
         self.name, self.count, self.seed = config.name, config.count, seed
+        self.options = repr(sorted(config.options.items()))
         self.vector = _made(config)
         self.space = self.vector.single_observation_space
         self.actions: Choice | Push = actions_of(self.vector.single_action_space, self.name)
@@ -91,9 +92,10 @@ class Environments(core.Configured):
         self.vector.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Which episode each is in, and what has been done in it."""
+        """Which episode each is in, what has been done in it, and where it led."""
         taken = {str(i): torch.from_numpy(np.array(actions)) for i, actions in enumerate(self.taken) if actions}
-        return {"episodes": self.episodes.tolist(), "taken": taken, "seed": self.seed, "name": self.name}
+        there = {"observations": torch.from_numpy(self.observations.copy())}
+        return {"episodes": self.episodes.tolist(), "taken": taken, **self._identity, **there}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Live through the present episodes again.
@@ -101,30 +103,39 @@ class Environments(core.Configured):
         Raises:
             InputError: the state is of other environments or another seed, or an episode went otherwise this time.
         """
-        mine = {"name": self.name, "seed": self.seed, "episodes": len(self.episodes)}
-        found = {"name": state.get("name"), "seed": state.get("seed"), "episodes": len(state.get("episodes", ()))}
+        mine = {**self._identity, "episodes": len(self.episodes)}
+        found = {**state, "episodes": len(state.get("episodes", ()))}
         for key, value in mine.items():
-            if found[key] != value:
-                raise InputError(f"environments: their state has {key}={found[key]}, this run {value}; start it anew")
+            if found.get(key) != value:
+                raise InputError(
+                    f"environments: their state has {key}={found.get(key)}, this run {value}; start it anew"
+                )
+        if "observations" not in state:
+            raise InputError("environments: their state has no observations to compare with; start the run anew")
         self.episodes = np.array(state["episodes"]) - 1
         observations = self._begun(np.ones(self.count, dtype=bool))
         for i, actions in state["taken"].items():
             observations[int(i)] = self._relived(int(i), list(actions.numpy()))
+        if not np.array_equal(observations, state["observations"].numpy(), equal_nan=True):
+            raise self._elsewhere()
         self.observations = observations
 
     def _relived(self, i: int, actions: list[Any]) -> NDArray[np.float32]:
         """Where environment i is after `actions` in the episode just begun."""
-        ended: Any = False
         for action in actions:
-            assert not ended
             found, _, terminated, truncated, _ = self.vector.envs[i].step(action)
-            ended = terminated or truncated
-        if ended:
-            raise InputError(
-                f"environment {self.name!r}: the same seed and actions led elsewhere; it cannot be resumed"
-            )
+            if terminated or truncated:  # the episode goes on in the state
+                raise self._elsewhere()
         self.taken[i] = actions
         return self._read(_batch_of(found, self.space))[0]
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"name": self.name, "seed": self.seed, "options": self.options}
+
+    def _elsewhere(self) -> InputError:
+        line = f"environment {self.name!r}: the same seed and actions led elsewhere; it cannot be resumed"
+        return InputError(f"{line}; let it draw from self.np_random alone")
 
     def _begun(self, where: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Begin another episode in some environments; the observations of all."""

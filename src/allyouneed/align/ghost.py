@@ -43,12 +43,16 @@ def stated(dialogue: Dialogue, instruction: str) -> list[Message]:
 
 def haunted(
     lm: LanguageModel, dialogues: Sequence[Dialogue], instructions: Sequence[str], sampling: Sampling
-) -> list[list[Message]]:
+) -> dict[int, list[Message]]:
     """Dialogues to learn from: each ends with a message of the user's, is answered under the instruction restated
     everywhere, and comes with that answer and the instruction stated once. Answers between are what they were.
 
+    Returns:
+        By the number of the dialogue. One whose answer is empty or was cut off is left out, since it would be learned
+        as whole.
+
     Raises:
-        InputError: a dialogue does not end with the user.
+        InputError: a dialogue does not end with the user, or none was answered whole.
     """
     for number, dialogue in enumerate(dialogues):
         if not dialogue or dialogue[-1]["role"] != "user":
@@ -57,10 +61,15 @@ def haunted(
             )
     asked = [restated(*pair) for pair in zip(dialogues, instructions, strict=True)]
     answers = lm.complete(asked, sampling)
-    return [
-        [*stated(dialogue, instruction), {"role": "assistant", "content": answer.text.strip()}]
-        for dialogue, instruction, answer in zip(dialogues, instructions, answers, strict=True)
-    ]
+    whole = {i: one.text.strip() for i, one in enumerate(answers) if one.finish_reason == "stop" and one.text.strip()}
+    if answers and not whole:
+        given = f"max_new_tokens={sampling.max_new_tokens}"
+        raise InputError(
+            f"ghost attention: all {len(answers)} answers are empty or were cut off; {given} may be too few"
+        )
+    return {
+        i: [*stated(dialogues[i], instructions[i]), {"role": "assistant", "content": text}] for i, text in whole.items()
+    }
 
 
 def piece(tokenizer: Tokenizer, dialogue: Dialogue) -> Piece:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,26 @@ class RewardModel:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Turns], completions: Sequence[str]) -> list[float]:
-        """The layer's output at each answer's last token, its end."""
+        """The layer's output at each answer's last token, its end.
+
+        Raises:
+            InputError: prompt and answer are longer than the model's context.
+        """
         found: list[float] = []
         pieces = [self._piece(*pair) for pair in zip(prompts, completions, strict=True)]
+        self._check_lengths(pieces, prompts, completions)
         for start in range(0, len(pieces), self.rows):
             batch = pad_right(pieces[start : start + self.rows])
             rows = {name: batch[name][:, None].to(self.head.model.device) for name in ("ids", "segments")}
             found += rewards(self.head, rows)[:, 0].tolist()
         return found
+
+    def _check_lengths(self, pieces: Sequence[Piece], prompts: Sequence[Turns], completions: Sequence[str]) -> None:
+        limit = self.head.model.limit
+        for piece, *pair in zip(pieces, prompts, completions, strict=True):
+            if limit is not None and len(piece.ids) > limit:
+                line = f"reward {self.name}: {len(piece.ids)} tokens exceed its context of {limit}"
+                raise InputError(f"{line}, for {shown(*pair)}; have shorter answers, or a reward model that reads more")
 
     def _piece(self, prompt: Turns, completion: str) -> Piece:
         """As it was learned from; an answer without text, which is never learned from, likewise."""
@@ -74,8 +87,9 @@ class RewardModel:
 class Judge:
     """The reward of a language model that is asked for a grade: any of `LanguageModel`, mostly a remote one.
 
-    Zheng et al. 2023 (arXiv:2306.05685, sec. 3.1, single answer grading). The first number of what it says counts; one
-    that says none is asked `tries` times, the first time greedily.
+    Zheng et al. 2023 (arXiv:2306.05685, sec. 3.1, single answer grading). What it says counts if it is a number
+    alone, n/10 with the highest grade for 10, or "Grade: n"; else it is asked again, `tries` times, the first time
+    greedily.
 
     Args:
         lm: the judge.
@@ -120,8 +134,8 @@ class Judge:
         return re.sub(r"\{(prompt|completion|lowest|highest)\}", lambda found: values[found[1]], self.template)
 
     def _grade(self, text: str) -> float | None:
-        found = re.search(r"-?\d+(\.\d+)?", text)
-        grade = None if found is None else float(found[0])
+        found = re.fullmatch(rf"(?:grade:)?\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*{self.highest:g})?\.?", text.strip(), re.I)
+        grade = None if found is None else float(found[1])
         return grade if grade is not None and self.lowest <= grade <= self.highest else None
 
 
@@ -170,8 +184,14 @@ def _run(path: Path) -> dict[str, Any]:
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: a Python file is wanted, whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
+    sys.path.insert(0, folder := str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
         raise InputError(f"{path}: {said(error)}") from error
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
     return vars(module)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from allyouneed.align.references import Reference, evaluating
+from allyouneed.align.references import Reference
 from allyouneed.align.rewards import Reward, scored, text_of
 from allyouneed.align.samplers import Sampler
 from allyouneed.align.selection import Sampled
 from allyouneed.core.files import write_text
+from allyouneed.core.modes import evaluating
 from allyouneed.data.packing import answer, pad_right
 from allyouneed.generate.language_model import Sampling, Turns
 from allyouneed.models.decoder import Decoder

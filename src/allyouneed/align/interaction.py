@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from allyouneed import core
 from allyouneed.align.actor_critic import ActorCritic, Scale
 from allyouneed.align.environments import Environments
+from allyouneed.align.identity import check_same, identity
 from allyouneed.align.returns import Returns, RewardScale
 from allyouneed.core.errors import InputError
 from allyouneed.core.seeds import derive, generator
-from allyouneed.objectives.policy import AdaptiveKl, FixedKl, gae, whiten
+from allyouneed.objectives.policy import AdaptiveKl, FixedKl, check_discounts, gae, whiten
 
 Batch = dict[str, Tensor]
 
@@ -55,9 +56,10 @@ class Interaction(core.Configured, Iterator[Batch]):
         scale_rewards: bool = False  # by the deviation of discounted returns, as the authors' code has it
 
         def __post_init__(self) -> None:
-            for name in ("steps", "epochs", "minibatch"):
-                if getattr(self, name) < 1:
-                    raise InputError(f"interaction.{name}={getattr(self, name)}; at least 1 is needed")
+            for name, least in (("steps", 1), ("epochs", 1), ("minibatch", 2)):  # advantages of one have no deviation
+                if getattr(self, name) < least:
+                    raise InputError(f"interaction.{name}={getattr(self, name)}; at least {least} is needed")
+            check_discounts("interaction", self.gamma, self.lam)
 
     def __init__(self, config: Config, module: ActorCritic, environments: Environments, *, seed: int) -> None:
         self.config, self.module, self.environments, self.seed = config, module, environments, seed
@@ -75,6 +77,7 @@ class Interaction(core.Configured, Iterator[Batch]):
         self.number, self.place = 0, 0  # rollouts made, minibatches taken of the last
         self.rollout: Batch = {}
         self.minibatches: list[Batch] = []  # of the present epoch
+        self.identity = identity(config, seed)
 
     @property
     def updates(self) -> int:
@@ -82,7 +85,7 @@ class Interaction(core.Configured, Iterator[Batch]):
         return self.actions // self.config.minibatch * self.config.epochs
 
     def __next__(self) -> Batch:
-        if self.place == self.updates or not self.rollout:
+        if self.place >= self.updates or not self.rollout:
             self._roll()
         epoch, i = divmod(self.place, self.actions // self.config.minibatch)
         if i == 0:
@@ -97,6 +100,7 @@ class Interaction(core.Configured, Iterator[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, with all that is still to be learned of the last rollout."""
         state = {"number": self.number, "place": self.place, "beta": self.beta, "rollout": dict(self.rollout)}
+        state["made_by"] = self.identity
         if self.rewards is not None:
             state["rewards"] = self.rewards.state_dict()
         return state | {"environments": self.environments.state_dict(), "finished": self.finished.state_dict()}
@@ -105,10 +109,11 @@ class Interaction(core.Configured, Iterator[Batch]):
         """Go on where `state` was taken.
 
         Raises:
-            InputError: it is of other environments, another seed or another kind of iterator.
+            InputError: it is of other environments, settings, another seed or another kind of iterator.
         """
         if not isinstance(state.get("environments"), Mapping):
             raise InputError("data state: field 'environments' is missing; these batches are no rollouts")
+        check_same(state.get("made_by"), self.identity)
         self.environments.load_state_dict(state["environments"])
         self.finished.load_state_dict(state["finished"])
         if self.rewards is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from allyouneed import core
+from allyouneed.core.errors import InputError
+from allyouneed.core.modes import evaluating
+from allyouneed.objectives.likelihood import check_exact
 from allyouneed.objectives.loss import Loss
 from allyouneed.objectives.next_token import IGNORED
 from allyouneed.objectives.policy import kl_k3, mix, value_loss
@@ -19,7 +23,8 @@ class LanguagePPO(core.Config):
     """−(clipped surrogate) + c·(clipped value loss), a mean over the answers' tokens, + γ·(loss of a pretraining token)
     (Ouyang et al. 2022, eq. 2; Ziegler et al. 2019, and their code for the constants).
 
-    The penalty for leaving the reference is in the rewards. Called with a `LanguagePolicy` and a batch. Metrics: the
+    The penalty for leaving the reference is in the rewards. Nothing is dropped, since π_old was read so: else the ratio
+    were off 1 before the first step. Called with a `LanguagePolicy` and a batch. Metrics: the
     terms, the share of tokens whose ratio is `far` from 1, and `kl_of_step`, KL[π_old, π] of the answers' tokens.
     """
 
@@ -28,9 +33,17 @@ class LanguagePPO(core.Config):
     value_weight: float = 0.1  # c, of half the squared error
     ptx: float = 0.0  # γ; Ouyang et al.: 27.8
 
+    def __post_init__(self) -> None:
+        for name in ("value_epsilon", "value_weight", "ptx"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name}={value}; 0 or more is needed")
+
     def __call__(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         """The loss of some rows, a target being a token of an answer."""
-        read, told = module(batch), batch["targets"] != IGNORED
+        check_exact(batch["old_logprobs"])
+        with evaluating(module):
+            read, told = module(batch), batch["targets"] != IGNORED
         text = batch.get("pretraining")
         acted = told if text is None else told & (text == 0)[:, None]
         policy = self.of_answers(read.logprobs, read.values, batch, acted)

@@ -6,6 +6,7 @@ Holds who the reference is and where its numbers are kept. Shapes: n examples, B
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 
 from allyouneed.adapt import lora
 from allyouneed.core.errors import InputError
+from allyouneed.core.modes import evaluating
 from allyouneed.core.progress import Progress
 from allyouneed.data.packing import IGNORED
 from allyouneed.data.preferences import Ranked, collate
+from allyouneed.nn.digests import digest
 from allyouneed.objectives.policy import kl_divergence, kl_k3
 from allyouneed.objectives.preference import answer_logprobs
 
 Reference = Callable[[], AbstractContextManager[nn.Module]]  # within, the module that is the reference
+DIGEST = 16  # bytes of a row's digest
 LARGEST_DRIFT = 1e-6  # nats an answer between reference and policy before the first step
-RESUMED = 1e-4  # nats by which numbers that were kept may differ from those read anew, in other company
 
 
 def of(module: nn.Module) -> Reference:
@@ -54,16 +57,6 @@ def of(module: nn.Module) -> Reference:
     return copied
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[nn.Module]:
-    """Within, `module` drops nothing."""
-    training = module.training
-    try:
-        yield module.eval()
-    finally:
-        module.train(training)
-
-
 def logprobs(
     reference: Reference, examples: Sequence[Ranked], *, file: Path | None = None, rows: int = 8, quiet: bool = True
 ) -> Tensor:
@@ -72,8 +65,9 @@ def logprobs(
     Args:
         reference: as `of` gives it.
         examples: all with N answers.
-        file: where they are kept, a NumPy array of float32 with NaN for what is still to be read. What it holds is
-            believed if the first of it is as read anew; a reading that was interrupted goes on.
+        file: where they are kept: a NumPy array of rows, each a `digest` of the example and of the reference's weights
+            and its `logprobs`. A row is believed if its digest is the one of now; a reading that was interrupted goes
+            on.
         rows: B.
         quiet: no progress line.
 
@@ -82,19 +76,19 @@ def logprobs(
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i].longest)
     with torch.inference_mode(), reference() as module:
-        kept = _opened(file, (len(examples), len(examples[0].pieces)))
-        if not _same(kept[order[:rows]], _read(module, examples, order[:rows])):
-            kept[:] = np.nan
-        left = [i for i in order if np.isnan(kept[i]).any()]
+        digests = _digests(module, examples)
+        kept = _opened(file, len(examples), len(examples[0].pieces))
+        left = [i for i in order if not np.array_equal(kept[i]["digest"], digests[i])]
         done = len(order) - len(left)
         with Progress("reference", len(order), unit="example", done=done, quiet=quiet) as progress:
             for start in range(0, len(left), rows):
                 chosen = left[start : start + rows]
-                kept[chosen] = _read(module, examples, chosen)
+                kept["logprobs"][chosen] = _read(module, examples, chosen)
+                kept["digest"][chosen] = digests[chosen]  # afterwards: what has a digest was read
                 if isinstance(kept, np.memmap):
                     kept.flush()
                 progress.update(len(chosen))
-    return torch.from_numpy(np.array(kept))
+    return torch.from_numpy(np.array(kept["logprobs"]))
 
 
 def drift(module: nn.Module, examples: Sequence[Ranked], known: Tensor, *, rows: int = 8) -> float:
@@ -149,20 +143,23 @@ def _moved(module: nn.Module, examples: Sequence[Ranked]) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in collate(examples).items() if x.dim() == 3}
 
 
-def _opened(file: Path | None, shape: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """What the file holds, or NaN."""
+def _digests(module: nn.Module, examples: Sequence[Ranked]) -> np.ndarray[Any, Any]:
+    """Of each example as this module reads it: (n, DIGEST), bytes."""
+    weights = digest(module)
+    said = [repr((weights, example.pieces)).encode() for example in examples]
+    return np.stack([np.frombuffer(hashlib.sha256(one).digest()[:DIGEST], dtype=np.uint8) for one in said])
+
+
+def _opened(file: Path | None, n: int, answers: int) -> np.ndarray[Any, Any]:
+    """The rows that the file holds, or new ones with a digest of nothing."""
+    row = np.dtype([("digest", np.uint8, (DIGEST,)), ("logprobs", np.float32, (answers,))])
     if file is None:
-        return np.full(shape, np.nan, dtype=np.float32)
+        return np.zeros(n, dtype=row)
+    kept: np.ndarray[Any, Any]
     if file.is_file():
-        kept: np.ndarray[Any, Any] = np.lib.format.open_memmap(file, mode="r+")
-        if kept.shape == shape and kept.dtype == np.float32:
+        kept = np.lib.format.open_memmap(file, mode="r+")
+        if kept.shape == (n,) and kept.dtype == row:
             return kept
     file.parent.mkdir(parents=True, exist_ok=True)
-    kept = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-    kept[:] = np.nan
+    kept = np.lib.format.open_memmap(file, mode="w+", dtype=row, shape=(n,))
     return kept
-
-
-def _same(kept: np.ndarray[Any, Any], anew: np.ndarray[Any, Any]) -> bool:
-    """Whether what was kept is what is read now; what is still to be read contradicts nothing."""
-    return bool((np.isnan(kept) | (np.abs(kept - anew) <= RESUMED * (1 + np.abs(anew)))).all())

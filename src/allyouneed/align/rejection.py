@@ -15,12 +15,13 @@ from typing import Any
 
 from allyouneed import core
 from allyouneed.align.experience import places
+from allyouneed.align.identity import check_same, digest_of, identity
 from allyouneed.align.notes import Notes
-from allyouneed.align.references import evaluating
 from allyouneed.align.rewards import Reward
 from allyouneed.align.samplers import Sampler, check_lengths
 from allyouneed.align.selection import Sampled, best, sample
 from allyouneed.core.errors import InputError, brief
+from allyouneed.core.modes import evaluating
 from allyouneed.core.seeds import derive
 from allyouneed.data.batches import Epochs, needed
 from allyouneed.data.packing import Batch, Piece, answer, pad_right
@@ -31,7 +32,9 @@ from allyouneed.models.decoder import Decoder
 class Rejection(Iterator[Batch]):
     """Batches of `ids`, `targets` and `segments`, (B, T): the best answer to each prompt of all iterations so far.
 
-    Llama 2 first learned from the last iteration alone and lost abilities by it, then kept the best of all before.
+    An answer that was cut off is not learned, else its cut would be taken for its end: a prompt without one that ended
+    is passed over until there is one. Llama 2 first learned from the last iteration alone and lost abilities by it,
+    then kept the best of all before.
     `state_dict` holds the answers that are being learned from.
 
     Args:
@@ -79,41 +82,45 @@ class Rejection(Iterator[Batch]):
         check_lengths(sampler, prompts, config.max_new_tokens, model.limit)
         self.model, self.sampler, self.reward = model, sampler, reward
         self.prompts, self.config, self.seed, self.notes = prompts, config, seed, Notes(log)
-        self.steps = config.steps(len(prompts))
+        self.steps = config.steps(len(prompts))  # an iteration; where some are passed over, the others come more often
         self.number, self.place = 0, 0  # iterations begun, batches taken of the last
         self.kept: dict[int, tuple[Piece, float]] = {}  # the best answer to each prompt by its number, and its score
         self.order = self._ordered()
+        self.identity = identity(config, seed, prompts=digest_of(prompts))
 
     def __next__(self) -> Batch:
-        if self.place == self.steps or not self.kept:
+        if self.place >= self.steps or not self.kept:
             self._iterate()
         self.place += 1
-        return pad_right([self.kept[int(i)][0] for i in next(self.order)["places"]])
+        numbers = sorted(self.kept)
+        return pad_right([self.kept[numbers[i]][0] for i in next(self.order)["places"].tolist()])
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, with the answers kept so far."""
-        pieces, scores = [piece for piece, _ in self.kept.values()], [score for _, score in self.kept.values()]
-        kept = pad_right(pieces) if pieces else {}
-        return {"number": self.number, "place": self.place, "scores": scores, "kept": kept}
+        numbers = sorted(self.kept)
+        pieces, scores = [self.kept[i][0] for i in numbers], [self.kept[i][1] for i in numbers]
+        kept = {"numbers": numbers, "scores": scores, "kept": pad_right(pieces) if pieces else {}}
+        return {"number": self.number, "place": self.place, **kept, "made_by": self.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken.
 
         Raises:
-            InputError: it is of other prompts or another kind of iterator.
+            InputError: it is of other prompts, settings, another seed or another kind of iterator.
         """
-        if "kept" not in state or len(state.get("scores", ())) not in (0, len(self.prompts)):
+        if "kept" not in state or len(state.get("scores", ())) != len(state.get("numbers", ())):
             raise InputError(f"data state: fields {brief(sorted(state))} are no answers to these prompts")
+        check_same(state.get("made_by"), self.identity)
         self.number, self.place = state["number"], state["place"]
         pieces = _pieces(state["kept"]) if state["kept"] else []
-        self.kept = dict(enumerate(zip(pieces, state["scores"], strict=True)))
+        self.kept = dict(zip(state["numbers"], zip(pieces, state["scores"], strict=True), strict=True))
         self.order = self._ordered()
         self.order.drawn = self.place * self.config.batch
 
     def _ordered(self) -> Epochs[int]:
-        """The order of this iteration."""
+        """The order of this iteration, over the answers there are; before the first, of nothing that counts."""
         seed = derive(self.seed, "rejection", self.number)
-        return Epochs(range(len(self.prompts)), batch_size=self.config.batch, collate=places, seed=seed)
+        return Epochs(range(max(1, len(self.kept))), batch_size=self.config.batch, collate=places, seed=seed)
 
     def _iterate(self) -> None:
         """Have all prompts answered K times and keep what is better than what there was."""
@@ -123,22 +130,37 @@ class Rejection(Iterator[Batch]):
         with evaluating(self.model):
             self.sampler.renew()
             drawn = sample(self.sampler, self.prompts, self.reward, c.samples, sampling)
-        chosen = [best(found) for found in drawn]
+        ended = [[one for one in found if one.completion.finish_reason == "stop"] for found in drawn]
+        chosen = [best(found) if found else None for found in ended]  # what was cut off is not to be learned as whole
         better = self._keep(chosen)
         self.number, self.place = self.number + 1, 0
         self.order = self._ordered()
-        means = {"reward": (one.score for found in drawn for one in found), "best": (one.score for one in chosen)}
-        means |= {"kept": (score for _, score in self.kept.values())}
-        facts = {name: statistics.fmean(scores) for name, scores in means.items()}
+        facts = self._facts(drawn, [one for one in chosen if one is not None])
         self.notes.add({"step": self.number, **facts, "better": better, "seconds": time.perf_counter() - began})
 
-    def _keep(self, chosen: Sequence[Sampled]) -> int:
-        """Put these in the places of worse ones; how many."""
-        better = [i for i, one in enumerate(chosen) if i not in self.kept or one.score > self.kept[i][1]]
-        for i in better:
-            one = chosen[i]
-            self.kept[i] = answer(self.sampler.prompt_ids(one.prompt), one.completion.token_ids), one.score
-        return len(better)
+    def _facts(self, drawn: Sequence[Sequence[Sampled]], chosen: Sequence[Sampled]) -> dict[str, float]:
+        """Means of all answers' rewards, of the best ones' and of what is kept, and the share of answers that ended."""
+        every = [one for found in drawn for one in found]
+        scores = {"reward": every, "best": chosen}
+        facts = {name: statistics.fmean(one.score for one in some) for name, some in scores.items()}
+        facts["kept"] = statistics.fmean(score for _, score in self.kept.values())
+        return facts | {"ended": statistics.fmean(one.completion.finish_reason == "stop" for one in every)}
+
+    def _keep(self, chosen: Sequence[Sampled | None]) -> int:
+        """Put these in the places of worse ones; how many.
+
+        Raises:
+            InputError: there is nothing to learn, since no answer ever came to an end.
+        """
+        better = 0
+        for i, one in enumerate(chosen):
+            if one is not None and (i not in self.kept or one.score > self.kept[i][1]):
+                ids = self.sampler.prompt_ids(one.prompt)
+                self.kept[i], better = (answer(ids, one.completion.token_ids), one.score), better + 1
+        if not self.kept:
+            tokens = f"max_new_tokens={self.config.max_new_tokens}"
+            raise InputError(f"rejection: no answer came to an end within {tokens}; give more, or train by sft first")
+        return better
 
 
 def _pieces(rows: Batch) -> list[Piece]:

@@ -128,7 +128,7 @@ def text_of(prompt: Turns) -> str:
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
 
@@ -142,7 +142,7 @@ def shown(prompt: Turns, completion: str) -> str:
 def _check(name: str, prompt: Turns, completion: str, score: Any) -> None:
     try:
         fine = math.isfinite(score)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of tensors of several numbers
         fine = False
     if not fine:
         answer = shown(prompt, completion)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,18 +19,21 @@ from torch import Tensor
 
 from allyouneed import core
 from allyouneed.align import experience
+from allyouneed.align.identity import check_same, digest_of, identity
 from allyouneed.align.notes import Notes
 from allyouneed.align.policies import LanguagePolicy
-from allyouneed.align.references import Reference, evaluating
+from allyouneed.align.references import Reference
 from allyouneed.align.rewards import Reward, scored
 from allyouneed.align.samplers import Sampler, check_lengths
 from allyouneed.core.errors import InputError, brief
+from allyouneed.core.modes import evaluating
 from allyouneed.core.seeds import derive, generator
 from allyouneed.data.batches import Epochs
 from allyouneed.data.packing import IGNORED, Batch, answer, pad_right, take
 from allyouneed.generate.language_model import Completion, Sampling, Turns
+from allyouneed.nn.digests import digest
 from allyouneed.objectives.likelihood import likelihood
-from allyouneed.objectives.policy import AdaptiveKl, FixedKl, ProportionalKl
+from allyouneed.objectives.policy import AdaptiveKl, FixedKl, ProportionalKl, check_discounts
 
 SAME = 1e-6  # nats: what policy and reference may differ by before training
 
@@ -84,6 +88,7 @@ class Rollouts(Iterator[Batch]):
             for name in ("episodes", "minibatch", "epochs", "max_new_tokens"):
                 if getattr(self, name) < 1:
                     raise InputError(f"rollouts.{name}={getattr(self, name)}; at least 1 is needed")
+            check_discounts("rollouts", self.gamma, self.lam)
             if self.episodes % self.minibatch:
                 pair = f"rollouts.episodes={self.episodes} and minibatch={self.minibatch}"
                 raise InputError(f"{pair}; the one must be a multiple of the other")
@@ -115,7 +120,7 @@ class Rollouts(Iterator[Batch]):
         check_lengths(sampler, prompts, config.max_new_tokens, policy.model.limit)
 
     def __next__(self) -> Batch:
-        if self.place == self.config.steps or not self.rollout:
+        if self.place >= self.config.steps or not self.rollout:
             self._roll()
         batch = experience.narrowed(take(self.rollout, self._chosen()))
         self.place += 1
@@ -125,6 +130,7 @@ class Rollouts(Iterator[Batch]):
         """Where it stands, with all that is still to be learned of the last rollout."""
         left = self.rollout if self.place < self.config.steps else {}
         state = {"number": self.number, "place": self.place, "beta": self.beta, "rollout": dict(left)}
+        state["made_by"] = self.identity
         beside = {} if self.pretraining is None else {"pretraining": self.pretraining.state_dict()}
         return state | {"prompts": self.order.state_dict()} | beside
 
@@ -132,17 +138,25 @@ class Rollouts(Iterator[Batch]):
         """Go on where `state` was taken.
 
         Raises:
-            InputError: it is of other prompts, another seed or another kind of iterator.
+            InputError: it is of other prompts, settings, another reference, another seed or another kind of iterator.
         """
         if not isinstance(state.get("prompts"), Mapping) or not isinstance(state.get("number"), int):
             raise InputError(f"data state: fields {brief(sorted(state))} are none of rollouts")
         if ("pretraining" in state) != (self.pretraining is not None):
             raise InputError("data state: pretraining text stands in one of the state and this run, but not in both")
+        check_same(state.get("made_by"), self.identity)
         self.order.load_state_dict(state["prompts"])
         self.number, self.place, self.beta = state["number"], state["place"], state["beta"]
         self.rollout = dict(state["rollout"])
         if self.pretraining is not None:
             self.pretraining.load_state_dict(state["pretraining"])
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What makes these rollouts and no others; how far engine and trainer may differ is of no account."""
+        with self.reference() as reference:
+            what = {"prompts": digest_of(self.prompts), "reference": digest(reference)}
+        return identity(self.config, self.seed, free=("tolerance",), **what)
 
     def _chosen(self) -> list[int]:
         """Which answers the next minibatch is of: each once an epoch, in an order of its own."""

@@ -117,6 +117,7 @@ def finetune(
     from allyouneed.core.seeds import seed_everything
     from allyouneed.models.checkpoints.loading import load_module, load_tokenizer
     from allyouneed.models.heads import Head
+    from allyouneed.nn.digests import digest
     from allyouneed.train.loop import Training, train
     from allyouneed.train.optimizers import AdamW, PagedAdamW
     from allyouneed.train.ranks import join
@@ -139,8 +140,9 @@ def finetune(
     module, tokenizer = load_module(model), load_tokenizer(model)
     if isinstance(module, Head):
         module = module.model  # of what it was tuned to before only the layer is replaced
+    base = digest(module)
     bad: list[str] | None = [] if skip_bad else None
-    what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out}
+    what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out, "fresh": fresh}
     task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora, quantise=storage)
     job = known[method].prepare(module, tokenizer, task)
     parameters = sum(p.numel() for p in job.module.parameters()) + stored(job.module)
@@ -155,10 +157,12 @@ def finetune(
         save_every=save_every or each,
         evaluate_every=each,
     ).override(*(settings or ()))
+    known[method].check_precision(method, training.precision)
     first = join().rank == 0
     if first:
         _announce(job, model, method, training, batch, bad)
-    asked = {"model": model, "learned": job.digest(task)} | ({"lora": lora.to_json()} if lora else {})
+    asked: dict[str, Any] = {"model": model, "weights": base, "batch": batch, "learned": job.digest(task)}
+    asked |= {"lora": lora.to_json()} if lora else {}
     asked |= {"quantise": storage.to_json()} if storage else {}
     if not fresh:
         _check_task(out, asked)
@@ -196,7 +200,8 @@ def _check_task(out: Path, task: Mapping[str, Any]) -> None:
 
     path = out / "task.json"
     if path.is_file() and read_json(path) != task:
-        raise InputError(f"{out}: another model, data or method was begun there; choose another --out, or add --fresh")
+        what = "another model, data, method or --batch was begun there"
+        raise InputError(f"{out}: {what}; choose another --out, or add --fresh")
 
 
 def _keep(job: Job, model: str, out: Path, results: dict[str, Any], as_json: bool) -> None:

@@ -25,8 +25,9 @@ class Enumerated(core.Configured):
     """All texts of `length` tokens that may follow the one prompt, token 0.
 
     A text is worth the sum of what its tokens, its neighbouring pairs and the pair of its first and last token are
-    worth, each drawn once from N(0, 1), each kind scaled so that over texts by lot the reward has deviation 1. People
-    here write by a chain: the next token depends on the last. All follow from `seed`.
+    worth, each drawn once from N(0, 1), each kind divided by the root of how many of it a text has, and their sum by
+    that of the kinds: so rewards are of the order of 1, and what deviation they have in a world follows from its
+    draw. People here write by a chain: the next token depends on the last. All follow from `seed`.
 
     >>> world = Enumerated.Config(vocab_size=4, length=3).build()
     >>> world.texts.shape, world.rewards.shape, world.number(world.texts[7:9]).tolist()

@@ -48,7 +48,7 @@ class Labeller(core.Configured):
         source.shuffle(places)
         if source.random() < self.config.careless:
             return places
-        noise = [self.config.temperature * -math.log(-math.log(1 - source.random() or 1e-300)) for _ in rewards]
+        noise = [self.config.temperature * _gumbel(source) for _ in rewards]
         return sorted(places, key=lambda i: -(rewards[i] + noise[i]))
 
     def prefers(self, first: float, second: float, source: random.Random) -> bool:
@@ -64,3 +64,8 @@ class Labeller(core.Configured):
         gap, T = abs(difference), self.config.temperature
         sure = 1 / (1 + math.exp(-gap / T)) if T else 0.5 + 0.5 * (gap > 0)
         return (1 - self.config.careless) * sure + self.config.careless / 2
+
+
+def _gumbel(source: random.Random) -> float:
+    """−log(−log u), u above 0 and at most 1, at which it would be without end."""
+    return -math.log(-math.log(1 - source.random()) or 1e-300)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allyouneed.core.errors import InputError
 from allyouneed.objectives.next_token import IGNORED
 
 
@@ -33,6 +34,16 @@ def likelihood(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
     a policy reads, and a head of 49 k tokens is a fifth of a small model.
     """
     return at_targets(module.head, module.hidden(batch["ids"], batch.get("segments")), batch["targets"])
+
+
+def check_exact(read: Tensor) -> None:
+    """Refuse to compare what is computed now with numbers such as `read`, which were read in float32, if it is not.
+
+    Raises:
+        InputError: products of matrices are computed in another type here.
+    """
+    if torch.is_autocast_enabled(read.device.type):
+        raise InputError("precision=bf16: log-probabilities are compared with others that were read in fp32; train so")
 
 
 def at_targets(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

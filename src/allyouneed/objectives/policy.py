@@ -9,6 +9,7 @@ Shapes: B rows (environments, answers), T steps, A actions to choose from; … i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,6 +154,17 @@ def gae(
     return advantages, advantages + values
 
 
+def check_discounts(name: str, gamma: float, lam: float) -> None:
+    """Refuse what no reward can be discounted by.
+
+    Raises:
+        InputError: γ or λ outside of 0 to 1.
+    """
+    for symbol, x in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= x <= 1:
+            raise InputError(f"{name}.{symbol}={x}; from 0 to 1 is needed")
+
+
 def masked_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """`gae` of answers: each run of steps where `mask` is True is an episode that ends with it: two of (B, T), 0 where
     it is False.
@@ -195,7 +207,7 @@ class FixedKl(core.Config):
     beta: float = 1.0  # at first
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
+        if not 0 <= self.beta < math.inf:
             raise InputError(f"kl.beta={self.beta}; a weight of the KL penalty is 0 or more")
 
     def __call__(self, beta: float, kl: float) -> float:
@@ -212,6 +224,11 @@ class AdaptiveKl(FixedKl):
     """
 
     target: float = 0.01  # d_targ, nats
+
+    def __post_init__(self) -> None:
+        FixedKl.__post_init__(self)
+        if not 0 < self.target < math.inf:
+            raise InputError(f"kl.target={self.target}; nats above 0 are needed")
 
     def __call__(self, beta: float, kl: float) -> float:
         """The next β."""
@@ -231,6 +248,11 @@ class ProportionalKl(FixedKl):
     target: float = 6.0  # nats an answer
     gain: float = 0.1  # K_β
     limit: float = 0.2
+
+    def __post_init__(self) -> None:
+        FixedKl.__post_init__(self)
+        if not 0 < self.target < math.inf:
+            raise InputError(f"kl.target={self.target}; nats above 0 are needed")
 
     def __call__(self, beta: float, kl: float) -> float:
         """The next β."""

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allyouneed.core.errors import InputError
-from allyouneed.objectives.likelihood import likelihood
+from allyouneed.core.modes import evaluating
+from allyouneed.objectives.likelihood import check_exact, likelihood
 from allyouneed.objectives.loss import Loss
 from allyouneed.objectives.next_token import IGNORED
 
@@ -81,9 +82,10 @@ def preference(
     """The objective of pairs.
 
     Its batches have `ids`, `targets` and `segments` (B, 2, T), the preferred answer first, and `reference` (B, 2): the
-    reference's log-probability of each answer's targets; zeros there are the form without a reference. Metrics:
-    `accuracy`, the share of pairs with h > 0, a half where it is 0; the implicit rewards β·log π/π_ref of both answers,
-    `chosen_reward` and `rejected_reward` (Rafailov et al. 2023, sec. 4), and their difference, the `margin`.
+    reference's log-probability of each answer's targets, read without dropout as the policy is here; zeros there are
+    the form without a reference. Metrics: `accuracy`, the share of pairs with h > 0, a half where it is 0; the implicit
+    rewards β·log π/π_ref of both answers, `chosen_reward` and `rejected_reward` (Rafailov et al. 2023, sec. 4), and
+    their difference, the `margin`.
 
     Args:
         loss: of h.
@@ -93,7 +95,9 @@ def preference(
     """
 
     def objective(module: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
-        ratios = answer_logprobs(module, batch) - batch["reference"]
+        check_exact(batch["reference"])
+        with evaluating(module):
+            ratios = answer_logprobs(module, batch) - batch["reference"]
         scores = ratios / (batch["targets"] != IGNORED).sum(-1) if per_token else ratios
         h = scores[:, 0] - scores[:, 1]
         chosen, rejected = beta * ratios.detach().T

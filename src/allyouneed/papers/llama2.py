@@ -332,13 +332,13 @@ def _dialogues(config: Config, seed: int, folder: Path) -> dict[str, Any]:
     orders = [STANDING.format(world.ending(source.getrandbits(32))) for _ in asked]
     sampling = Sampling(max_new_tokens=config.most, temperature=1.0, seed=derive(seed, "ghosts"))
     haunted = ghost.haunted(tuned.sampler().lm, asked, orders, sampling)
-    extra = {KEPT: [ghost.piece(base.tokenizer, one) for one in haunted], FORGOT: []}
+    extra = {KEPT: [ghost.piece(base.tokenizer, one) for one in haunted.values()], FORGOT: []}
     kept = {}
     for name, more in extra.items():
         arm = aligned.learned(tuned.copy(), [*pieces, *more, *more], ghosts.ghosted, seed, folder / name.split()[0])
         kept[name] = _kept(config, world, arm, seed)
-    endings = [order.split()[-2] for order in orders]
-    sampled = [world.kept(e, one[-1]["content"]) for e, one in zip(endings, haunted, strict=True)]
+    sampled = [world.kept(orders[i].split()[-2], one[-1]["content"]) for i, one in haunted.items()]
+    print(f"  ghosts: {len(asked) - len(haunted)} of {len(asked)} answers left out, empty or cut off")
     return {"kept": kept, "sampled answers that keep it": _mean(map(float, sampled))}
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from allyouneed import core
-from allyouneed.core.errors import InputError
+from allyouneed.core.errors import InputError, RemoteError
 from allyouneed.core.progress import Progress
 from allyouneed.train import checkpoints as saving
 from allyouneed.train import randomness, sharding
@@ -232,7 +232,9 @@ class _Run:
             batch = next(self.batches)  # which may be made of what the module answers
             measured = differentiate(self.module, self.objective, batch, self.ranks, **how)
         except InputError as error:
-            raise InputError(f"step {self.step}: {error}; training stops, the last checkpoint stands") from None
+            raise InputError(self._ended_by(error)) from None
+        except RemoteError as error:  # of who judges, say
+            raise RemoteError(self._ended_by(error), error.status) from None
         lr = t.optimizer.lr * t.schedule(self.step, t.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -243,6 +245,9 @@ class _Run:
         self.seen, self.unit = self.seen + measured.targets, measured.unit
         facts = {"lr": lr, "grad_norm": measured.norm, self.unit: self.seen, "seconds": self.seconds}
         return {"step": self.step, **measured.means, **facts}
+
+    def _ended_by(self, error: Exception) -> str:
+        return f"step {self.step}: {error}; training stops, the last checkpoint stands"
 
     @contextmanager
     def noting(self) -> Iterator[None]:

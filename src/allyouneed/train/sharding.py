@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from allyouneed.core.errors import InputError
+from allyouneed.core.modes import evaluating
 from allyouneed.core.outline import outlined
 from allyouneed.train.mesh import blocks
 from allyouneed.train.ranks import Ranks, join
@@ -134,13 +135,13 @@ def placements(x: Tensor) -> tuple[Any, ...]:
 @contextmanager
 def recomputed(module: nn.Module, asked: bool) -> Iterator[None]:
     """Within, what a block computes is thrown away after the forward pass and computed again in the backward one, so
-    that a layer keeps its input only (Chen et al. 2016), where `asked`. Dropout falls as it did.
+    that a layer keeps its input only (Chen et al. 2016), where `asked`. Dropout falls as it did, or does not.
     """
     changed = blocks(module) if asked else []
     if asked and not changed:
         raise InputError(f"recompute=True: {type(module).__name__} has no blocks to compute twice")
     for block in changed:
-        block.forward = partial(_twice, block.forward)
+        block.forward = partial(_twice, block, block.forward)
     try:
         yield
     finally:
@@ -148,11 +149,19 @@ def recomputed(module: nn.Module, asked: bool) -> Iterator[None]:
             del block.forward
 
 
-def _twice(forward: Callable[..., Tensor], *given: Any) -> Tensor:
-    """`forward`, computed again for its gradient. What remembers results must not, or both times would differ."""
+def _twice(block: nn.Module, forward: Callable[..., Tensor], *given: Any) -> Tensor:
+    """`forward`, computed again for its gradient, in the mode that the block was in the first time. What remembers
+    results must not, or both times would differ.
+    """
     if not torch.is_grad_enabled():
         return forward(*given)
-    return cast("Tensor", checkpoint(lambda *x: forward(*map(_fresh, x)), *given, use_reentrant=False))
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext if block.training else partial(evaluating, block)
+
+    def again(*x: Any) -> Tensor:
+        with mode():
+            return forward(*map(_fresh, x))
+
+    return cast("Tensor", checkpoint(again, *given, use_reentrant=False))
 
 
 def _fresh(given: Any) -> Any:

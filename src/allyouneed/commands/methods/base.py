@@ -55,6 +55,7 @@ class Task:
     seed: int
     out: Path  # the run's folder; what takes long to prepare may be kept there
     bad: list[str] | None  # where errors of lines go; None: the first one ends all
+    fresh: bool = False  # whether what was prepared before is of no use
     options: Mapping[str, Any]  # those of `OPTIONS` that were given
     lora: Lora.Config | None = None  # adapters to train instead of the model
     quantise: Quantise.Config | None = None  # how their base is stored
@@ -109,6 +110,17 @@ class Method:
     prepare: Callable[[Any, Tokenizer, Task], Job]
     options: frozenset[str] = frozenset()
     lr: float | None = None
+    exact: bool = False  # whether what is trained is compared with numbers that were read in fp32
+
+    def check_precision(self, name: str, precision: str) -> None:
+        """Refuse a precision in which two readings of one text differ.
+
+        Raises:
+            InputError: names both.
+        """
+        if self.exact and precision != "fp32":
+            line = f"--method {name}: precision={precision}, but its reference is read in fp32 and compared with"
+            raise InputError(f"{line}; leave precision as it is")
 
     def check(self, name: str, given: Mapping[str, Any], others: Mapping[str, Method]) -> None:
         """Refuse what this method has no use for.

@@ -199,6 +199,6 @@ def _log(task: Task) -> Path | None:
 RATE = 1e-5  # of PPO on GPT-2 of 124 M (Ziegler et al. 2019, their code)
 SHARED = frozenset({"reward", "samples", "passes", "max_new_tokens"})
 METHODS = {
-    "ppo": Method(ppo, SHARED | {"kl", "kl_target", "unended", "ptx", "ptx_weight"}, RATE),
+    "ppo": Method(ppo, SHARED | {"kl", "kl_target", "unended", "ptx", "ptx_weight"}, RATE, exact=True),
     "rejection": Method(rejection, SHARED),
 }

@@ -66,10 +66,13 @@ class _Pairs:
         self.examples = [*learned, *judged]
         self.reference = references.of(module)
         self.file = task.out / "reference.npy" if join().rank == 0 else None
+        self.fresh = task.fresh
         self.known: Tensor | None = None
 
     def begin(self) -> Mapping[str, float]:
         """Read the reference, once, and find that training begins there."""
+        if self.fresh and self.file is not None:
+            self.file.unlink(missing_ok=True)
         self.known = references.logprobs(self.reference, self.examples, file=self.file, quiet=join().rank > 0)
         checked = self.examples[:CHECKED]
         return {"drift_before": references.drift(self.module, checked, self.known[:CHECKED])}
@@ -94,6 +97,6 @@ def _objective(task: Task, beta: float) -> Any:
 
 RATE = 1e-6  # Rafailov et al. 2023, app. B
 METHODS = {
-    "dpo": Method(prepare, frozenset({"beta", "label_smoothing"}), RATE),
-    "ipo": Method(prepare, frozenset({"beta"}), RATE),
+    "dpo": Method(prepare, frozenset({"beta", "label_smoothing"}), RATE, exact=True),
+    "ipo": Method(prepare, frozenset({"beta"}), RATE, exact=True),
 }
