@@ -353,3 +353,49 @@ def test_smollm2_takes_a_third_of_its_bf16_weights(embedding: str | None) -> Non
     )
     assert share == pytest.approx(4.127 / 16, abs=1e-4)
     assert resident(module) <= 0.35 * 2 * count
+
+
+# One precision, and rows of tables
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_products_under_autocast_are_of_fp32(rows: int) -> None:
+    layer = QuantisedLinear.of(nn.Linear(64, 32), "nf4")
+    x = torch.randn(rows, 64, requires_grad=True)
+    wanted = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        found.square().sum().backward()
+    assert found.dtype is wanted.dtype and torch.equal(found, wanted)
+    expected = 2 * wanted.detach() @ layer.dequantised()
+    assert x.grad is not None and torch.allclose(x.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BOOKS)
+@pytest.mark.parametrize("double", [True, False])
+def test_rows_are_those_of_the_whole_table(kind: str, double: bool) -> None:
+    blocks = blockwise(torch.randn(700, 128), kind, double=double)
+    ids = torch.tensor([[699, 0], [130, 130]])
+    assert torch.equal(blocks.rows(ids), blocks.dequantised()[ids])
+    assert blocks.rows(ids[:0]).shape == (0, 2, 128)
+
+
+def test_rows_unpack_no_scale_but_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allyouneed.nn.blockwise.Scales.exact", lambda _: pytest.fail("all scales of a table"))
+    assert blockwise(torch.randn(700, 128), "int8").rows(torch.tensor([5])).shape == (1, 128)
+
+
+def test_adapted_modules_and_tables_that_are_stored_so_are_refused() -> None:
+    module = model()
+    adapt(module, Lora.Config(rank=2, targets=("q",)))
+    with pytest.raises(InputError, match="adapters are joined to the module"):
+        quantise(module, Quantise.Config(embedding="int8"), targets=("k",))
+    module = quantised(embedding="int8")
+    with pytest.raises(InputError, match="embedding: a QuantisedEmbedding cannot be quantised"):
+        quantise(dequantised_layers(module), Quantise.Config(embedding="int8"))
+
+
+def dequantised_layers(module: Decoder) -> Decoder:
+    """With plain linear layers in the blocks, and the table as it is."""
+    dequantise(module.blocks)
+    return module

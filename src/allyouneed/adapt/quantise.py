@@ -70,6 +70,8 @@ def quantise(module: nn.Module, config: Quantise.Config, targets: Targets = ALL_
     >>> quantise(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), Quantise.Config(), targets=("0",))
     ['0']
     """
+    if any(hasattr(layer, "adapters") for _, layer in layers(module)):
+        raise InputError("adapters are joined to the module; quantise it first, or unload them")
     part, tied = config.build(), shared(module)
     found = find(module, targets)
     for name in found:
@@ -124,6 +126,8 @@ def _tables(module: nn.Module, part: Quantise, kind: str) -> Iterator[str]:
     for name, table in known:
         if not is_table(table) or not f".{name}".endswith(".embedding") or "positions" in name:
             continue
+        if not isinstance(table, nn.Embedding | PackedEmbedding):
+            raise InputError(f"{name}: a {type(table).__name__} cannot be quantised; leave embedding={kind} out")
         with about(name):
             weight = part.weight(table, kind)
             made = QuantisedEmbedding(weight)
