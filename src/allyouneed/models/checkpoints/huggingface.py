@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allyouneed.adapt import lora
 from allyouneed.core import files
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, about, unknown
@@ -110,6 +111,8 @@ def family_of(fields: Fields) -> Family[Any]:
 
 def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write config.json and weights; `transformers` loads them with the same outputs where it has such a model."""
+    if lora.adapted(module):
+        raise InputError(f"{folder}: the model has adapters; save them as such, or merge and unload them first")
     state, blocks = _state(module), quantised.stored(module)
     if not {"embedding.weight", "encoder.embedding.weight", "model.embedding.weight"} & {*state, *blocks}:
         raise InputError(f"{folder}: packed weights have no such layout; load the model with packed=False to save it")
