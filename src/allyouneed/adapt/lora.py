@@ -73,8 +73,8 @@ def attach(
 
 
 def freeze(module: nn.Module) -> None:
-    """No gradients for what there is. What packed layers keep as buffers never changes, and is no part of the state dict
-    until `unload`.
+    """No gradients for what there is. What packed layers keep as buffers never changes, and is no part of the state
+    dict until `unload`.
     """
     module.requires_grad_(False)
     for _, layer in layers(module):
