@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from allyouneed import cli
 from allyouneed.adapt.lora import Lora, adapt
+from allyouneed.adapt.packing import KINDS, pack
 from allyouneed.adapt.quantise import Quantise, dequantise, quantise, resident
 from allyouneed.core.errors import InputError
 from allyouneed.data.tokenizers import byte_tokenizer
@@ -24,6 +25,7 @@ from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.blockwise import blockwise
 from allyouneed.nn.codebooks import BOOKS
+from allyouneed.nn.packed import PackedEmbedding
 from allyouneed.nn.quantised import QuantisedEmbedding, QuantisedLinear
 
 IDS = torch.tensor([[5, 3, 9, 1, 2], [4, 4, 0, 8, 7]])
@@ -399,3 +401,52 @@ def dequantised_layers(module: Decoder) -> Decoder:
     """With plain linear layers in the blocks, and the table as it is."""
     dequantise(module.blocks)
     return module
+
+
+# What a job of finetuning keeps in memory
+
+
+def prepared(name: object, tmp_path: Path) -> nn.Module:
+    """The module that `finetune --lora 8 --quantize nf4` trains."""
+    from allyouneed.commands import quantising
+    from allyouneed.commands.methods.base import Task, adapted
+
+    lora = Lora.Config(rank=2, targets=("q", "v"))
+    task = Task(
+        method="sft", data=tmp_path, valid=None, length=None, seed=0, out=tmp_path, bad=None, options={},
+        lora=lora, quantise=quantising.config("nf4", lora),
+    )  # fmt: skip
+    return adapted(load_module(name, packed=True, narrow=True), task)
+
+
+def test_the_base_of_a_job_takes_a_third_of_bf16(tmp_path: Path) -> None:
+    """Of a folder in bf16, whose large table would alone be half; and of a GGUF, whose 8-bit table stays."""
+    config = llama.architecture(
+        vocab_size=4096, context=64, dim=256, num_layers=4, num_heads=4, num_kv_heads=2, hidden_dim=1024, tied=True
+    )
+    plain = model(config)
+    save(plain.bfloat16(), tmp_path)
+    module = prepared(tmp_path, tmp_path)
+    assert isinstance(module.embedding, QuantisedEmbedding) and module.head.weight is module.embedding.weight
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    adapters = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    assert resident(module) - adapters <= 0.35 * 2 * sum(p.numel() for p in plain.parameters())
+    reference = load_module(tmp_path)
+    quantise(reference, Quantise.Config(embedding="int8"))
+    assert torch.equal(logits(module), logits(reference))
+
+
+def test_the_base_of_a_job_over_a_gguf_takes_a_third_of_bf16(tmp_path: Path) -> None:
+    module = prepared("smollm2-135m-instruct", tmp_path)
+    assert isinstance(module.embedding, PackedEmbedding)
+    adapters = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    assert resident(module) - adapters <= 0.35 * 2 * 134_515_008
+
+
+def test_packed_layers_become_plain_ones_too() -> None:
+    module = model()
+    pack(module, next(iter(KINDS)))
+    before = logits(module)
+    dequantise(module)
+    assert type(module.head) is nn.Linear and module.head.weight is module.embedding.weight
+    assert torch.allclose(logits(module), before, atol=1e-4)
