@@ -25,6 +25,7 @@ from allyouneed.models import gpt2
 from allyouneed.models.checkpoints import huggingface
 from allyouneed.models.checkpoints.adapters import load_adapter, merge_adapter, save_adapter
 from allyouneed.models.checkpoints.loading import load_module, load_tokenizer, save
+from allyouneed.nn.quantised import QuantisedLinear
 
 TOLERANCE = 1e-5
 # their layers by PEFT's patterns, ours by the same patterns in our names
@@ -331,3 +332,110 @@ def test_the_command_merges(base, tmp_path, capsys):
         assert differ(merged(x).logits, load_module(tmp_path / "one")(x).logits) <= TOLERANCE
     oracles.llama().save_pretrained(tmp_path / "llama")
     assert cli.main(["merge", str(tmp_path / "llama"), str(tmp_path / "one"), str(tmp_path / "m")]) == 2
+
+
+# What one file says of layers that are not alike
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "low", "whole"),
+    [
+        (oracles.gpt2, "c_fc", ["attn.c_proj"]),
+        (oracles.gpt2, "c_fc", ["c_attn"]),
+        (oracles.gpt_neox, "dense", ["query_key_value"]),
+        (oracles.gpt_neox, "dense", ["dense_h_to_4h"]),
+        (oracles.bloom, "dense_h_to_4h", ["query_key_value"]),
+    ],
+)
+def test_fused_and_transposed_layers_trained_whole(make, low, whole, folders, tmp_path):
+    model = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=[low], modules_to_save=whole))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name or "lora_" in name:
+                p.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "theirs")
+    expected = logits(model)
+    ours = huggingface.load(folders[make])
+    load_adapter(ours, tmp_path / "theirs")
+    assert any(isinstance(part, lora.Whole) for part in ours.modules())
+    assert differ(logits(ours), expected) <= TOLERANCE
+    save_adapter(ours, tmp_path / "ours", base="base")
+    assert differ(logits(peft.PeftModel.from_pretrained(make(), tmp_path / "ours")), expected) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_of_a_fused_layer_trained_whole(folders, tmp_path):
+    ours = huggingface.load(folders[oracles.gpt2])
+    lora.adapt(ours, Lora.Config(rank=2, targets=("up",), whole=("v",)))
+    save_adapter(randomised(ours), tmp_path, base="base")
+    assert differ(logits(peft.PeftModel.from_pretrained(oracles.gpt2(), tmp_path)), logits(ours)) <= TOLERANCE
+    mixed = huggingface.load(folders[oracles.gpt2])
+    lora.adapt(mixed, Lora.Config(rank=2, targets=("q",), whole=("v",)))
+    with pytest.raises(InputError, match=r"c_attn is trained whole in part, in part by low rank"):
+        save_adapter(mixed, tmp_path / "mixed", base="base")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scales_of_two_rules_are_kept_and_unlike_dropouts_refused(folders, tmp_path):
+    ours = huggingface.load(folders[oracles.llama])
+    configs = {"blocks.0.mixer.q": Lora.Config(rank=4, alpha=8.0, rslora=True)}
+    configs |= {
+        "blocks.0.mixer.v": Lora.Config(rank=4, alpha=8.0),
+        "blocks.1.mixer.v": Lora.Config(rank=9, rslora=True),
+    }
+    lora.attach(ours, configs)
+    save_adapter(randomised(ours), tmp_path, base="base")
+    again = huggingface.load(folders[oracles.llama])
+    load_adapter(again, tmp_path)
+    scales = {name: part.scale for name, part in again.named_modules() if isinstance(part, Lora)}
+    assert scales == {f"{name}.adapters.default": pytest.approx(config.scale) for name, config in configs.items()}
+    expected = logits(ours)
+    assert differ(logits(again), expected) <= TOLERANCE
+    assert differ(logits(peft.PeftModel.from_pretrained(oracles.llama(), tmp_path)), expected) <= TOLERANCE
+    other = huggingface.load(folders[oracles.llama])
+    lora.attach(other, {"blocks.0.mixer.q": Lora.Config(dropout=0.1), "blocks.0.mixer.v": Lora.Config()})
+    with pytest.raises(InputError, match=r"layers drop out 0\.0, 0\.1; a file says one number"):
+        save_adapter(other, tmp_path / "other", base="base")
+
+
+def test_a_fused_part_that_is_still_zero_is_kept(folders, tmp_path):
+    ours = huggingface.load(folders[oracles.gpt2])
+    lora.adapt(ours, Lora.Config(rank=4, targets=("q", "v")))
+    with torch.no_grad():
+        for name, part in ours.named_modules():
+            if isinstance(part, Lora) and ".v." in name:
+                part.B.normal_()
+    save_adapter(ours, tmp_path, base="base")
+    again = huggingface.load(folders[oracles.gpt2])
+    load_adapter(again, tmp_path)
+    for name, part in ours.named_modules():
+        if isinstance(part, Lora):
+            same = again.get_submodule(name)
+            assert torch.equal(part.A, same.A) and torch.equal(part.B, same.B) and part.scale == same.scale
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_trained_whole_or_is_no_number(adapter, folders, tmp_path_factory):
+    folder, packed = tmp_path_factory.mktemp("whole"), huggingface.load(folders[oracles.llama])
+    theirs(oracles.llama(), folder, target_modules=["q_proj"], modules_to_save=["input_layernorm"])
+    with pytest.raises(InputError, match=r"modules_to_save: .*input_layernorm.*: no linear layer or embedding"):
+        load_adapter(huggingface.load(folders[oracles.llama]), folder)
+    theirs(oracles.llama(), folder, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    packed.head = QuantisedLinear.of(packed.head, "int8", 32)
+    with pytest.raises(InputError, match=r"lm_head needs plain weights, not a QuantisedLinear's"):
+        load_adapter(packed, folder)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(iter(tensors))
+    save_file(tensors | {key: tensors[key] * torch.nan}, path)
+    with pytest.raises(InputError, match=r"tensor '.*lora_A.* holds numbers that are not finite"):
+        load_adapter(huggingface.load(folders[oracles.llama]), adapter)
+
+
+def test_an_adapted_model_is_no_checkpoint(folders, tmp_path):
+    ours = huggingface.load(folders[oracles.llama])
+    lora.adapt(ours, Lora.Config(rank=2))
+    with pytest.raises(InputError, match="the model has adapters; save them as such, or merge and unload them"):
+        save(ours, tmp_path)

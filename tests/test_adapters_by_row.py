@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 
@@ -12,17 +13,21 @@ from test_native_reader import EXAMPLES, build, cache, model_of, packed, storage
 from torch import Tensor, nn
 
 from allyouneed.adapt.layers import Lora, LoraLinear
-from allyouneed.adapt.lora import adapt, disabled, use
+from allyouneed.adapt.lora import adapt, disabled, merge, unload, unmerge, use
 from allyouneed.adapt.rows import Mix, chosen, current
 from allyouneed.core.errors import InputError
+from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.generate.beams import beam_search
 from allyouneed.generate.drafting import Draft, EarlyExit
 from allyouneed.generate.engine import Engine
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.local import LocalModel
 from allyouneed.generate.native_reader import native_reader
 from allyouneed.generate.reading import Piece, Reader, TorchReader
 from allyouneed.generate.requests import Request
 from allyouneed.generate.speculation import PromptLookup, Speculator
+from allyouneed.models import llama
+from allyouneed.models.checkpoints.adapters import load_adapter, save_adapter
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.lowering import lowered
 
@@ -295,3 +300,81 @@ def test_what_one_thread_chose_no_other_sees() -> None:
         assert current() is not None
     assert seen == [None]
     assert current() is None
+
+
+# Merging and training under an engine
+
+
+def says(engine: Engine, ids: list[int], adapter: str | None = None) -> list[int]:
+    return texts(engine, [(ids, adapter)])[0]
+
+
+@pytest.mark.parametrize("way", ["native", "torch"])
+def test_an_engine_sees_that_adapters_are_merged_and_taken_out_again(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what it kept of a prompt that begins alike."""
+    if way == "torch":
+        monkeypatch.setattr("allyouneed.nn.native.library", lambda: None)
+    module, ids = adapted("llama"), tokens(35)
+    wanted = {name: says(Engine(merged(module, mix_named(name))), ids) for name in (None, "everywhere")}
+    engine = Engine(module, config=Engine.Config(blocks=60))
+    assert says(engine, ids) == wanted[None] != wanted["everywhere"]
+    use(module, {"everywhere": 1.0})
+    merge(module)
+    fresh = Engine(module, config=Engine.Config(blocks=60))
+    for one in (engine, fresh):
+        assert says(one, ids) == wanted["everywhere"]
+    with pytest.raises(InputError, match="is merged; unmerge it first"):
+        says(engine, ids, "everywhere")
+    unmerge(module)
+    use(module, {})
+    for one in (engine, fresh):
+        assert says(one, ids, "everywhere") == wanted["everywhere"] and says(one, ids) == wanted[None]
+
+
+def test_a_request_whose_adapter_is_merged_before_it_is_read_is_not_answered_by_others() -> None:
+    module = adapted("llama")
+    engine = Engine(module, config=Engine.Config(blocks=60))
+    engine.add(Request(ids=[1, 2, 3], sampling=GREEDY, adapter="deep"))
+    use(module, {"everywhere": 1.0})
+    merge(module)
+    with pytest.raises(InputError, match="was merged since"):
+        engine.step()
+
+
+def test_what_training_writes_into_an_adapter_is_seen() -> None:
+    module, ids = adapted("llama"), tokens(35)
+    engine = Engine(module, config=Engine.Config(blocks=60))
+    says(engine, ids, "everywhere")
+    use(module, {"everywhere": 1.0})
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.3)
+    module(torch.tensor([ids])).logits.square().sum().backward()
+    optimizer.step()
+    use(module, {})
+    wanted = says(Engine(merged(module, mix_named("everywhere"))), ids)
+    assert says(engine, ids, "everywhere") == wanted
+    assert first_cached(engine, ids, "everywhere") == 32
+
+
+def test_as_many_mixes_as_rows_are_needed() -> None:
+    module = adapted("llama")
+    with pytest.raises(ValueError, match="3 rows of a layer, adapters chosen for 2"), chosen([mix_named("deep")] * 2):
+        module(torch.ones(3, 4, dtype=torch.long))
+
+
+def test_adapters_with_dropout_and_on_the_head_score_and_embed(tmp_path) -> None:
+    lm = LocalModel(llama.EXAMPLE.replace(vocab_size=257, tied=False).build().eval(), byte_tokenizer(), "it")
+    with_adapters(lm.module, {"a": Lora.Config(rank=2, dropout=0.4, targets=("q", "head"))})
+    save_adapter(lm.module, tmp_path, "a", base="it")
+    plain = copy.deepcopy(lm.module)
+    unload(plain)
+    load_adapter(plain, tmp_path, "b")
+    use(plain, {})
+    found = LocalModel(plain, byte_tokenizer(), "it").with_adapter("b")
+    alone = LocalModel(merged(lm.module, mix_named("a")), byte_tokenizer(), "it")
+    assert found.score(["hello"], [" world"]) == pytest.approx(alone.score(["hello"], [" world"]), abs=1e-4)
+    assert abs(found.embed(["hello"]) - alone.embed(["hello"])).max() <= 1e-5
+    steps = [
+        [step.logprob for step in engine.steps([[1, 2, 3]], [GREEDY], adapter="b")] for engine in [found.engine] * 2
+    ]
+    assert steps[0] == steps[1]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from allyouneed.adapt import lora
 from allyouneed.adapt.layers import Lora, LoraEmbedding, LoraLinear, Whole
 from allyouneed.adapt.lora import adapt, disabled, merge, unload, unmerge, use, using
+from allyouneed.adapt.packing import KINDS, pack
+from allyouneed.adapt.quantise import Quantise, quantise
 from allyouneed.adapt.targets import find
 from allyouneed.core.errors import InputError
 from allyouneed.data.batches import Windows
@@ -27,6 +29,7 @@ from allyouneed.nn.packed import PackedEmbedding, PackedLinear
 from allyouneed.objectives.next_token import next_token
 from allyouneed.train.loop import Training, train
 
+WIDE = llama.architecture(vocab_size=53, context=48, dim=64, num_layers=1, num_heads=2, hidden_dim=64, tied=False)
 EVERYTHING = ("q", "k", "v", "out", "gate", "up", "head", "embedding")
 
 
@@ -428,3 +431,62 @@ def test_the_base_may_be_narrower_than_its_adapters():
     expected = layer.base(x).float() + layer.adapters["a"](x)
     assert layer(x).dtype is torch.bfloat16 and layer.adapters["a"].A.dtype is torch.float32
     assert (layer(x) - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+# What adapters must leave as it is
+
+
+@torch.no_grad()
+def test_adapters_of_a_module_in_evaluation_drop_nothing_out():
+    module = made().eval()
+    adapt(module, Lora.Config(rank=2, dropout=0.5))
+    scattered(module)
+    assert not any(part.training for part in module.modules())
+    assert torch.equal(module(ids()).logits, module(ids()).logits)
+    adapt(module.train(), Lora.Config(rank=2, dropout=0.5), "other")
+    assert all(part.training for part in module.modules())
+
+
+def test_tied_layers_are_refused_however_they_are_stored():
+    for kind in ("plain", "coded", "packed"):
+        module = WIDE.replace(tied=True).build()
+        if kind == "coded":
+            quantise(module, Quantise.Config(embedding="int8"))
+        elif kind == "packed":
+            pack(module, next(iter(KINDS)))
+        with pytest.raises(InputError, match="head shares its tensor with embedding"):
+            adapt(module, Lora.Config(targets=("head",)))
+
+
+def test_what_cannot_be_used_changes_nothing():
+    module = made()
+    adapt(module, Lora.Config(rank=2, whole=("head",)), "one")
+    adapt(module, Lora.Config(rank=2, whole=("head",)), "two")
+    before = [dict(layer.weights) for layer in lora.adapted(module)]
+    for weights, message in (
+        ({"one": 0.5}, "whole layers"),
+        ({"one": float("nan")}, "adapter 'one': weight=nan; a finite number"),
+        ({"two": float("inf")}, "weight=inf"),
+    ):
+        with pytest.raises(InputError, match=message):
+            use(module, weights)
+        with pytest.raises(InputError, match=message), using(module, weights):
+            pass
+        assert [layer.weights for layer in lora.adapted(module)] == before
+
+
+def test_targets_that_mean_no_layer_freeze_nothing():
+    module = nn.Sequential(nn.LayerNorm(4))
+    with pytest.raises(InputError, match="nothing to adapt"):
+        adapt(module, Lora.Config(targets="all-linear"))
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_unloading_gives_packed_weights_back_to_the_state_dict():
+    module = WIDE.build()
+    pack(module, next(iter(KINDS)))
+    before = module.state_dict().keys()
+    adapt(module, Lora.Config(rank=2), "one")
+    adapt(module, Lora.Config(rank=2), "two")
+    assert len(module.state_dict()) < len(before) + 4
+    assert unload(module).state_dict().keys() == before

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 import allyouneed as ayn
 from allyouneed.adapt.lora import use
 from allyouneed.adapt.packing import KINDS, pack
+from allyouneed.adapt.quantise import Quantise, quantise
 from allyouneed.core.errors import InputError
 from allyouneed.generate.reading import Piece
-from allyouneed.models import gpt2, llama
+from allyouneed.models import gpt2, llama, mixtral
 from allyouneed.models.checkpoints.adapters import save_adapter
 from allyouneed.models.decoder import Decoder
 from allyouneed.models.lowering import lowered
 from allyouneed.nn import native
+from allyouneed.nn.moe import StackedLinear
 from allyouneed.nn.packed import PackedEmbedding, PackedLinear
 
 
@@ -143,3 +145,31 @@ def test_adapters_over_weights_in_few_bits(kind, tmp_path) -> None:
         use(lm.module, dict(mix))
         with torch.no_grad():
             assert (one - lm.module(torch.tensor([[5, 6, 7]])).logits[0]).abs().max() <= 2e-5
+
+
+def test_what_cannot_be_packed_is_refused_or_named() -> None:
+    module = model()
+    with torch.no_grad():
+        module.blocks[1].mixer.k.weight[3, 3] = float("nan")
+    with pytest.raises(InputError, match=r"blocks\.1\.mixer\.k: weights that are not finite"):
+        pack(module, next(iter(KINDS)))
+    module = model()
+    quantise(module, Quantise.Config())
+    with pytest.raises(InputError, match=r"weights are quantised already \(nf4\)"):
+        pack(module, next(iter(KINDS)))
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "hidden_dim": 64, "num_experts": 3}
+    experts = mixtral.architecture(vocab_size=53, context=48, **sizes).build().eval()
+    left = pack(experts, next(iter(KINDS)))
+    assert left and all(type(experts.get_submodule(name)) is not PackedLinear for name in left)
+    assert {name for name, part in experts.named_modules() if isinstance(part, StackedLinear)} <= set(left)
+
+
+def test_what_stays_in_float32_is_said_while_loading(tmp_path) -> None:
+    config = llama.architecture(
+        vocab_size=tokenizer().vocab_size, context=48, dim=32, num_layers=1, num_heads=2, hidden_dim=40
+    )
+    ayn.save(config.build(), tmp_path, tokenizer())
+    module = ayn.load(tmp_path).module
+    assert pack(copy.deepcopy(module), next(iter(KINDS)))
+    with pytest.warns(UserWarning, match="stay in float32"):
+        ayn.load(tmp_path, quantize=next(iter(KINDS)))

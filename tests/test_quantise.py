@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from allyouneed import cli
 from allyouneed.adapt.lora import Lora, adapt
+from allyouneed.adapt.packing import KINDS, pack
 from allyouneed.adapt.quantise import Quantise, dequantise, quantise, resident
 from allyouneed.core.errors import InputError
 from allyouneed.data.tokenizers import byte_tokenizer
@@ -24,6 +25,7 @@ from allyouneed.models.checkpoints.loading import load_module, save
 from allyouneed.models.decoder import Decoder
 from allyouneed.nn.blockwise import blockwise
 from allyouneed.nn.codebooks import BOOKS
+from allyouneed.nn.packed import PackedEmbedding
 from allyouneed.nn.quantised import QuantisedEmbedding, QuantisedLinear
 
 IDS = torch.tensor([[5, 3, 9, 1, 2], [4, 4, 0, 8, 7]])
@@ -353,3 +355,98 @@ def test_smollm2_takes_a_third_of_its_bf16_weights(embedding: str | None) -> Non
     )
     assert share == pytest.approx(4.127 / 16, abs=1e-4)
     assert resident(module) <= 0.35 * 2 * count
+
+
+# One precision, and rows of tables
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_products_under_autocast_are_of_fp32(rows: int) -> None:
+    layer = QuantisedLinear.of(nn.Linear(64, 32), "nf4")
+    x = torch.randn(rows, 64, requires_grad=True)
+    wanted = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        found.square().sum().backward()
+    assert found.dtype is wanted.dtype and torch.equal(found, wanted)
+    expected = 2 * wanted.detach() @ layer.dequantised()
+    assert x.grad is not None and torch.allclose(x.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BOOKS)
+@pytest.mark.parametrize("double", [True, False])
+def test_rows_are_those_of_the_whole_table(kind: str, double: bool) -> None:
+    blocks = blockwise(torch.randn(700, 128), kind, double=double)
+    ids = torch.tensor([[699, 0], [130, 130]])
+    assert torch.equal(blocks.rows(ids), blocks.dequantised()[ids])
+    assert blocks.rows(ids[:0]).shape == (0, 2, 128)
+
+
+def test_rows_unpack_no_scale_but_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allyouneed.nn.blockwise.Scales.exact", lambda _: pytest.fail("all scales of a table"))
+    assert blockwise(torch.randn(700, 128), "int8").rows(torch.tensor([5])).shape == (1, 128)
+
+
+def test_adapted_modules_and_tables_that_are_stored_so_are_refused() -> None:
+    module = model()
+    adapt(module, Lora.Config(rank=2, targets=("q",)))
+    with pytest.raises(InputError, match="adapters are joined to the module"):
+        quantise(module, Quantise.Config(embedding="int8"), targets=("k",))
+    module = quantised(embedding="int8")
+    with pytest.raises(InputError, match="embedding: a QuantisedEmbedding cannot be quantised"):
+        quantise(dequantised_layers(module), Quantise.Config(embedding="int8"))
+
+
+def dequantised_layers(module: Decoder) -> Decoder:
+    """With plain linear layers in the blocks, and the table as it is."""
+    dequantise(module.blocks)
+    return module
+
+
+# What a job of finetuning keeps in memory
+
+
+def prepared(name: object, tmp_path: Path) -> nn.Module:
+    """The module that `finetune --lora 8 --quantize nf4` trains."""
+    from allyouneed.commands import quantising
+    from allyouneed.commands.methods.base import Task, adapted
+
+    lora = Lora.Config(rank=2, targets=("q", "v"))
+    task = Task(
+        method="sft", data=tmp_path, valid=None, length=None, seed=0, out=tmp_path, bad=None, options={},
+        lora=lora, quantise=quantising.config("nf4", lora),
+    )  # fmt: skip
+    return adapted(load_module(name, packed=True, narrow=True), task)
+
+
+def test_the_base_of_a_job_takes_a_third_of_bf16(tmp_path: Path) -> None:
+    """Of a folder in bf16, whose large table would alone be half; and of a GGUF, whose 8-bit table stays."""
+    config = llama.architecture(
+        vocab_size=4096, context=64, dim=256, num_layers=4, num_heads=4, num_kv_heads=2, hidden_dim=1024, tied=True
+    )
+    plain = model(config)
+    save(plain.bfloat16(), tmp_path)
+    module = prepared(tmp_path, tmp_path)
+    assert isinstance(module.embedding, QuantisedEmbedding) and module.head.weight is module.embedding.weight
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    adapters = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    assert resident(module) - adapters <= 0.35 * 2 * sum(p.numel() for p in plain.parameters())
+    reference = load_module(tmp_path)
+    quantise(reference, Quantise.Config(embedding="int8"))
+    assert torch.equal(logits(module), logits(reference))
+
+
+def test_the_base_of_a_job_over_a_gguf_takes_a_third_of_bf16(tmp_path: Path) -> None:
+    module = prepared("smollm2-135m-instruct", tmp_path)
+    assert isinstance(module.embedding, PackedEmbedding)
+    adapters = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    assert resident(module) - adapters <= 0.35 * 2 * 134_515_008
+
+
+def test_packed_layers_become_plain_ones_too() -> None:
+    module = model()
+    pack(module, next(iter(KINDS)))
+    before = logits(module)
+    dequantise(module)
+    assert type(module.head) is nn.Linear and module.head.weight is module.embedding.weight
+    assert torch.allclose(logits(module), before, atol=1e-4)

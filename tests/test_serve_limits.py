@@ -225,6 +225,10 @@ class TestBodies:
         answer = server.post("/v1/embeddings", json={"input": given})
         assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("input")
 
+    def test_an_embedding_s_text_that_cannot_fit_is_refused_before_it_is_tokenised(self, server):
+        error = server.post("/v1/embeddings", json={"input": ["x", "x " * 20_000]}).json()["error"]
+        assert "input[1]: 40000 characters are" in error["message"] and error["code"] == "context_length_exceeded"
+
     def test_routes(self, server):
         refused(httpx.get(f"{server.url}/v1/nothing"), None, 404)
         refused(httpx.get(f"{server.url}/v1/chat/completions"), None, 405)

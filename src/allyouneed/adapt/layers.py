@@ -135,9 +135,14 @@ class Adapted(nn.Module):
         self.base, self.adapters = base, nn.ModuleDict()
         self.weights: dict[str, float] = {}
         self.merged: dict[str, float] = {}
+        self.train(base.training)
 
     def add(self, name: str, config: Lora.Config, draw: torch.Generator | None = None) -> None:
-        """A new adapter, not in use yet; it is drawn from `draw`."""
+        """A new adapter, not in use yet; it is drawn from `draw`, and drops out only where the layer is in training."""
+        self.adapters[name] = self.made(config, draw).train(self.training)
+
+    def made(self, config: Lora.Config, draw: torch.Generator | None) -> nn.Module:
+        """What a new adapter of this layer is."""
         raise NotImplementedError
 
     def fold(self, weights: Mapping[str, float], sign: float) -> None:
@@ -184,9 +189,9 @@ class LoraLinear(LowRank):
         self.in_features: int = base.in_features
         self.out_features: int = base.out_features
 
-    def add(self, name: str, config: Lora.Config, draw: torch.Generator | None = None) -> None:
+    def made(self, config: Lora.Config, draw: torch.Generator | None) -> Lora:
         """A pair of matrices (r, K) and (N, r)."""
-        self.adapters[name] = Lora(config, self.in_features, self.out_features, device=self.device, draw=draw)
+        return Lora(config, self.in_features, self.out_features, device=self.device, draw=draw)
 
 
 class LoraEmbedding(LowRank):
@@ -203,9 +208,9 @@ class LoraEmbedding(LowRank):
         self.num_embeddings: int = base.num_embeddings
         self.embedding_dim: int = base.embedding_dim
 
-    def add(self, name: str, config: Lora.Config, draw: torch.Generator | None = None) -> None:
+    def made(self, config: Lora.Config, draw: torch.Generator | None) -> LoraRows:
         """A pair of matrices (r, V) and (D, r)."""
-        self.adapters[name] = LoraRows(config, self.num_embeddings, self.embedding_dim, device=self.device, draw=draw)
+        return LoraRows(config, self.num_embeddings, self.embedding_dim, device=self.device, draw=draw)
 
 
 class Whole(Adapted):
@@ -226,9 +231,9 @@ class Whole(Adapted):
         chosen = None if self.merged else next(iter(self.weights), None)
         return (self.base if chosen is None else self.adapters[chosen])(*given, **named)
 
-    def add(self, name: str, config: Lora.Config, draw: torch.Generator | None = None) -> None:
+    def made(self, config: Lora.Config, draw: torch.Generator | None) -> nn.Module:
         """A copy of the base as it is."""
-        self.adapters[name] = copy.deepcopy(self.base)
+        return copy.deepcopy(self.base)
 
     @torch.no_grad()
     def fold(self, weights: Mapping[str, float], sign: float) -> None:

@@ -6,6 +6,7 @@ What an adapted layer computes is said in `layers`, which layers a pattern means
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from allyouneed.core.errors import InputError, unknown
 from allyouneed.core.seeds import generator
 
 DEFAULT = "default"  # PEFT's name for the only adapter
+LEFT_OUT = "left_out"  # the attribute that says which buffers of a part `freeze` left out of its state dict
 
 
 def adapt(module: nn.Module, config: Lora.Config, name: str = DEFAULT, seed: int = 0) -> list[str]:
@@ -56,6 +58,8 @@ def attach(
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise InputError(f"adapter {name!r}: letters, digits and _ make a name, and it must be none of PyTorch's own")
     kinds = {layer: _kind(module, layer) for layer in configs} | dict.fromkeys(whole, Whole)
+    if not kinds:
+        raise InputError("nothing to adapt: the targets mean no layer of this module")
     tied = shared(module)
     for layer in kinds:
         if layer in tied:
@@ -69,14 +73,18 @@ def attach(
 
 
 def freeze(module: nn.Module) -> None:
-    """No gradients for what there is. What packed layers keep as buffers is no part of the state dict from then on, as
-    it never changes.
+    """No gradients for what there is. What packed layers keep as buffers never changes, and is no part of the state
+    dict until `unload`.
     """
     module.requires_grad_(False)
     for _, layer in layers(module):
         for part in (layer.base if isinstance(layer, Adapted) else layer).modules():
-            for key, buffer in list(part.named_buffers(recurse=False)):
+            hidden = part._non_persistent_buffers_set
+            left_out = {key: x for key, x in part.named_buffers(recurse=False) if key not in hidden}
+            for key, buffer in left_out.items():
                 part.register_buffer(key, buffer, persistent=False)
+            if left_out:
+                part.__dict__[LEFT_OUT] = tuple(left_out)
 
 
 def use(module: nn.Module, weights: Mapping[str, float]) -> None:
@@ -87,7 +95,7 @@ def use(module: nn.Module, weights: Mapping[str, float]) -> None:
     >>> use(model, {"one": 0.5, "two": 0.5})
 
     Raises:
-        InputError: no such adapter, or some are merged.
+        InputError: no such adapter, a weight that is not finite, or some are merged; nothing is changed then.
     """
     _choose(module, weights)
     for layer in adapted(module):
@@ -187,6 +195,9 @@ def unload(module: nn.Module) -> nn.Module:
     for name, part in list(module.named_modules()):
         if isinstance(part, Adapted):
             module.set_submodule(name, part.base)
+    for part in module.modules():
+        for key in part.__dict__.pop(LEFT_OUT, ()):
+            part.register_buffer(key, getattr(part, key))
     return module.requires_grad_(True)
 
 
@@ -196,11 +207,19 @@ def _choose(module: nn.Module, weights: Mapping[str, float]) -> None:
     for name in weights:
         if name not in known:
             raise unknown("adapter", name, known)
-    for layer in adapted(module):
-        chosen = {name: float(w) for name, w in weights.items() if name in layer.adapters}
-        if isinstance(layer, Whole) and any(w != 1 for w in [*chosen.values(), max(1, len(chosen))]):
-            raise InputError(f"adapters {', '.join(chosen)} bring whole layers, which cannot be weighed; use one alone")
-        layer.weights = chosen
+        if not math.isfinite(weights[name]):
+            raise InputError(f"adapter {name!r}: weight={weights[name]}; a finite number is needed")
+    found = [(layer, _those_of(layer, weights)) for layer in adapted(module)]
+    for layer, those in found:  # all or none
+        layer.weights = those
+
+
+def _those_of(layer: Adapted, weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights of those adapters that a layer has."""
+    chosen = {name: float(w) for name, w in weights.items() if name in layer.adapters}
+    if isinstance(layer, Whole) and any(w != 1 for w in [*chosen.values(), max(1, len(chosen))]):
+        raise InputError(f"adapters {', '.join(chosen)} bring whole layers, which cannot be weighed; use one alone")
+    return chosen
 
 
 def _check_unmerged(parts: Iterable[Adapted]) -> None:
@@ -230,6 +249,6 @@ def _wrapped(module: nn.Module, name: str, kind: type[Adapted]) -> Adapted:
     layer = module.get_submodule(name)
     if isinstance(layer, Adapted):
         return layer
-    made = kind(layer).train(module.training)
+    made = kind(layer)
     module.set_submodule(name, made)
     return made

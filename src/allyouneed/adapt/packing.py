@@ -6,11 +6,14 @@ Quantised storage that adapters are trained over is in `adapt.quantise`.
 from __future__ import annotations
 
 import gguf
+import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor, nn
 
-from allyouneed.core.errors import InputError, unknown
+from allyouneed.core.errors import InputError, about, unknown
+from allyouneed.nn.moe import StackedLinear
 from allyouneed.nn.packed import STEP, PackedEmbedding, PackedLinear, shared
+from allyouneed.nn.quantised import QuantisedWeight
 
 KINDS = {"int8": Kind.Q8_0, "int4": Kind.Q4_1}  # 8.5 and 5 bits a weight, scales and minima of 32 included
 WIDE = Kind.Q8_0  # of tables and of heads tied to them, as llama.cpp keeps them: their errors meet every token
@@ -18,14 +21,15 @@ WIDE = Kind.Q8_0  # of tables and of heads tied to them, as llama.cpp keeps them
 
 def pack(module: nn.Module, kind: str) -> list[str]:
     """Linear layers and tables of `module` in blocks, in place, the rest in float32; the names of the layers that stay
-    as they are, since their rows are no whole blocks.
+    as they are, since their rows are no whole blocks or they are all experts' in one.
 
     Args:
         module: one with plain weights, in evaluation mode.
         kind: one of `KINDS`.
 
     Raises:
-        InputError: an unknown kind, weights that are packed already, or none that could be.
+        InputError: an unknown kind, weights that are packed or quantised already, that are not finite, or none that
+            could be.
 
     >>> model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 3))
     >>> pack(model, "int8"), type(model[0]).__name__
@@ -36,6 +40,9 @@ def pack(module: nn.Module, kind: str) -> list[str]:
     packed = next((part.kind for part in module.modules() if isinstance(part, PackedLinear | PackedEmbedding)), None)
     if packed is not None:
         raise InputError(f"weights are packed already ({packed.name}); leave out {kind}")
+    coded = next((part for part in module.modules() if isinstance(part, QuantisedWeight)), None)
+    if coded is not None:
+        raise InputError(f"weights are quantised already ({coded.kind}); leave out {kind}")
     found = {name: part for name, part in module.named_modules() if _plain(name, part)}
     left = [name for name, part in found.items() if part.weight.shape[1] % STEP]
     if len(left) == len(found):
@@ -45,9 +52,10 @@ def pack(module: nn.Module, kind: str) -> list[str]:
     for name, part in found.items():
         if name not in left:
             wide = WIDE if part.weight in tables else KINDS[kind]
-            module.set_submodule(name, _packed(part, wide, blocks))
+            with about(name):
+                module.set_submodule(name, _packed(part, wide, blocks))
     module.float()
-    return left
+    return left + [name for name, part in module.named_modules() if isinstance(part, StackedLinear)]
 
 
 def _plain(name: str, part: nn.Module) -> bool:
@@ -59,6 +67,8 @@ def _packed(part: nn.Module, kind: Kind, blocks: dict[Tensor, Tensor]) -> nn.Mod
     """The layer over its blocks, which tied layers share."""
     weight: Tensor = part.weight  # type: ignore[assignment]
     if weight not in blocks:
+        if not torch.isfinite(weight).all():
+            raise InputError("weights that are not finite cannot be packed; mend them first")
         blocks[weight] = shared(gguf.quants.quantize(weight.detach().float().cpu().numpy(), kind)).to(weight.device)
     if isinstance(part, nn.Embedding):
         return PackedEmbedding(blocks[weight], kind, part.embedding_dim)

@@ -70,6 +70,8 @@ def quantise(module: nn.Module, config: Quantise.Config, targets: Targets = ALL_
     >>> quantise(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), Quantise.Config(), targets=("0",))
     ['0']
     """
+    if any(hasattr(layer, "adapters") for _, layer in layers(module)):
+        raise InputError("adapters are joined to the module; quantise it first, or unload them")
     part, tied = config.build(), shared(module)
     found = find(module, targets)
     for name in found:
@@ -95,13 +97,27 @@ def dequantise(module: Module) -> Module:
     >>> dequantise(layers)[0]
     Linear(in_features=64, out_features=2, bias=True)
     """
-    plain: dict[QuantisedWeight, nn.Parameter] = {}  # tied ones stay so
+    plain: dict[int | None, nn.Parameter] = {}  # tied ones stay so
     for name, part in list(module.named_modules()):
-        if not isinstance(part, QuantisedLinear | QuantisedEmbedding):
+        if not isinstance(part, QuantisedLinear | QuantisedEmbedding | PackedLinear | PackedEmbedding):
             continue
-        weight = plain.setdefault(part.weight, nn.Parameter(part.weight.dequantised(), requires_grad=False))
-        module.set_submodule(name, _plain(part, weight))
+        if (place := _place(part)) not in plain:
+            stored = part if isinstance(part, PackedLinear | PackedEmbedding) else part.weight
+            plain[place] = nn.Parameter(stored.dequantised(), requires_grad=False)
+        module.set_submodule(name, _plain(part, plain[place]))
     return module
+
+
+def fitted(module: nn.Module, config: Quantise.Config) -> Quantise.Config:
+    """`config` without its kind for the embedding where that is stored in few bits already, or its rows are of no whole
+    blocks.
+
+    >>> fitted(nn.ModuleDict({"embedding": nn.Embedding(5, 8)}), Quantise.Config(embedding="int8")).embedding is None
+    True
+    """
+    tables = [table for name, table in layers(module) if _is_embedding(name, table)]
+    fit = all(isinstance(table, nn.Embedding) and table.embedding_dim % config.block == 0 for table in tables)
+    return config if fit else config.replace(embedding=None)
 
 
 def stored(module: nn.Module) -> int:
@@ -122,8 +138,10 @@ def _tables(module: nn.Module, part: Quantise, kind: str) -> Iterator[str]:
     """Store token embeddings, and heads tied to them, in `kind`; their names."""
     known = list(layers(module))
     for name, table in known:
-        if not is_table(table) or not f".{name}".endswith(".embedding") or "positions" in name:
+        if not _is_embedding(name, table):
             continue
+        if not isinstance(table, nn.Embedding | PackedEmbedding):
+            raise InputError(f"{name}: a {type(table).__name__} cannot be quantised; leave embedding={kind} out")
         with about(name):
             weight = part.weight(table, kind)
             made = QuantisedEmbedding(weight)
@@ -134,13 +152,18 @@ def _tables(module: nn.Module, part: Quantise, kind: str) -> Iterator[str]:
         yield from (name, *(other for other, _ in tied))
 
 
-def _plain(part: QuantisedLinear | QuantisedEmbedding, weight: nn.Parameter) -> nn.Module:
+def _is_embedding(name: str, layer: nn.Module) -> bool:
+    """Whether it is a table of tokens."""
+    return is_table(layer) and f".{name}".endswith(".embedding") and "positions" not in name
+
+
+def _plain(part: nn.Module, weight: nn.Parameter) -> nn.Module:
     with outlined():
-        layer: nn.Module = nn.Embedding(*part.weight.shape)
-        if isinstance(part, QuantisedLinear):
+        layer: nn.Module = nn.Embedding(*weight.shape)
+        if isinstance(part, QuantisedLinear | PackedLinear):
             layer = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None)
     layer.weight = weight
-    if isinstance(part, QuantisedLinear) and part.bias is not None:
+    if isinstance(part, QuantisedLinear | PackedLinear) and part.bias is not None:
         layer.bias = nn.Parameter(part.bias, requires_grad=False)
     return layer.train(part.training)
 
@@ -148,4 +171,5 @@ def _plain(part: QuantisedLinear | QuantisedEmbedding, weight: nn.Parameter) -> 
 def _place(layer: nn.Module) -> int | None:
     """Where a layer's or table's weight lies in memory."""
     weight = layer.blocks if isinstance(layer, PackedLinear | PackedEmbedding) else layer.weight
+    weight = weight.codes if isinstance(weight, QuantisedWeight) else weight
     return weight.data_ptr() if isinstance(weight, Tensor) else None

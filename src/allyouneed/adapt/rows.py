@@ -60,7 +60,8 @@ class Rows:
         parts = [(part, layers[name]) for name, part in self.parts.items() if name in layers]
         if parts and len(x) == 1 != self.count:
             y, x = (t.expand(self.count, *t.shape[1:]) for t in (y, x))
-        assert not parts or len(x) == self.count, f"{len(x)} rows of a layer, adapters chosen for {self.count}"
+        if parts and len(x) != self.count:
+            raise ValueError(f"{len(x)} rows of a layer, adapters chosen for {self.count}")
         for part, layer in parts:
             y = change(part, y, x, layer)
         return y

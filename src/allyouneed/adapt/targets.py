@@ -12,6 +12,7 @@ from torch import nn
 
 from allyouneed.core.errors import InputError, brief, unknown
 from allyouneed.nn.moe import StackedLinear
+from allyouneed.nn.quantised import QuantisedWeight
 
 ALL_LINEAR = "all-linear"
 HEADS = ("head", "layer")  # a language model's (`models.decoder`) and that of labels (`models.heads`)
@@ -75,10 +76,14 @@ def find(module: nn.Module, targets: Targets) -> list[str]:
 
 
 def shared(module: nn.Module) -> dict[str, str]:
-    """The layers whose weight is another's too, each with the name of one such: a tied head and its embedding."""
+    """The layers whose weight is another's too, each with the name of one such: a tied head and its embedding, however
+    these are stored.
+    """
     owners: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for name, part in module.named_modules(remove_duplicate=False):
+        layer = name.rpartition(".")[0] if isinstance(part, QuantisedWeight) else name
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            owners.setdefault(tensor.data_ptr() or id(tensor), []).append(layer)  # outlines have no memory
     found = {name: names[i - 1] for names in owners.values() if len(names) > 1 for i, name in enumerate(names)}
     for name, part in module.named_modules():
         found |= {f"{name}.{layer}".lstrip("."): "the head" for layer in getattr(part, "borrowed", ())}

@@ -93,7 +93,7 @@ def finetune(
     lora_dropout: Annotated[float | None, typer.Option(help="Of what adapters read; default: 0.")] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Adapters count α/√R.")] = False,
     quantize: Annotated[
-        str | None, typer.Option(metavar="KIND", help="Store what --lora leaves alone in nf4, fp4, int4 or int8.")
+        str | None, typer.Option(metavar="KIND", help="Store the base in nf4, fp4, int4 or int8, its table in int8.")
     ] = None,
     paged: Annotated[
         bool, typer.Option("--paged", help="Adam's moments in files; beside a GPU, in the host's memory.")
@@ -137,7 +137,8 @@ def finetune(
     lora = adapters.config(rank, lora_alpha, lora_targets, lora_dropout, rslora)
     storage = quantising.config(quantize, lora)
     seed_everything(seed)
-    module, tokenizer = load_module(model), load_tokenizer(model)
+    few = storage is not None  # then each layer is stored in few bits as it comes from the file
+    module, tokenizer = load_module(model, packed=few, narrow=few), load_tokenizer(model)
     if isinstance(module, Head):
         module = module.model  # of what it was tuned to before only the layer is replaced
     base = digest(module)

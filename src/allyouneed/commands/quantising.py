@@ -37,9 +37,10 @@ def quantize(
 
     new_folder(out)
     config = Quantise.Config(kind=kind, block=block, double=double, embedding=embedding)
-    module = load_module(model)
+    module = load_module(model, narrow=True)
     before = sum(p.numel() for p in module.parameters())
     layers = quantise(module, config)
+    module.float()
     save(module, out, load_tokenizer(model))
     facts = {"kind": kind, "layers": len(layers)} | _facts(module, out, before)
     print(json.dumps(facts) if as_json else _line(facts, out))
@@ -56,7 +57,7 @@ def new_folder(out: Path) -> None:
 
 
 def config(kind: str | None, lora: Lora.Config | None) -> Quantise.Config | None:
-    """How `finetune --quantize KIND` stores the base, None without it.
+    """How `finetune --quantize KIND` stores the base, its table of tokens in 8 bits; None without it.
 
     Raises:
         InputError: no such kind, or nothing that could be trained then.
@@ -67,7 +68,7 @@ def config(kind: str | None, lora: Lora.Config | None) -> Quantise.Config | None
         return None
     if lora is None:
         raise InputError(f"--quantize {kind}: what is stored in few bits is not trained; add --lora R")
-    return Quantise.Config(kind=kind)
+    return Quantise.Config(kind=kind, embedding="int8")
 
 
 def _facts(module: Any, out: Path, before: int) -> dict[str, Any]:

@@ -178,6 +178,7 @@ class Engine:
         """
         ids = [int(token) for token in request.ids]
         self._check(request, ids)
+        self._refresh()
         number, self._added = self._added, self._added + 1
         adapters = mix_of(self.module, request.adapter)
         keys = self.tables.keys(ids[:-1], adapters)
@@ -263,9 +264,16 @@ class Engine:
             )
 
     def forget(self) -> None:
-        """Use nothing that was read of, or made from, the weights so far: to be called after they have changed."""
-        self.tables.pool.forget()
+        """Use nothing that was read of, or made from, the weights so far: to be called after the base's weights, or
+        those of any part by way of `.data`, were written to. Merging, unmerging and training of adapters are seen.
+        """
+        self.tables.forget()
         self.reader.renew()
+
+    def _refresh(self) -> None:
+        """Forget if adapters were merged, or written to."""
+        if self.reader.stale():
+            self.forget()
 
     def _told(self, numbers: dict[int, int]) -> Iterator[Step]:
         """The steps of some requests of `steps`; what comes for others meanwhile is kept for them."""
@@ -307,6 +315,7 @@ class Engine:
         """One pass over those whose turn it is. Where it breaks off, nobody knows what was read: all read anew."""
         turns = self._scheduler.plan()
         assert turns, "requests wait, and none of them can run"
+        self._refresh()
         try:
             self._guess(turns)
             self._chosen(self._read_all(turns))

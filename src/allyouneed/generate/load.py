@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +78,7 @@ def _joined(module: Decoder, name: str, quantize: str | None, adapters: Mapping[
 
     if quantize is not None:
         with about(name):
-            _quantise(module, quantize)
+            _quantise(module, quantize, name)
     for adapter, folder in adapters.items():
         load_adapter(module, folder, adapter)
     if adapters:
@@ -85,13 +86,16 @@ def _joined(module: Decoder, name: str, quantize: str | None, adapters: Mapping[
     return module
 
 
-def _quantise(module: Decoder, kind: str) -> None:
-    """Store the weights in few bits, in place."""
+def _quantise(module: Decoder, kind: str, name: str) -> None:
+    """Store the weights in few bits, in place, and say which are not."""
     from allyouneed.adapt import packing
     from allyouneed.adapt.quantise import Quantise, quantise
+    from allyouneed.models.checkpoints.names import listed
 
     if kind in packing.KINDS:
-        packing.pack(module, kind)
+        left = packing.pack(module, kind)
+        if left:
+            warnings.warn(f"{name}: {listed(left)} stay in float32: no whole blocks", stacklevel=4)
     elif kind in CODES:
         quantise(module, Quantise.Config(kind=kind))
     else:

@@ -282,7 +282,7 @@ class _Reader:
             self._extend(context[held:shared])
             self.cache.mark()
         hidden = self._extend(context[shared:])
-        self.last, self.read = self.module.head(hidden[0, -1]).cpu().double(), context
+        self.last, self.read = self.module.head(hidden[:, -1])[0].cpu().double(), context
 
     def _extend(self, tokens: Sequence[int]) -> Tensor:
         """Read some tokens more, at least one: what the head sees of the last ones."""

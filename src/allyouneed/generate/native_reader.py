@@ -91,7 +91,7 @@ class NativeReader:
         shares = np.zeros((len(pieces), len(known)), np.float32)
         for i, piece in enumerate(pieces):
             for name, share in piece.adapters:
-                if name in known:  # else it joins none of these layers: of a model's first ones, say
+                if name in known:  # else it joins none of these layers: of a model's first ones, or the head alone
                     shares[i, known[name]] = share
         return shares if shares.any() else None
 

@@ -5,6 +5,7 @@ Knows blocks and slots by number only; who holds them is said by the caller. Sha
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from allyouneed.adapt.lora import adapted
 from allyouneed.adapt.rows import Mix, chosen
+from allyouneed.core.errors import InputError
 from allyouneed.nn.paged import Storage
 from allyouneed.nn.sight import Memory
 from allyouneed.nn.watch import Watch
@@ -76,7 +79,7 @@ def reader_of(module: Continues, storage: Storage) -> Reader:
 
 class CurrentReader:
     """The fastest reader for what a module is at each pass: chosen anew once parts or weights of it were replaced,
-    somebody listens in by a hook, or it was put into training mode.
+    adapters merged or trained on, somebody listens in by a hook, or it was put into training mode.
 
     >>> from allyouneed.models import llama
     >>> model = llama.EXAMPLE.build().eval()
@@ -94,11 +97,29 @@ class CurrentReader:
         """Forget what was made of the weights: to be called after gains or biases of 16 bits were written to."""
         self._reader = reader_of(self.module, self.storage)
         self._watch = Watch(self.module) if isinstance(self.module, nn.Module) else None
+        self._adapted = adapted(self.module) if isinstance(self.module, nn.Module) else []
+        self._merged = [dict(layer.merged) for layer in self._adapted]
+        tensors = (p for layer in self._adapted for p in layer.adapters.parameters() if not p.is_inference())
+        self._versions = [(p, p._version) for p in tensors]
+
+    def stale(self) -> bool:
+        """Whether what was read may have come of other weights: adapters were merged, unmerged, or written to in place
+        other than by way of `.data`. Of the base's weights only `renew` tells.
+        """
+        return any(map(operator.ne, (layer.merged for layer in self._adapted), self._merged)) or any(
+            p._version != version for p, version in self._versions
+        )
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
-        """(sum of `wanted`, V)."""
-        if self._watch is not None and self._watch.changed():
+        """(sum of `wanted`, V).
+
+        Raises:
+            InputError: a piece asks for an adapter, and some are merged.
+        """
+        if self.stale() or (self._watch is not None and self._watch.changed()):
             self.renew()
+        if any(self._merged) and any(piece.adapters for piece in pieces):
+            raise InputError("an adapter that a request asked for was merged since; unmerge it, or ask anew")
         return self._reader.read(pieces)
 
 

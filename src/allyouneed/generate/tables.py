@@ -41,12 +41,12 @@ class Tables:
         self.pool = BlockPool(storage.blocks)
         self.forks, self.share = share, share and not (storage.states or module.answers)
         self._slots: list[int] = []
-        self._opened = 0
+        self._opened = self._epoch = 0
 
     def open(self, memory: Memory | None = None, adapters: Mix | None = None) -> BlockTable:
         """An empty table; with a slot of its own. `adapters` None: those that are in use now."""
         mix = mix_of(self.module) if adapters is None else adapters
-        table = BlockTable(self._slot(), mix, key=root(mix))
+        table = BlockTable(self._slot(), mix, key=self._root(mix))
         self.storage.begin(table.slot, self.module.new_cache(1, 0, memory))
         return table
 
@@ -67,7 +67,7 @@ class Tables:
 
     def keys(self, tokens: Sequence[int], adapters: Mix = ()) -> list[Key]:
         """The keys of the full blocks of tokens that a sequence begins with, as some adapters read them."""
-        found, key = [], root(adapters)
+        found, key = [], self._root(adapters)
         for start in range(0, len(tokens) // self.size * self.size if self.share else 0, self.size):
             key = chained(key, tokens[start : start + self.size])
             found.append(key)
@@ -131,6 +131,14 @@ class Tables:
         self.storage.memories.drop(table.slot)
         self._slots.append(table.slot)
         table.blocks, table.length, table.slot = [], 0, -1
+
+    def forget(self) -> None:
+        """Have nothing be found any more, neither what is still being read."""
+        self.pool.forget()
+        self._epoch += 1
+
+    def _root(self, adapters: Mix) -> Key:
+        return root(adapters) + (b"@%d" % self._epoch if self._epoch else b"")
 
     def _slot(self) -> int:
         if self._slots:

@@ -45,6 +45,13 @@ class Scales:
             return self.values
         return decode(self.codes, self.values, DYNAMIC, NESTED, len(self.codes)) + self.offset
 
+    def at(self, places: Tensor) -> Tensor:
+        """Those of some blocks by their numbers: (…) integers -> (…) fp32, the same bits."""
+        if self.codes is None or self.offset is None:
+            return self.values[places]
+        book = DYNAMIC.values.to(self.codes.device)
+        return book[self.codes[places].int()] * self.values[places // NESTED] + self.offset
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -65,10 +72,12 @@ class Blocks:
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of a matrix whose rows are whole blocks: (…) integers -> (…, K) fp32."""
         count, features = self.shape
-        codes = self.codes.view(count, -1)[ids]
-        scales = self.scales.exact().view(count, -1)[ids].flatten()
+        if not ids.numel():
+            return self.scales.values.new_empty(*ids.shape, features)
+        codes, each = self.codes.view(count, -1)[ids], features // self.block
+        scales = self.scales.at(ids[..., None] * each + torch.arange(each, device=ids.device)).flatten()
         return decode(codes.flatten(), scales, BOOKS[self.kind], self.block, ids.numel() * features).view(
-            *ids.shape, -1
+            *ids.shape, features
         )
 
     @property

@@ -75,7 +75,8 @@ class QuantisedWeight(nn.Module):
             raise ValueError(f"x has {features} features where the layer takes {self.shape[1]}")
         kernels, count = self._kernels(), math.prod(rows)
         if kernels is None or count > FEW or not x.is_cpu:
-            return F.linear(x.float(), self.dequantised()).to(x.dtype)
+            with torch.autocast(x.device.type, enabled=False):  # in fp32 as the kernels are, however many the rows
+                return F.linear(x.float(), self.dequantised()).to(x.dtype)
         values = x.float().contiguous()
         y = values.new_empty((*rows, self.shape[0]))
         sizes = count, *self.shape
@@ -175,4 +176,5 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient.float() @ ctx.weight.dequantised()).to(gradient.dtype), None
+        with torch.autocast(gradient.device.type, enabled=False):
+            return (gradient.float() @ ctx.weight.dequantised()).to(gradient.dtype), None

@@ -60,7 +60,9 @@ async def _rows(served: Served, fields: EmbeddingFields) -> Sequence[Sequence[in
         param = f"input[{i}]" if several else "input"
         if not one:
             raise ApiError(f"{param}: is empty", param=param)
-        if not isinstance(one, str):
+        if isinstance(one, str):
+            served.check_length(one, param)
+        else:
             served.check_ids(one, param)
     rows = await _encoded(served, asked) if isinstance(asked[0], str) else asked
     for i, row in enumerate(rows):

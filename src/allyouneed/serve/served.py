@@ -98,7 +98,7 @@ class Served:
             ApiError: by its length alone it cannot fit the context.
         """
         assert isinstance(self.lm, LocalModel)
-        self._check_length(prompt, param)
+        self.check_length(prompt, param)
         return await self.aside(functools.partial(self.lm.prompt_ids, prompt), len(prompt))
 
     async def chat_ids(
@@ -118,7 +118,7 @@ class Served:
         def work() -> list[int]:
             prompt = lm.chat_prompt(messages, variables)
             if param is not None:
-                self._check_length(prompt, param)
+                self.check_length(prompt, param)
             return self.tokenizer.encode(prompt)
 
         return await self.aside(work, _size(messages) + _size(variables))
@@ -159,7 +159,7 @@ class Served:
             raise ApiError(f"{said}; {mend}", param=param, code="context_length_exceeded")
         return self.context - length if asked is None else asked
 
-    def _check_length(self, text: str, param: str) -> None:
+    def check_length(self, text: str, param: str) -> None:
         """Refuse, before it is tokenised, a text that no tokens of this vocabulary bring into the context."""
         least = self.tokenizer.least(text) if len(text) >= SHORT else 0
         if self.context is not None and least > self.context:

@@ -136,11 +136,12 @@ class Method:
 def adapted(module: Any, task: Task) -> Any:
     """`module`, in place the base of adapters where the task asks for these; a head's new layer is trained whole."""
     from allyouneed.adapt import lora
-    from allyouneed.adapt.quantise import quantise
+    from allyouneed.adapt.quantise import fitted, quantise
     from allyouneed.models.heads import Head
 
     if task.quantise is not None:
-        quantise(module, task.quantise)
+        quantise(module, fitted(module, task.quantise))
+        module.float()  # what is left of 16 bits
     if task.lora is not None:
         lora.adapt(module, task.lora.replace(whole=("layer",) if isinstance(module, Head) else ()), seed=task.seed)
     return module

@@ -57,7 +57,8 @@ def save_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT, *, b
         base: what names the model without the adapter: a folder, a material, a hub id.
 
     Raises:
-        InputError: no such adapter, or it is on a layer that transformers does not have.
+        InputError: no such adapter, it is on a layer that transformers does not have, or what it does cannot be said in
+            such files.
     """
     folder = Path(folder)
     if name not in lora.names(module):
@@ -67,15 +68,16 @@ def save_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT, *, b
     homeless = set(wanted).difference(*(place.ours for place in found.values()))
     if homeless:
         raise InputError(f"{folder}: transformers has no layers like {listed(sorted(homeless))}, so PEFT has neither")
+    _check_dropouts([module.get_submodule(f"{one}.adapters.{name}") for one in wanted], folder)
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Lora.Config] = {}
     whole: list[str] = []
     for place in found.values():
         layers = [module.get_submodule(one) for one in place.ours]
-        if isinstance(layers[0], Whole) and place.ours[0] in wanted:
+        if any(isinstance(layer, Whole) and name in layer.adapters for layer in layers):
             whole.append(place.theirs)
-            held = layers[0].adapters[name].named_parameters()
-            tensors |= {f"{PREFIX}{place.theirs}.{key}": p.detach() for key, p in held}
+            held = place.whole([_held(layer, name, place, folder) for layer in layers])
+            tensors |= {f"{PREFIX}{place.theirs}.{key}": x for key, x in held.items()}
         elif set(wanted) & set(place.ours):
             A, B, configs[place.theirs] = fused.fuse(place, layers, name)
             ending = "lora_{}.weight" if is_linear(layers[0]) else "lora_embedding_{}"
@@ -103,21 +105,25 @@ def load_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT) -> P
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder}: has no {WEIGHTS}; adapters in other formats are not read")
     found = fused.places(module)
-    pairs, whole, bases = _sorted(weights.read_safetensors(folder / WEIGHTS), said, found, folder)
+    tensors = weights.read_safetensors(folder / WEIGHTS)
+    for key, x in tensors.items():
+        if not torch.isfinite(x).all():
+            raise InputError(f"{folder}: tensor {brief(key)} holds numbers that are not finite")
+    pairs, whole, bases = _sorted(tensors, said, found, folder)
     configs: dict[str, Lora.Config] = {}
     values: dict[str, Tensors] = {}
     for theirs, pair in pairs.items():
         place = found[theirs]
         _check(pair, _pair_shapes(module, place), theirs, folder)
         config = said.layer(theirs, len(pair["A"]))
-        for ours, A, B, its in fused.divide(place, pair["A"], pair["B"], config):
-            configs[ours], values[ours] = its, {"A": A, "B": B}
-    for theirs, tensors in (whole | bases).items():
-        base = _base(module, found[theirs])
-        _check(tensors, {key: tuple(p.shape) for key, p in base.named_parameters()}, theirs, folder)
-        if theirs in bases and not torch.equal(tensors["weight"].to(base.weight.dtype), base.weight):
+        for ours, A, B, one in fused.divide(place, pair["A"], pair["B"], config):
+            configs[ours], values[ours] = one, {"A": A, "B": B}
+    for theirs, its in (whole | bases).items():
+        base = _base(module, found[theirs], folder)
+        _check(its, {key: tuple(p.shape) for key, p in base.items()}, theirs, folder)
+        if theirs in bases and not torch.equal(its["weight"].to(base["weight"].dtype), base["weight"]):
             raise InputError(f"{folder}: an adapter for another base: {theirs} brings other numbers than this model's")
-    copies = {found[theirs].ours[0]: tensors for theirs, tensors in whole.items()}
+    copies = {name: part for theirs, its in whole.items() for name, part in found[theirs].parts(its).items()}
     lora.attach(module, configs, copies, name)
     _fill(module, name, values | copies)
     return said
@@ -155,17 +161,43 @@ def _sorted(tensors: Tensors, said: PeftConfig, found: Mapping[str, Place], fold
             whole.setdefault(layer, {})[last] = tensor
         else:
             raise InputError(f"{folder}: tensor {brief(key)} is no matrix of LoRA, nor of a layer in modules_to_save")
-    strange = [layer for layer in pairs | bases | whole if layer not in found]
+    if others := [layer for layer in whole if layer not in found]:
+        mend = "only such are trained whole here"
+        raise InputError(
+            f"{folder}: modules_to_save: {listed(others)}: no linear layer or embedding of this model; {mend}"
+        )
+    strange = [layer for layer in pairs | bases if layer not in found]
     if strange:
         raise InputError(f"{folder}: an adapter for another base: this model has no layers like {listed(strange)}")
     return pairs, whole, bases
 
 
-def _base(module: nn.Module, place: Place) -> Any:
-    """The one layer of ours, without adapters."""
-    (name,) = place.ours
-    layer = module.get_submodule(name)
-    return layer.base if isinstance(layer, Adapted) else layer
+def _check_dropouts(parts: Sequence[nn.Module], folder: Path) -> None:
+    """Refuse adapters of unlike dropout, of which a file has one for all."""
+    dropouts = sorted({part.config.dropout for part in parts if isinstance(part, Lora)})
+    if len(dropouts) > 1:
+        raise InputError(f"{folder}: layers drop out {', '.join(map(str, dropouts))}; a file says one number for all")
+
+
+def _held(layer: nn.Module, name: str, place: Place, folder: Path) -> dict[str, Tensor]:
+    """Weight and bias of a layer that stands in one that is trained whole: the adapter's copy, or the base's."""
+    if isinstance(layer, Adapted) and name in layer.adapters and not isinstance(layer, Whole):
+        raise InputError(f"{folder}: {place.theirs} is trained whole in part, in part by low rank; let all do the same")
+    if isinstance(layer, Adapted):
+        copies = layer.adapters if name in layer.adapters else {name: layer.base}
+        layer = copies[name]
+    return dict(layer.named_parameters())
+
+
+def _base(module: nn.Module, place: Place, folder: Path) -> dict[str, Tensor]:
+    """Weight and bias of their layer as ours have it without adapters."""
+    layers = [module.get_submodule(name) for name in place.ours]
+    parts = [layer.base if isinstance(layer, Adapted) else layer for layer in layers]
+    if packed := next((part for part in parts if not isinstance(getattr(part, "weight", None), Tensor)), None):
+        raise InputError(
+            f"{folder}: {place.theirs} needs plain weights, not a {type(packed).__name__}'s; load it unpacked"
+        )
+    return place.whole([dict(part.named_parameters()) for part in parts])
 
 
 def _pair_shapes(module: nn.Module, place: Place) -> dict[str, tuple[int | str, ...]]:

@@ -32,6 +32,7 @@ class Place:
     ours: tuple[str, ...]
     rule: Rule
     transposed: bool  # theirs holds its matrix input × output
+    bias: Rule | None = None  # ties their biases, where theirs has one
 
     def split(self, B: Tensor) -> Sequence[Tensor]:
         """Their B (N, r) as ours, each with the rows of its layer."""
@@ -42,13 +43,29 @@ class Place:
         joined = self.rule.join(Bs)
         return (joined.t() if self.transposed else joined).contiguous()
 
+    def whole(self, ours: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Their weight and bias from those of each of ours."""
+        keys = {key: rule for key, rule in self._rules() if key in ours[0]}
+        return {key: rule.join([one[key].detach() for one in ours]).contiguous() for key, rule in keys.items()}
+
+    def parts(self, theirs: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Weight and bias of each of ours, by its name, from theirs."""
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.ours}
+        for key, rule in self._rules():
+            for name, part in zip(self.ours, rule.split(theirs[key]) if key in theirs else (), strict=key in theirs):
+                found[name][key] = part
+        return found
+
+    def _rules(self) -> list[tuple[str, Rule]]:
+        return [("weight", self.rule), *([("bias", self.bias)] if self.bias else [])]
+
 
 def places(module: Any) -> dict[str, Place]:
     """The layers of a model by their names in `transformers`, or by our own where it has no such model."""
     held = {name: part for name, part in module.named_modules() if _adaptable(part)}
     family = huggingface.fitting(module.config)
     if family is None:
-        rules = [same(f"{name}.weight", f"{name}.weight") for name in held]
+        rules = [same(f"{name}.{key}", f"{name}.{key}") for name in held for key in ("weight", "bias")]
     else:
         rules = list(expand(family.rules(module.config), module.config.layers))
     return {place.theirs: place for place in _places(rules, held)}
@@ -74,14 +91,17 @@ def fuse(place: Place, layers: Sequence[nn.Module], name: str) -> tuple[Tensor, 
 def divide(
     place: Place, A: Tensor, B: Tensor, config: Lora.Config
 ) -> Iterator[tuple[str, Tensor, Tensor, Lora.Config]]:
-    """Name, A, B and configuration for each of ours that is changed at all."""
+    """Name, A, B and configuration for each of ours that has columns of B, or could have those that are zero in all:
+    such a part was not trained yet.
+    """
     if len(place.ours) == 1:
         yield place.ours[0], A, B, config
         return
     parts = [part.contiguous() for part in place.split(B)]
-    untrained = not B.any()
-    for name, part in zip(place.ours, parts, strict=True):
-        used = torch.ones(len(A), dtype=torch.bool) if untrained else part.any(0)
+    columns = [part.any(0) for part in parts]
+    nobodys = ~torch.stack(columns).any(0)
+    for name, part, its in zip(place.ours, parts, columns, strict=True):
+        used = its if its.any() else nobodys
         if used.any():
             yield name, A[used], part[:, used], of_scale(config.scale, int(used.sum()), config)
 
@@ -97,12 +117,19 @@ def of_scale(scale: float, rank: int, like: Lora.Config) -> Lora.Config:
 
 def _places(rules: Sequence[Rule], held: Mapping[str, nn.Module]) -> Iterator[Place]:
     """The rules whose tensors are the weights of `held` layers."""
+    biases = {rule.theirs: rule for rule in rules}
     for rule in rules:
         ours = tuple(name.removesuffix(".weight") for name in rule.ours)
         if rule.theirs.endswith(".weight") and all(name in held for name in ours) and not rule.again:
             theirs = rule.theirs.removesuffix(".weight")
             columns = [torch.empty(_outputs(held[name]), 1) for name in ours]
-            yield Place(IN_MEMORY.get(theirs, theirs), ours, rule, rule.join(columns).shape[0] == 1)
+            yield Place(
+                IN_MEMORY.get(theirs, theirs),
+                ours,
+                rule,
+                rule.join(columns).shape[0] == 1,
+                biases.get(f"{theirs}.bias"),
+            )
 
 
 def _outputs(part: Any) -> int:

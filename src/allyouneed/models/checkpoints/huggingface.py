@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allyouneed.adapt import lora
 from allyouneed.core import files
 from allyouneed.core.config import Config
 from allyouneed.core.errors import InputError, about, unknown
@@ -58,8 +59,8 @@ OWN_BLOCKS: dict[type, dict[str, str]] = {
 }
 
 
-def load(folder: Path) -> Model:
-    """The model in a folder of the Hugging Face layout, in float32 and evaluation mode.
+def load(folder: Path, *, narrow: bool = False) -> Model:
+    """The model in a folder of the Hugging Face layout, in float32, or `narrow` as it is stored, and evaluation mode.
 
     Raises:
         InputError: a file or field is missing or wrong, or config.json and the weights do not belong together.
@@ -75,7 +76,7 @@ def load(folder: Path) -> Model:
             if len(held) != config.layers[sign]:
                 raise InputError(f"{source}: num_layers={config.layers[sign]}, but the weights hold {len(held)} layers")
         tensors, blocks = quantised.parted(tensors, folder)
-        return quantised.filled(assemble(config, tensors, source), blocks, folder)
+        return quantised.filled(assemble(config, tensors, source, narrow=narrow), blocks, folder)
     family = family_of(fields)
     _check_kind(family, tensors, source)
     stored = {HEAD_STORED: any(name.endswith("lm_head.weight") for name in tensors)}
@@ -84,7 +85,7 @@ def load(folder: Path) -> Model:
     check_layers(rules, config.layers, tensors, source)
     tensors, blocks = quantised.parted(_with_prefix(rules[0].theirs, tensors), folder)
     blocks = quantised.ours(blocks, expand(rules, config.layers), folder)
-    model = assemble(config, to_ours(rules, config.layers, tensors, folder), source)
+    model = assemble(config, to_ours(rules, config.layers, tensors, folder), source, narrow=narrow)
     return quantised.filled(model, blocks, folder)
 
 
@@ -110,6 +111,8 @@ def family_of(fields: Fields) -> Family[Any]:
 
 def save(module: Model, folder: Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write config.json and weights; `transformers` loads them with the same outputs where it has such a model."""
+    if lora.adapted(module):
+        raise InputError(f"{folder}: the model has adapters; save them as such, or merge and unload them first")
     state, blocks = _state(module), quantised.stored(module)
     if not {"embedding.weight", "encoder.embedding.weight", "model.embedding.weight"} & {*state, *blocks}:
         raise InputError(f"{folder}: packed weights have no such layout; load the model with packed=False to save it")
@@ -152,7 +155,7 @@ def _own(
     return {"model_type": OURS, "config": module.config.to_json()}, {**state, **quantised.tensors(blocks)}
 
 
-def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:
+def assemble(config: Any, state: Mapping[str, Tensor], source: object, *, narrow: bool = False) -> Any:
     """The model of `config` with the tensors of `state`; nothing is allocated before every shape agrees."""
     try:
         with about(source), outlined():
@@ -174,7 +177,8 @@ def assemble(config: Any, state: Mapping[str, Tensor], source: object) -> Any:
     if strange:
         raise InputError(f"{source}: the weights hold {listed(strange, state)}, {HOMELESS}")
     _check_tied(model, state, source)
-    model.load_state_dict({name: state[name].to(torch.float32) for name in expected}, strict=False, assign=True)
+    held = {name: state[name] if narrow else state[name].to(torch.float32) for name in expected}
+    model.load_state_dict(held, strict=False, assign=True)
     model.retie()
     return model.eval()
 

@@ -24,7 +24,9 @@ def opened(name: str | Path) -> GGUF | Path:
     return GGUF.open(path) if path.is_file() else path
 
 
-def load_module(name: str | Path | GGUF, *, packed: bool = False, step: int | None = None) -> huggingface.Model:
+def load_module(
+    name: str | Path | GGUF, *, packed: bool = False, step: int | None = None, narrow: bool = False
+) -> huggingface.Model:
     """The model of a checkpoint as a module in evaluation mode: a decoder, an encoder, or both in one.
 
     Args:
@@ -34,6 +36,8 @@ def load_module(name: str | Path | GGUF, *, packed: bool = False, step: int | No
         packed: compute from a GGUF's quantised blocks instead of float32 copies; such weights are frozen.
         step: of a model that was kept along its training: the folder `step<k>` in the folder `name` (`train.suite`),
             or the hub's revision of that name, as Pythia has them.
+        narrow: leave a folder's weights of 16 bits so, mapped from the file: for whoever stores them in few bits next,
+            one by one.
 
     Raises:
         InputError: nothing of that name, no checkpoint of that step, or its files are broken.
@@ -47,7 +51,7 @@ def load_module(name: str | Path | GGUF, *, packed: bool = False, step: int | No
     found = opened(name if step is None else _open_step(name, step))
     if isinstance(found, Path) and adapters.is_adapter(found):
         return _merged(found)
-    return ggml.load(found, packed=packed) if isinstance(found, GGUF) else huggingface.load(found)
+    return ggml.load(found, packed=packed) if isinstance(found, GGUF) else huggingface.load(found, narrow=narrow)
 
 
 def load_decoder(name: str | Path, *, packed: bool = False) -> Decoder:

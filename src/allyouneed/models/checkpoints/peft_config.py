@@ -95,9 +95,10 @@ def described(
     transposed: bool,
 ) -> dict[str, Any]:
     """What the file says of layers with these configurations; `transposed`: the base stores matrices input × output."""
-    common = Counter((c.rank, c.resolved_alpha) for c in configs.values()).most_common(1)
-    rank, alpha = common[0][0] if common else (8, 8.0)
     first = next(iter(configs.values()), Lora.Config())
+    alphas = {name: _alpha(c, first.rslora) for name, c in configs.items()}
+    common = Counter((c.rank, alphas[name]) for name, c in configs.items()).most_common(1)
+    rank, alpha = common[0][0] if common else (8, 8.0)
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -113,8 +114,15 @@ def described(
         "bias": "none",
         "init_lora_weights": True,
         "rank_pattern": {name: c.rank for name, c in configs.items() if c.rank != rank},
-        "alpha_pattern": {name: _number(c.resolved_alpha) for name, c in configs.items() if c.resolved_alpha != alpha},
+        "alpha_pattern": {name: _number(its) for name, its in alphas.items() if its != alpha},
     }
+
+
+def _alpha(config: Lora.Config, rslora: bool) -> float:
+    """The α by which a layer has its scale under the file's one rule for all."""
+    if config.rslora == rslora:
+        return config.resolved_alpha
+    return config.scale * (config.rank**0.5 if rslora else config.rank)
 
 
 def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
