@@ -70,10 +70,11 @@ class RewardModel:
 
     def _check_lengths(self, pieces: Sequence[Piece], prompts: Sequence[Turns], completions: Sequence[str]) -> None:
         limit = self.head.model.limit
-        for piece, *pair in zip(pieces, prompts, completions, strict=True):
+        for piece, prompt, completion in zip(pieces, prompts, completions, strict=True):
             if limit is not None and len(piece.ids) > limit:
                 line = f"reward {self.name}: {len(piece.ids)} tokens exceed its context of {limit}"
-                raise InputError(f"{line}, for {shown(*pair)}; have shorter answers, or a reward model that reads more")
+                asked = shown(prompt, completion)
+                raise InputError(f"{line}, for {asked}; have shorter answers, or a reward model that reads more")
 
     def _piece(self, prompt: Turns, completion: str) -> Piece:
         """As it was learned from; an answer without text, which is never learned from, likewise."""
