@@ -389,7 +389,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.2, "laptop": 13},
+    minutes={"smoke": 0.2, "laptop": 17},
     sizes={
         "smoke": Config(
             world=SMALL,
