@@ -21,7 +21,7 @@ from allyouneed.adapt.quantise import dequantise
 from allyouneed.adapt.targets import is_linear, matches
 from allyouneed.core import files
 from allyouneed.core.errors import InputError, brief
-from allyouneed.models.checkpoints import fused, peft_config, weights
+from allyouneed.models.checkpoints import fused, likeness, peft_config, weights
 from allyouneed.models.checkpoints.fused import Place
 from allyouneed.models.checkpoints.names import listed
 from allyouneed.models.checkpoints.peft_config import CONFIG, WEIGHTS, PeftConfig
@@ -82,6 +82,7 @@ def save_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT, *, b
             A, B, configs[place.theirs] = fused.fuse(place, layers, name)
             ending = "lora_{}.weight" if is_linear(layers[0]) else "lora_embedding_{}"
             tensors |= {f"{PREFIX}{place.theirs}.{ending.format(key)}": x for key, x in (("A", A), ("B", B))}
+    layers = [module.get_submodule(one) for theirs in sorted(configs) for one in found[theirs].ours]
     described = peft_config.described(
         configs,
         whole,
@@ -89,6 +90,8 @@ def save_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT, *, b
         base=base,
         task=TASKS.get(type(module)),
         transposed=any(found[name].transposed for name in configs),
+        sketch=likeness.sketch(layers),
+        plain=likeness.plain(layers),
     )
     weights.write_safetensors(folder / WEIGHTS, tensors)
     files.write_json(folder / CONFIG, described)
@@ -123,6 +126,7 @@ def load_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT) -> P
         _check(its, {key: tuple(p.shape) for key, p in base.items()}, theirs, folder)
         if theirs in bases and not torch.equal(its["weight"].to(base["weight"].dtype), base["weight"]):
             raise InputError(f"{folder}: an adapter for another base: {theirs} brings other numbers than this model's")
+    _check_base([module.get_submodule(one) for theirs in sorted(pairs) for one in found[theirs].ours], said, folder)
     copies = {name: part for theirs, its in whole.items() for name, part in found[theirs].parts(its).items()}
     lora.attach(module, configs, copies, name)
     _fill(module, name, values | copies)
@@ -170,6 +174,16 @@ def _sorted(tensors: Tensors, said: PeftConfig, found: Mapping[str, Place], fold
     if strange:
         raise InputError(f"{folder}: an adapter for another base: this model has no layers like {listed(strange)}")
     return pairs, whole, bases
+
+
+def _check_base(layers: Sequence[nn.Module], said: PeftConfig, folder: Path) -> None:
+    """Refuse a base of the same shapes with other numbers, where the file knows them."""
+    if said.sketch:
+        most = likeness.PLAIN if said.plain and likeness.plain(layers) else likeness.FEW_BITS
+        gap = likeness.apart(said.sketch, likeness.sketch(layers))
+        if not gap <= most:
+            line = f"{folder}: an adapter for another base, {said.base}: this model's layers have other numbers"
+            raise InputError(f"{line}; name that base, or take {peft_config.SKETCH} out of {peft_config.CONFIG}")
 
 
 def _check_dropouts(parts: Sequence[nn.Module], folder: Path) -> None:
