@@ -204,8 +204,12 @@ def test_an_adapter_for_another_base_of_the_same_shapes_is_refused(models, tmp_p
     with pytest.raises(InputError, match="other numbers"):
         load_adapter(retrained, tmp_path / "adapter")
     described = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    with warnings.catch_warnings(record=True):  # PEFT says which field it passes over
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT is not shown a field that it does not know
         assert peft.LoraConfig.from_pretrained(tmp_path / "adapter").r == described["r"] == 2
+    (tmp_path / "adapter/base.json").write_text('{"sketch": [1]}')
+    with pytest.raises(InputError, match=r"base.json: field 'sketch': a list of 16 numbers"):
+        load_adapter(load_module(models["llama"]), tmp_path / "adapter")
 
 
 def test_one_of_few_bits_is_told_from_others_too(models, tmp_path):

@@ -90,10 +90,9 @@ def save_adapter(module: Any, folder: Path | str, name: str = lora.DEFAULT, *, b
         base=base,
         task=TASKS.get(type(module)),
         transposed=any(found[name].transposed for name in configs),
-        sketch=likeness.sketch(layers),
-        plain=likeness.plain(layers),
     )
     weights.write_safetensors(folder / WEIGHTS, tensors)
+    likeness.write(folder, layers)
     files.write_json(folder / CONFIG, described)
 
 
@@ -178,12 +177,9 @@ def _sorted(tensors: Tensors, said: PeftConfig, found: Mapping[str, Place], fold
 
 def _check_base(layers: Sequence[nn.Module], said: PeftConfig, folder: Path) -> None:
     """Refuse a base of the same shapes with other numbers, where the file knows them."""
-    if said.sketch:
-        most = likeness.PLAIN if said.plain and likeness.plain(layers) else likeness.FEW_BITS
-        gap = likeness.apart(said.sketch, likeness.sketch(layers))
-        if not gap <= most:
-            line = f"{folder}: an adapter for another base, {said.base}: this model's layers have other numbers"
-            raise InputError(f"{line}; name that base, or take {peft_config.SKETCH} out of {peft_config.CONFIG}")
+    if not likeness.alike(folder, layers):
+        line = f"{folder}: an adapter for another base, {said.base}: this model's layers have other numbers"
+        raise InputError(f"{line}; name that base, or remove {likeness.FILE}")
 
 
 def _check_dropouts(parts: Sequence[nn.Module], folder: Path) -> None:

@@ -7,15 +7,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from allyouneed.adapt.layers import Adapted
+from allyouneed.core import files
+from allyouneed.core.errors import InputError
 
 NUMBERS = 16
 SAMPLE = 4096  # about so many of a layer's weights are looked at, an odd number apart, so that all columns are
+FILE = "base.json"  # beside PEFT's own two, which know nothing of it
 PLAIN, FEW_BITS = 5e-3, 0.3  # how far apart one model's may be: stored in 16 bits (0.001), in 4 (0.1); another's: 1
+
+
+def write(folder: Path, layers: Sequence[nn.Module]) -> None:
+    """Say beside an adapter which numbers it was trained over."""
+    files.write_json(folder / FILE, {"sketch": sketch(layers), "plain": plain(layers)})
+
+
+def alike(folder: Path, layers: Sequence[nn.Module]) -> bool:
+    """Whether these may be the layers that the adapter in `folder` was trained over; True where nothing is said.
+
+    Raises:
+        InputError: what is said cannot be read.
+    """
+    if not (folder / FILE).is_file():
+        return True
+    said = files.read_json(folder / FILE)
+    numbers = said.get("sketch") if isinstance(said, dict) else None
+    if not isinstance(numbers, list) or len(numbers) != NUMBERS or not all(isinstance(x, float) for x in numbers):
+        raise InputError(f"{folder / FILE}: field 'sketch': a list of {NUMBERS} numbers is needed; or remove the file")
+    most = PLAIN if said.get("plain") is True and plain(layers) else FEW_BITS
+    return apart(numbers, sketch(layers)) <= most
 
 
 def sketch(layers: Sequence[nn.Module]) -> list[float]:

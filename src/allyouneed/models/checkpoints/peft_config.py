@@ -16,10 +16,8 @@ from allyouneed.adapt.layers import Lora
 from allyouneed.core import files
 from allyouneed.core.errors import InputError
 from allyouneed.models.checkpoints.fields import Fields
-from allyouneed.models.checkpoints.likeness import NUMBERS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SKETCH = "allyouneed_base"  # a field of ours, which PEFT passes over: `likeness.sketch` of the layers and their bits
 # what changes the computation or the base's weights; a missing, null, false or empty field is none of it
 REFUSED = (
     *("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora"),
@@ -42,8 +40,6 @@ class PeftConfig:
     whole: tuple[str, ...]
     ranks: Mapping[str, Any]
     alphas: Mapping[str, Any]
-    sketch: tuple[float, ...] = ()  # of its base, none where others wrote the file
-    plain: bool = True  # whether that base was stored in 16 bits or more
 
     def layer(self, name: str, rank: int) -> Lora.Config:
         """The configuration of one layer whose matrices are of `rank`.
@@ -86,7 +82,6 @@ def read(folder: Path) -> PeftConfig:
         whole=_names(fields, "modules_to_save"),
         ranks=_patterns(fields, "rank_pattern"),
         alphas=_patterns(fields, "alpha_pattern"),
-        **_sketch(fields),
     )
 
 
@@ -98,8 +93,6 @@ def described(
     base: str,
     task: str | None,
     transposed: bool,
-    sketch: list[float],
-    plain: bool,
 ) -> dict[str, Any]:
     """What the file says of layers with these configurations; `transposed`: the base stores matrices input × output."""
     first = next(iter(configs.values()), Lora.Config())
@@ -118,7 +111,6 @@ def described(
         "target_modules": targets,
         "modules_to_save": whole or None,
         "fan_in_fan_out": transposed,
-        SKETCH: {"sketch": sketch, "plain": plain},
         "bias": "none",
         "init_lora_weights": True,
         "rank_pattern": {name: c.rank for name, c in configs.items() if c.rank != rank},
@@ -131,16 +123,6 @@ def _alpha(config: Lora.Config, rslora: bool) -> float:
     if config.rslora == rslora:
         return config.resolved_alpha
     return config.scale * (config.rank**0.5 if rslora else config.rank)
-
-
-def _sketch(fields: Fields) -> dict[str, Any]:
-    found = fields.values.get(SKETCH)
-    if found is None:
-        return {}
-    numbers = found.get("sketch") if isinstance(found, dict) else None
-    if not isinstance(numbers, list) or len(numbers) != NUMBERS or not all(isinstance(x, float) for x in numbers):
-        raise fields.wrong(SKETCH, found, f"an object with a sketch of {NUMBERS} numbers, or leave it out")
-    return {"sketch": tuple(numbers), "plain": found.get("plain") is True}
 
 
 def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
