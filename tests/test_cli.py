@@ -168,7 +168,7 @@ def test_chat_keeps_what_was_said_and_unsays_what_was_refused(
                 raise InputError("prompt exceeds the context by 7")
             yield from ("yes", "!")
 
-    monkeypatch.setattr(load, "load", lambda name: Model())
+    monkeypatch.setattr(load, "load", lambda name, **options: Model())
     monkeypatch.setattr(chatting, "messages", lambda: iter(["hello", "too long", "again"]))
     code, out, err = run("chat", "--system", "be brief", capsys=capsys)
     assert (code, err) == (0, "error: prompt exceeds the context by 7\n") and out.count("yes!") == 2

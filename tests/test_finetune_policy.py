@@ -185,7 +185,7 @@ def test_text_beside_and_what_is_judged_by_belong_to_a_run(files, capsys, change
     assert finetune(files, *given, capsys=capsys)[0] == 0
     (files / changed).write_text((files / changed).read_text().replace("ab", "cd").replace("words", "other"))
     code, told = finetune(files, *given, capsys=capsys)
-    assert code == 2 and "another model, data or method was begun there" in " ".join(told.split())
+    assert code == 2 and "another model, data, method or --batch was begun there" in " ".join(told.split())
 
 
 # Rejection sampling as batches

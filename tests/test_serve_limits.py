@@ -666,7 +666,8 @@ class TestFailures:
                 return self
 
         with serving() as server:
-            server.lm.guides = type("Guides", (), {"json_object": lambda self: Broken()})()
+            guides = type("Guides", (), {"json_object": lambda self: Broken()})()
+            server.lm._guides = lambda: guides
             fields = {"model": NAME, "messages": ASK, "max_tokens": 300, "temperature": 0}
             expected = server.client.chat.completions.create(**fields).choices[0].message.content
             stream = server.client.chat.completions.create(stream=True, **fields)
