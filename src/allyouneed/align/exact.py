@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from allyouneed.align.selection import best_distribution
 from allyouneed.core.errors import InputError
 
 
@@ -51,15 +52,8 @@ class Truth:
         """log π of the text with the highest reward out of `count` drawn from the reference; between equals the lot
         decides, which is to draw one of them by their chances.
         """
-        order = self.rewards.argsort()
-        p, ranked = self.logprobs.exp()[order], self.rewards[order]
-        _, group = ranked.unique_consecutive(return_inverse=True)
-        mass = torch.zeros(int(group[-1]) + 1, dtype=p.dtype).index_add(0, group, p)
-        upto = mass.cumsum(0).clamp(max=1.0)
-        gained = upto.pow(count) - (upto - mass).clamp(min=0.0).pow(count)
-        found = torch.empty_like(p)
-        found[order] = (p * (gained / mass)[group]).log()
-        return found.log_softmax(0)
+        found = best_distribution(self.logprobs.exp().numpy(), self.rewards.numpy(), count)
+        return torch.from_numpy(found).log().log_softmax(0)
 
     def frontier(self, betas: Sequence[float]) -> list[Point]:
         """Where π* is for each β: no policy has more reward within the same divergence."""
