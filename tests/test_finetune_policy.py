@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +44,15 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "small.py").write_text(SMALL)
     (tmp_path / "text.jsonl").write_text('{"text": "some words to be kept in mind, and a few more"}\n' * 8)
     return tmp_path
+
+
+def ending() -> Decoder:
+    """A model of whose first eight tokens one or two are the end."""
+    model = policy().model
+    with torch.no_grad():
+        model.embedding.weight[:, 0] += 1.0
+        model.head.weight[TOKENIZER.eos_ids[0], 0] = 0.8
+    return model
 
 
 def finetune(files: Path, *arguments: object, capsys: pytest.CaptureFixture[str], out: str = "out") -> tuple[int, str]:
@@ -87,11 +99,7 @@ def test_ppo_trains_adapters_alone(files, capsys):
 
 
 def test_rejection_learns_from_its_best_answers(files, capsys):
-    ending = policy().model
-    with torch.no_grad():  # of eight tokens one or two are the end
-        ending.embedding.weight[:, 0] += 1.0
-        ending.head.weight[TOKENIZER.eos_ids[0], 0] = 0.8
-    save(ending, files / "tiny", TOKENIZER)
+    save(ending(), files / "tiny", TOKENIZER)
     how = ("--method", "rejection", "--epochs", 3, "--passes", 4, "--samples", 8)
     code, told = finetune(files, *how, *small(files), "--json", capsys=capsys)
     assert code == 0
@@ -115,6 +123,10 @@ def test_rejection_learns_from_its_best_answers(files, capsys):
             "--samples and --batch: rollouts.episodes=30 and minibatch=16; the one",
         ),
         (("--method", "ppo", "--reward", "{small}", "--ptx-weight", 1), "--ptx-weight says how much pretraining text"),
+        (
+            ("--method", "ppo", "--reward", "{small}", "--set", "mesh.shard=2"),
+            "--method ppo: mesh splits the model, which writes answers whole on each rank; only mesh.data may be",
+        ),
         (("--method", "ppo", "--reward", "{small}", "--passes", 0), "--passes 0; at least 1 is needed"),
         (("--method", "ppo", "--reward", "{small}", "--length", 9), "line 1: its 4 tokens and max_new_tokens=8 exceed"),
     ],
@@ -314,3 +326,44 @@ def test_workers_write_what_the_engine_here_writes():
                     model.embedding.weight.mul_(1.1)
         with pytest.raises(InputError, match="exceed the context of 48"):
             sampler.complete(["a", "b"], Sampling(max_new_tokens=99))
+
+
+ASKED = SMALL.replace("    return", "    print('asked by', os.environ.get('RANK'))\n    return").replace(
+    "def", "import os\n\ndef", 1
+)
+
+
+@pytest.mark.parametrize("method", ["ppo", "rejection"])
+def test_two_ranks_share_the_writing_and_learn_what_one_learns(files, capsys, method):
+    (files / "small.py").write_text(ASKED)
+    if method == "rejection":
+        save(ending(), files / "tiny", TOKENIZER)
+    how = ("--method", method, "--epochs", 1, "--samples", {"ppo": 44, "rejection": 3}[method], *small(files))
+    assert finetune(files, *how, capsys=capsys)[0] == 0
+    done = together(files, *how)
+    assert done.returncode == 0, done.stderr
+    answers = {"ppo": 44, "rejection": 3 * 44}[method]  # and four held out, before, after the epoch, and at the end
+    assert done.stdout.count("asked by 0") == answers + 3 * 4 and "asked by 1" not in done.stdout
+    (one,), (two,) = (list(read(files / out / "rollouts.jsonl")) for out in ("out", "ranks"))
+    untold = {"seconds", "rollout_seconds", "time"}
+    assert {k: v for k, v in one.items() if k not in untold} == {k: v for k, v in two.items() if k not in untold}
+    alone, shared = (load_file(files / out / "model/model.safetensors") for out in ("out", "ranks"))
+    assert alone.keys() == shared.keys()
+    for name, x in alone.items():
+        torch.testing.assert_close(shared[name], x, atol=1e-5, rtol=0)
+
+
+def test_what_one_rank_is_refused_ends_all(files):
+    (files / "small.py").write_text(SMALL.replace("return", "return 1 /", 1).replace("1 / sum", "1 / 0 * sum"))
+    done = together(files, "--method", "ppo", "--epochs", 1, "--samples", 44, *small(files))
+    assert done.returncode != 0 and done.stderr.count("reward: ZeroDivisionError: division by zero") == 2
+    assert "exitcode  : 2" in done.stderr
+
+
+def together(files: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same command on two ranks, into `ranks`."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "allyouneed"]
+    given = (files / "tiny", files / "prompts.jsonl", "--out", files / "ranks", "--max-new-tokens", 8, *arguments)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*ranks, "finetune", *map(str, given)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

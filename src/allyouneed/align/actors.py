@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from allyouneed.align.samplers import LocalSampler
+from allyouneed.align.sharing import in_turn
 from allyouneed.core.workers import Actors, actors
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.language_model import Completion, Sampling, Turns, samplings_of
@@ -35,7 +36,7 @@ class RemoteSamplers:
         """Worker i answers every n-th prompt from the i-th on."""
         samplings, n = samplings_of(sampling, len(prompts)), min(len(self.workers), len(prompts))
         shares = self.workers.ask("complete", [(list(prompts[i::n]), samplings[i::n]) for i in range(n)])
-        found = [share[k] for k in range(len(shares[0]) if shares else 0) for share in shares if k < len(share)]
+        found = in_turn(shares)
         assert len(found) == len(prompts), "each prompt is answered once"
         return found
 

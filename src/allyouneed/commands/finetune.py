@@ -158,7 +158,7 @@ def finetune(
         save_every=save_every or each,
         evaluate_every=each,
     ).override(*(settings or ()))
-    known[method].check_precision(method, training.precision)
+    known[method].check_training(method, training)
     first = join().rank == 0
     if first:
         _announce(job, model, method, training, batch, bad)

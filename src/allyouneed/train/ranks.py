@@ -107,13 +107,17 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return cast("Value", box[0])
 
+    def every(self, value: Value) -> list[Value]:
+        """What each rank was given, in their order; any value that pickles."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def first(self, line: str) -> str:
         """The first of all ranks' lines that is not empty."""
-        if self.world == 1:
-            return line
-        lines = [""] * self.world
-        dist.all_gather_object(lines, line)
-        return next((found for found in lines if found), "")
+        return next((found for found in self.every(line) if found), "")
 
     @contextmanager
     def alike(self) -> Iterator[None]:

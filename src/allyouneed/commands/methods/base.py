@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from allyouneed.data.packing import Piece
     from allyouneed.data.tokenizers import Tokenizer
     from allyouneed.models.checkpoints.huggingface import Model
-    from allyouneed.train.loop import Batches
+    from allyouneed.train.loop import Batches, Training
 
 # what only some methods take, and how it is written
 OPTIONS = {
@@ -111,16 +111,23 @@ class Method:
     options: frozenset[str] = frozenset()
     lr: float | None = None
     exact: bool = False  # whether what is trained is compared with numbers that were read in fp32
+    writes: bool = False  # whether the model writes what it learns
 
-    def check_precision(self, name: str, precision: str) -> None:
-        """Refuse a precision in which two readings of one text differ.
+    def check_training(self, name: str, training: Training) -> None:
+        """Refuse a precision in which two readings of one text differ, and a mesh that leaves no rank the whole model
+        to write with.
 
         Raises:
-            InputError: names both.
+            InputError: names the method and the setting.
         """
-        if self.exact and precision != "fp32":
-            line = f"--method {name}: precision={precision}, but its reference is read in fp32 and compared with"
-            raise InputError(f"{line}; leave precision as it is")
+        if self.exact and training.precision != "fp32":
+            line = f"--method {name}: precision={training.precision}, but its reference is read in fp32"
+            raise InputError(f"{line} and compared with; leave precision as it is")
+        if self.writes and training.mesh.splits:
+            raise InputError(
+                f"--method {name}: mesh splits the model, which writes answers whole on each rank; "
+                "only mesh.data may be above 1"
+            )
 
     def check(self, name: str, given: Mapping[str, Any], others: Mapping[str, Method]) -> None:
         """Refuse what this method has no use for.

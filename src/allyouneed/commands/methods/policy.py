@@ -19,7 +19,8 @@ from allyouneed.align.policies import LanguagePolicy
 from allyouneed.align.rejection import Rejection
 from allyouneed.align.rewards import Reward
 from allyouneed.align.rollouts import Rollouts
-from allyouneed.align.samplers import LocalSampler, check_length
+from allyouneed.align.samplers import LocalSampler, Sampler, check_length
+from allyouneed.align.sharing import SharedReward, SharedSampler
 from allyouneed.commands.methods.base import Job, Method, Task, adapted, joined, most, over, parted, rows
 from allyouneed.core.errors import InputError, about
 from allyouneed.core.seeds import derive
@@ -43,7 +44,8 @@ class _Setting:
     """What both methods are given, checked."""
 
     model: Decoder
-    sampler: LocalSampler
+    tokenizer: Tokenizer
+    sampler: Sampler
     reward: Reward
     learned: list[Turns]
     judged: list[Turns]
@@ -54,8 +56,7 @@ class _Setting:
     @property
     def told(self) -> dict[str, str]:
         """A prompt as the model reads it."""
-        tokenizer = self.sampler.lm.tokenizer
-        return {"prompt": tokenizer.decode(self.sampler.prompt_ids(self.learned[0]), skip_special_tokens=False)}
+        return {"prompt": self.tokenizer.decode(self.sampler.prompt_ids(self.learned[0]), skip_special_tokens=False)}
 
 
 def ppo(module: Any, tokenizer: Tokenizer, task: Task) -> Job:
@@ -107,7 +108,8 @@ def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
     if name is None:
         raise InputError(f"--method {task.method}: --reward FILE.py, MODEL or URL says how good an answer is; add it")
     longest = _at_least(1, "max-new-tokens", task.options.get("max_new_tokens", 64))
-    limit, reward = most(task.length, module.config.context), open_reward(name)
+    limit, ranks = most(task.length, module.config.context), join()
+    reward = SharedReward(open_reward(name), ranks)
     reader = LocalSampler.of(module, tokenizer, width=1, tokens=1)
 
     def prompt(record: jsonl.Record) -> Turns:
@@ -118,10 +120,11 @@ def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
 
     learned, judged = parted(task, (jsonl.Prompt,), prompt)
     lengths = [len(reader.prompt_ids(one)) + longest for one in (*learned, *judged)]
-    sampler = LocalSampler.of(adapted(module, task), tokenizer, width=WIDTH, tokens=max(lengths))
+    writer = LocalSampler.of(adapted(module, task), tokenizer, width=WIDTH, tokens=max(lengths))
+    sampler = SharedSampler(writer, ranks)
     drawn = Sampling(max_new_tokens=longest, seed=derive(task.seed, "held out"))
     held = HeldOut(module, sampler, references.of(module), reward, drawn)
-    return _Setting(module, sampler, reward, learned, judged, held, longest, lengths[: len(learned)])
+    return _Setting(module, tokenizer, sampler, reward, learned, judged, held, longest, lengths[: len(learned)])
 
 
 def _longest(set_: _Setting) -> dict[str, Tensor]:
@@ -143,7 +146,7 @@ def _job(set_: _Setting, task: Task, module: Any, objective: Any, row: dict[str,
 
     return Job(
         module=module,
-        tokenizer=set_.sampler.lm.tokenizer,
+        tokenizer=set_.tokenizer,
         objective=objective,
         train=set_.learned,
         valid=set_.judged,
@@ -199,6 +202,6 @@ def _log(task: Task) -> Path | None:
 RATE = 1e-5  # of PPO on GPT-2 of 124 M (Ziegler et al. 2019, their code)
 SHARED = frozenset({"reward", "samples", "passes", "max_new_tokens"})
 METHODS = {
-    "ppo": Method(ppo, SHARED | {"kl", "kl_target", "unended", "ptx", "ptx_weight"}, RATE, exact=True),
-    "rejection": Method(rejection, SHARED),
+    "ppo": Method(ppo, SHARED | {"kl", "kl_target", "unended", "ptx", "ptx_weight"}, RATE, exact=True, writes=True),
+    "rejection": Method(rejection, SHARED, writes=True),
 }
