@@ -11,7 +11,7 @@ import sys
 
 from allyouneed.data.checkable import Checks, tasks
 
-LEARNED, HELD_OUT = tasks(192, seed=0), tasks(48, seed=0, held_out=True)
+LEARNED, HELD_OUT = tasks(192, seed=0), tasks(96, seed=0, held_out=True)
 
 rewards = Checks([*LEARNED, *HELD_OUT])
 
