@@ -122,6 +122,14 @@ def test_rejection_learns_from_its_best_answers(files, capsys):
             ("--method", "ppo", "--reward", "{small}", "--samples", 30),
             "--samples and --batch: rollouts.episodes=30 and minibatch=16; the one",
         ),
+        (
+            ("--method", "ppo", "--reward", "{small}", "--writers", 3),
+            "--writers says how many cores of a cluster write",
+        ),
+        (
+            ("--method", "ppo", "--reward", "{small}", "--ray", "here"),
+            "ray: 'here' is no address; write local, auto or",
+        ),
         (("--method", "ppo", "--reward", "{small}", "--ptx-weight", 1), "--ptx-weight says how much pretraining text"),
         (
             ("--method", "ppo", "--reward", "{small}", "--set", "mesh.shard=2"),
@@ -326,6 +334,16 @@ def test_workers_write_what_the_engine_here_writes():
                     model.embedding.weight.mul_(1.1)
         with pytest.raises(InputError, match="exceed the context of 48"):
             sampler.complete(["a", "b"], Sampling(max_new_tokens=99))
+
+
+def test_the_command_line_has_workers_write_the_same(files, capsys):
+    how = ("--method", "ppo", "--epochs", 2, "--samples", 22, "--lora", 2, *small(files))
+    assert finetune(files, *how, capsys=capsys, out="out")[0] == 0
+    assert finetune(files, *how, "--ray", "local", capsys=capsys, out="ray")[0] == 0
+    one, two = (load_file(files / out / "model/adapter_model.safetensors") for out in ("out", "ray"))
+    assert one.keys() == two.keys() and all(torch.equal(x, two[name]) for name, x in one.items())
+    stood = [json.loads((files / out / "task.json").read_text()) for out in ("out", "ray")]
+    assert stood[0] == stood[1], "one may go on where the other stopped"
 
 
 ASKED = SMALL.replace("    return", "    print('asked by', os.environ.get('RANK'))\n    return").replace(

@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,6 +84,14 @@ def finetune(
     ] = None,
     ptx: Annotated[Path | None, typer.Option(help="Texts to learn beside ppo, as many rows a step as answers.")] = None,
     ptx_weight: Annotated[float | None, typer.Option(help="γ of these texts; default: 27.8.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Have the workers of a Ray cluster write what ppo and rejection learn: HOST:PORT, auto, or local.",
+        ),
+    ] = None,
+    writers: Annotated[int | None, typer.Option(help="How many of its cores; default: 2.")] = None,
     rank: Annotated[
         int | None, typer.Option("--lora", metavar="R", help="Train adapters of this rank instead of the model.")
     ] = None,
@@ -128,6 +137,7 @@ def finetune(
     options |= {"label_smoothing": label_smoothing, "margin_field": margin_field}
     options |= {"reward": reward, "samples": samples, "passes": passes, "max_new_tokens": max_new_tokens}
     options |= {"kl": kl, "kl_target": kl_target, "unended": unended, "ptx": ptx, "ptx_weight": ptx_weight}
+    options |= {"ray": ray, "writers": writers}
     if method not in known:
         raise unknown("method", method, known)
     if not 0 < epochs < math.inf:
@@ -143,56 +153,64 @@ def finetune(
         module = module.model  # of what it was tuned to before only the layer is replaced
     base = digest(module)
     bad: list[str] | None = [] if skip_bad else None
-    what: dict[str, Any] = {"method": method, "data": data, "valid": valid, "out": out, "fresh": fresh}
-    task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora, quantise=storage)
-    job = known[method].prepare(module, tokenizer, task)
-    parameters = sum(p.numel() for p in job.module.parameters()) + stored(job.module)
-    usual = known[method].lr or 6.25e-5 * math.sqrt(117e6 / parameters)
-    rate = lr if lr is not None else min(1e-3, usual * (10 if lora else 1))
-    each, steps = job.steps(epochs, batch)
-    training = Training(
-        steps=steps,
-        optimizer=(PagedAdamW if paged else AdamW).Config(lr=rate, betas=(0.9, 0.999), weight_decay=0.01),
-        schedule=Linear(warmup=max(1, round(0.1 * steps))),
-        seed=seed,
-        save_every=save_every or each,
-        evaluate_every=each,
-    ).override(*(settings or ()))
-    known[method].check_training(method, training)
-    first = join().rank == 0
-    if first:
-        _announce(job, model, method, training, batch, bad)
-    asked: dict[str, Any] = {"model": model, "weights": base, "batch": batch, "learned": job.digest(task)}
-    asked |= {"lora": lora.to_json()} if lora else {}
-    asked |= {"quantise": storage.to_json()} if storage else {}
-    if not fresh:
-        _check_task(out, asked)
-    batches = job.batches(batch, seed)
-    found = dict(job.begin())
-    if job.probe is not None and join().world == 1:
-        print(f"estimate: {estimates.told(job, batch, training)}", file=sys.stderr)
-    before = dict(job.judge(job.valid)) if job.before else {}
-    if first:
-        write_json(out / "task.json", asked)
+    with ExitStack() as kept:
+        what: dict[str, Any] = {
+            "method": method,
+            "data": data,
+            "valid": valid,
+            "out": out,
+            "fresh": fresh,
+            "kept": kept,
+        }
+        task = Task(**what, length=length, seed=seed, bad=bad, options=given, lora=lora, quantise=storage)
+        job = known[method].prepare(module, tokenizer, task)
+        parameters = sum(p.numel() for p in job.module.parameters()) + stored(job.module)
+        usual = known[method].lr or 6.25e-5 * math.sqrt(117e6 / parameters)
+        rate = lr if lr is not None else min(1e-3, usual * (10 if lora else 1))
+        each, steps = job.steps(epochs, batch)
+        training = Training(
+            steps=steps,
+            optimizer=(PagedAdamW if paged else AdamW).Config(lr=rate, betas=(0.9, 0.999), weight_decay=0.01),
+            schedule=Linear(warmup=max(1, round(0.1 * steps))),
+            seed=seed,
+            save_every=save_every or each,
+            evaluate_every=each,
+        ).override(*(settings or ()))
+        known[method].check_training(method, training)
+        first = join().rank == 0
+        if first:
+            _announce(job, model, method, training, batch, bad)
+        asked: dict[str, Any] = {"model": model, "weights": base, "batch": batch, "learned": job.digest(task)}
+        asked |= {"lora": lora.to_json()} if lora else {}
+        asked |= {"quantise": storage.to_json()} if storage else {}
+        if not fresh:
+            _check_task(out, asked)
+        batches = job.batches(batch, seed)
+        found = dict(job.begin())
+        if job.probe is not None and join().world == 1:
+            print(f"estimate: {estimates.told(job, batch, training)}", file=sys.stderr)
+        before = dict(job.judge(job.valid)) if job.before else {}
+        if first:
+            write_json(out / "task.json", asked)
 
-    def evaluate(trained: nn.Module) -> Mapping[str, float]:
-        return {f"valid_{name}": value for name, value in job.judge(job.valid).items()}
+        def evaluate(trained: nn.Module) -> Mapping[str, float]:
+            return {f"valid_{name}": value for name, value in job.judge(job.valid).items()}
 
-    trained = train(
-        job.module.train(),
-        job.objective,
-        batches,
-        training,
-        folder=out,
-        evaluate=evaluate,
-        resume=not fresh,
-    )
-    if trained.averages is not None:  # what was judged all along
-        job.module.load_state_dict(trained.averages, strict=False)
-    results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
-    results |= found | {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
-    results |= {"left_out": len(bad or ())} | ({"quantize": storage.kind} if storage else {})
-    _keep(job, model, out, results, as_json)
+        trained = train(
+            job.module.train(),
+            job.objective,
+            batches,
+            training,
+            folder=out,
+            evaluate=evaluate,
+            resume=not fresh,
+        )
+        if trained.averages is not None:  # what was judged all along
+            job.module.load_state_dict(trained.averages, strict=False)
+        results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
+        results |= found | {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
+        results |= {"left_out": len(bad or ())} | ({"quantize": storage.kind} if storage else {})
+        _keep(job, model, out, results, as_json)
 
 
 def _check_task(out: Path, task: Mapping[str, Any]) -> None:

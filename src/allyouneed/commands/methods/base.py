@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,10 @@ OPTIONS = {
     "unended": "--unended",
     "ptx": "--ptx",
     "ptx_weight": "--ptx-weight",
+    "ray": "--ray",
+    "writers": "--writers",
 }
+WHERE = {"ray", "writers"}  # those that change nothing that is learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class Task:
     options: Mapping[str, Any]  # those of `OPTIONS` that were given
     lora: Lora.Config | None = None  # adapters to train instead of the model
     quantise: Quantise.Config | None = None  # how their base is stored
+    kept: ExitStack = field(default_factory=ExitStack)  # ends what has to last while the job is done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,8 @@ class Job:
             [[x.tolist() for x in one.values()] if isinstance(one, dict) else one for one in examples]
             for examples in (self.identity, self.train, self.valid)
         ]
-        said = repr((task.method, sorted(task.options.items()), *read))
+        how = sorted((name, value) for name, value in task.options.items() if name not in WHERE)
+        said = repr((task.method, how, *read))
         return hashlib.sha256(said.encode()).hexdigest()
 
 

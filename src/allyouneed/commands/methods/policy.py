@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allyouneed.align import experience, references
+from allyouneed.align.actors import over_ray
 from allyouneed.align.graders import open_reward
 from allyouneed.align.held_out import HeldOut
 from allyouneed.align.language_ppo import LanguagePPO
@@ -120,11 +121,23 @@ def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
 
     learned, judged = parted(task, (jsonl.Prompt,), prompt)
     lengths = [len(reader.prompt_ids(one)) + longest for one in (*learned, *judged)]
-    writer = LocalSampler.of(adapted(module, task), tokenizer, width=WIDTH, tokens=max(lengths))
-    sampler = SharedSampler(writer, ranks)
+    sampler = SharedSampler(_writer(adapted(module, task), tokenizer, task, max(lengths)), ranks)
     drawn = Sampling(max_new_tokens=longest, seed=derive(task.seed, "held out"))
     held = HeldOut(module, sampler, references.of(module), reward, drawn)
     return _Setting(module, tokenizer, sampler, reward, learned, judged, held, longest, lengths[: len(learned)])
+
+
+def _writer(model: Decoder, tokenizer: Tokenizer, task: Task, tokens: int) -> Sampler:
+    """The engine over the model, or others with a copy of it, for as long as the job lasts."""
+    address = task.options.get("ray")
+    if address is None:
+        if "writers" in task.options:
+            raise InputError("--writers says how many cores of a cluster write; name it by --ray ADDRESS")
+        return LocalSampler.of(model, tokenizer, width=WIDTH, tokens=tokens)
+    if join().world > 1:
+        raise InputError("--ray: under torchrun the ranks write; leave one of the two out")
+    count = _at_least(1, "writers", task.options.get("writers", 2))
+    return task.kept.enter_context(over_ray(address, model, tokenizer, count=count, width=WIDTH, tokens=tokens))
 
 
 def _longest(set_: _Setting) -> dict[str, Tensor]:
@@ -200,7 +213,7 @@ def _log(task: Task) -> Path | None:
 
 
 RATE = 1e-5  # of PPO on GPT-2 of 124 M (Ziegler et al. 2019, their code)
-SHARED = frozenset({"reward", "samples", "passes", "max_new_tokens"})
+SHARED = frozenset({"reward", "samples", "passes", "max_new_tokens", "ray", "writers"})
 METHODS = {
     "ppo": Method(ppo, SHARED | {"kl", "kl_target", "unended", "ptx", "ptx_weight"}, RATE, exact=True, writes=True),
     "rejection": Method(rejection, SHARED, writes=True),
