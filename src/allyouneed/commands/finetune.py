@@ -168,9 +168,10 @@ def finetune(
         usual = known[method].lr or 6.25e-5 * math.sqrt(117e6 / parameters)
         rate = lr if lr is not None else min(1e-3, usual * (10 if lora else 1))
         each, steps = job.steps(epochs, batch)
+        how: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.999), "weight_decay": 0.01}
         training = Training(
             steps=steps,
-            optimizer=(PagedAdamW if paged else AdamW).Config(lr=rate, betas=(0.9, 0.999), weight_decay=0.01),
+            optimizer=PagedAdamW.Config(**how, folder=str(out)) if paged else AdamW.Config(**how),
             schedule=Linear(warmup=max(1, round(0.1 * steps))),
             seed=seed,
             save_every=save_every or each,

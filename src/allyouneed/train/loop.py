@@ -357,9 +357,14 @@ class _Run:
 
     def _check_same(self, there: dict[str, Any], folder: Path) -> None:
         for name, here in self.training.to_json().items():
-            if name not in MAY_CHANGE and there.get(name) != here:
+            if name not in MAY_CHANGE and _what(there.get(name)) != _what(here):
                 mend = "choose another folder, or begin again with resume=False"
                 raise InputError(f"{folder}: this run was begun with {name}={there.get(name)}, not {here}; {mend}")
+
+
+def _what(setting: Any) -> Any:
+    """A setting without the folder it keeps something in for a while, which changes no number."""
+    return {k: v for k, v in setting.items() if k != "folder"} if isinstance(setting, dict) else setting
 
 
 def _slices() -> Any:
