@@ -18,16 +18,18 @@ from tiny_policy import PROMPTS, TOKENIZER, policy, rollouts, run, settings, sma
 from tiny_run import At, same, untimed
 
 from allyouneed.adapt.lora import Lora, adapt, parameters
-from allyouneed.align import experience, references
+from allyouneed.align import experience, references, samplers
 from allyouneed.align.interaction import Interaction
 from allyouneed.align.language_ppo import LanguagePPO
 from allyouneed.align.policies import LanguagePolicy, Read, ValueModel
 from allyouneed.align.rewards import EachOf
 from allyouneed.align.rollouts import Rollouts
+from allyouneed.align.samplers import LocalSampler
 from allyouneed.core.errors import InputError, RemoteError
 from allyouneed.core.metrics import read
 from allyouneed.data.batches import Windows
 from allyouneed.data.packing import IGNORED, answer, pad_right
+from allyouneed.generate.language_model import Sampling
 from allyouneed.models import gpt2, llama
 from allyouneed.models.heads import Classifier
 from allyouneed.objectives.likelihood import likelihood, token_logprobs
@@ -348,6 +350,15 @@ def test_an_engine_that_goes_on_with_old_weights_is_found():
         acting.model.embedding.weight.mul_(1.5)
     with pytest.raises(InputError, match="rollout 1: the engine's log-probabilities differ from the trainer's by"):
         next(batches)
+
+
+def test_writing_that_takes_long_has_a_progress_line(monkeypatch, capsys):
+    sampler = LocalSampler.of(policy().model, TOKENIZER, width=2, tokens=32)
+    sampler.complete(["a", "b", "c"], Sampling(max_new_tokens=2))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(samplers, "PATIENCE", 0.0)
+    sampler.complete(["a", "b", "c"], Sampling(max_new_tokens=2))
+    assert "write  3/3  " in capsys.readouterr().err
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused_before_anything_is_done():

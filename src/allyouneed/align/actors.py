@@ -71,6 +71,8 @@ def over_ray(
 class _Worker(LocalSampler):
     """The engine of one worker."""
 
+    quiet = True
+
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take over what was trained."""

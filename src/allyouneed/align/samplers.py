@@ -7,14 +7,17 @@ do not depend on what else runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from allyouneed.core.errors import InputError, about
+from allyouneed.core.progress import Progress
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
-from allyouneed.generate.language_model import Completion, Sampling, Turns
+from allyouneed.generate.language_model import Completion, Sampling, Turns, samplings_of
 from allyouneed.generate.local import LocalModel
 from allyouneed.models.decoder import Decoder
+
+PATIENCE = 10.0  # seconds of writing that nothing is said of
 
 
 class Writer(Protocol):
@@ -37,19 +40,22 @@ class Sampler(Writer, Protocol):
 class LocalSampler:
     """The engine over the policy itself: one model in memory.
 
-    >>> from allyouneed.data.tokenizers import byte_tokenizer
-    >>> from allyouneed.models import llama
-    >>> model = llama.EXAMPLE.replace(vocab_size=257).build().eval()
-    >>> sampler = LocalSampler.of(model, byte_tokenizer(), width=2, tokens=32)
-    >>> [len(one.logprobs) for one in sampler.complete(["a", "b"], Sampling(max_new_tokens=3, ignore_eos=True))]
-    [3, 3]
+        >>> from allyouneed.core.progress import Progress
+    from allyouneed.data.tokenizers import byte_tokenizer
+        >>> from allyouneed.models import llama
+        >>> model = llama.EXAMPLE.replace(vocab_size=257).build().eval()
+        >>> sampler = LocalSampler.of(model, byte_tokenizer(), width=2, tokens=32)
+        >>> [len(one.logprobs) for one in sampler.complete(["a", "b"], Sampling(max_new_tokens=3, ignore_eos=True))]
+        [3, 3]
     """
+
+    quiet = False  # no progress line
 
     def __init__(self, lm: LocalModel) -> None:
         self.lm = lm
 
     @classmethod
-    def of(cls, model: Decoder, tokenizer: Tokenizer, *, width: int, tokens: int, name: str = "policy") -> LocalSampler:
+    def of(cls, model: Decoder, tokenizer: Tokenizer, *, width: int, tokens: int, name: str = "policy") -> Self:
         """An engine that answers `width` prompts at once, of at most so many `tokens` with their answers."""
         size = Engine.Config().block_size
         each = -(-tokens // size) + 1
@@ -60,8 +66,21 @@ class LocalSampler:
         return self.lm.prompt_ids(prompt)
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
-        """The engine's completions."""
-        return self.lm.complete(prompts, sampling)
+        """The engine's completions; with a progress line, where they take long."""
+        samplings, found, queue = samplings_of(sampling, len(prompts)), dict[int, Completion](), self.lm.queue()
+        try:
+            for i, pair in enumerate(zip(prompts, samplings, strict=True)):
+                queue.ask(i, *pair)
+            with Progress("write", len(prompts), unit="answer", quiet=self.quiet, patience=PATIENCE) as progress:
+                while len(found) < len(prompts):
+                    for i, one in queue.answers().items():
+                        if isinstance(one, Exception):
+                            raise one
+                        found[i] = one
+                        progress.update()
+        finally:
+            queue.stop()
+        return [found[i] for i in range(len(prompts))]
 
     def renew(self) -> None:
         """Have the engine forget."""

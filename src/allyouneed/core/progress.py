@@ -8,7 +8,8 @@ from typing import TextIO
 
 
 class Progress:
-    """A progress line over `total` units of work; a context manager.
+    """A progress line over `total` units of work; a context manager. Work that is done within so many seconds of
+    `patience` is not spoken of.
 
     >>> import io
     >>> with Progress("train", total=2, stream=io.StringIO()) as progress:
@@ -25,8 +26,10 @@ class Progress:
         done: int = 0,
         stream: TextIO | None = None,
         quiet: bool = False,
+        patience: float = 0.0,
     ) -> None:
-        self.title, self.total, self.unit, self.done, self.quiet = title, total, unit, done, quiet
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.quiet, self.patience = quiet, patience
         self.stream = stream or sys.stderr
         self.redraws = self.stream.isatty()
         self.first, self.started, self.drawn, self.shown = done, time.monotonic(), 0.0, ""
@@ -59,7 +62,7 @@ class Progress:
 
     def draw(self, final: bool = False) -> None:
         """Write the line to the stream."""
-        if self.quiet:
+        if self.quiet or (not self.drawn and time.monotonic() - self.started < self.patience):
             return
         self.drawn = time.monotonic()
         if self.redraws:

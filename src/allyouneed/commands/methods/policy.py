@@ -133,7 +133,9 @@ def _writer(model: Decoder, tokenizer: Tokenizer, task: Task, tokens: int) -> Sa
     if address is None:
         if "writers" in task.options:
             raise InputError("--writers says how many cores of a cluster write; name it by --ray ADDRESS")
-        return LocalSampler.of(model, tokenizer, width=WIDTH, tokens=tokens)
+        sampler = LocalSampler.of(model, tokenizer, width=WIDTH, tokens=tokens)
+        sampler.quiet = join().rank > 0
+        return sampler
     if join().world > 1:
         raise InputError("--ray: under torchrun the ranks write; leave one of the two out")
     count = _at_least(1, "writers", task.options.get("writers", 2))
