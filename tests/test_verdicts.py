@@ -12,7 +12,7 @@ import torch
 
 from allyouneed.align.exact import Point
 from allyouneed.evaluate.subspaces import overlaps
-from allyouneed.papers import aligned, dpo, instructgpt, llama2, lora, qlora
+from allyouneed.papers import aligned, dpo, instructgpt, llama2, lora, qlora, standing
 from allyouneed.papers.base import Report
 from allyouneed.papers.checks import Check
 
@@ -119,13 +119,10 @@ def test_llama2s_model_for_both_sees_each_pair_as_often(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("keeps", "wanted"), [(0, [0.0, 0.0, 0.0]), (1, [1.0, 0.0, 0.0]), (3, [1.0, 1.0, 1.0])])
-def test_llama2_counts_the_turns_in_which_an_order_is_kept(
-    monkeypatch: pytest.MonkeyPatch, keeps: int, wanted: list[float]
-) -> None:
+def test_llama2_counts_the_turns_in_which_an_order_is_kept(keeps: int, wanted: list[float]) -> None:
     """A speaker that ends its first answers as ordered, and forgets."""
-    config = laptop(llama2)
-    config = config.replace(ghosts=config.ghosts.replace(turns=3, tested=5))
-    world = config.ghosts.world.build()
+    config = laptop(llama2).ghosts.replace(turns=3, tested=5)
+    world = config.world.build()
 
     def complete(open_: list[Any], sampling: Any) -> list[Any]:
         turn = (len(open_[0]) + 1) // 2
@@ -133,10 +130,10 @@ def test_llama2_counts_the_turns_in_which_an_order_is_kept(
         assert len(endings) == 5 and all(len(one) == 2 * turn - 1 for one in open_)
         return [SimpleNamespace(text=f"baro {end} " if turn <= keeps else "baro") for end in endings]
 
-    speaker: Any = SimpleNamespace(sampler=lambda: SimpleNamespace(lm=SimpleNamespace(complete=complete)))
-    found = llama2._kept(config, world, speaker, 0)
+    speaker: Any = SimpleNamespace(most=8, sampler=lambda: SimpleNamespace(lm=SimpleNamespace(complete=complete)))
+    found = standing._kept(config, world, speaker, 0)
     assert found == wanted
-    assert llama2._later(found) == sum(wanted[1:]) / 2  # the first turn is no memory
+    assert standing.later(found) == sum(wanted[1:]) / 2  # the first turn is no memory
 
 
 def adapted(loss: float, right: float, trained: int) -> dict[str, float]:

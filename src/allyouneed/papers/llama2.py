@@ -28,14 +28,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from allyouneed import core
-from allyouneed.align import ghost, selection
+from allyouneed.align import selection
 from allyouneed.align.gating import THRESHOLD, Gated
 from allyouneed.align.graders import RewardModel
 from allyouneed.align.language_ppo import LanguagePPO
@@ -43,39 +43,24 @@ from allyouneed.align.rejection import Rejection
 from allyouneed.align.rewards import Normalised, Reward
 from allyouneed.align.rollouts import Rollouts
 from allyouneed.core.seeds import derive
-from allyouneed.data.dialogues import SPOKEN, STANDING, TEMPLATE, Dialogues
+from allyouneed.data.dialogues import SPOKEN, TEMPLATE
 from allyouneed.data.guarded import REFUSAL, Guarded
-from allyouneed.data.instructions import conversation
 from allyouneed.data.labellers import Labeller
 from allyouneed.data.orders import Order
 from allyouneed.data.preferences import Ranked
-from allyouneed.generate.language_model import Sampling
 from allyouneed.models import llama2
 from allyouneed.models.decoder import Decoder
 from allyouneed.objectives.next_token import next_token
 from allyouneed.objectives.policy import FixedKl
-from allyouneed.papers import aligned, figures
+from allyouneed.papers import aligned, figures, standing
 from allyouneed.papers.aligned import Speaker, Stage
 from allyouneed.papers.base import Paper, Report
+from allyouneed.papers.standing import FORGOT, KEPT, Ghosts
 from allyouneed.train.loop import Training, train
 
 SFT, HELPFUL, GATED = "SFT", "PPO, helpful alone", "PPO, gated"  # both policies begin as SFT
-KEPT, FORGOT = "Ghost Attention", "none"
 JUDGED = ("judged", "helpful on safe orders", "safe on unsafe orders", "refused safe orders")
 CLEAR = ((0.5, 1.0), (0.25, 2 / 3), (0.1, 1 / 3), (0.0, 0.0))  # from which difference on, what margin (table 27, small)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ghosts(core.Config):
-    """The dialogues in which a standing order is to be kept."""
-
-    world: Dialogues.Config = field(default_factory=Dialogues.Config)
-    tuned: Stage  # on dialogues without an order and such as end with one for the last answer
-    ghosted: Stage  # both arms
-    dialogues: int = 1500
-    trained_turns: int = 6
-    turns: int = 8
-    tested: int = 128  # dialogues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +101,7 @@ class Config(core.Config):
 
 def run(config: Config, report: Report) -> None:
     """All stages with each seed, all policies judged by the exact rewards, the dialogues turn by turn."""
-    work = {"rewards": _rewards, "dialogues": _dialogues}
+    work = {"rewards": _rewards, "dialogues": _ghosts}
     found = report.repeat(work, lambda part, seed, folder: part(config, seed, folder))
     rewards, dialogues = found["rewards"], found["dialogues"]
     for name in ("helpful", "safe"):
@@ -135,7 +120,7 @@ def run(config: Config, report: Report) -> None:
     ):
         values = [a[key] - b[key] for a, b in zip(arms[one], arms[other], strict=True)]
         report.check(f"{key}, {one} minus {other}", values=values, above=above)
-    later = [_later(one["kept"][KEPT]) - _later(one["kept"][FORGOT]) for one in dialogues]
+    later = [standing.later(one["kept"][KEPT]) - standing.later(one["kept"][FORGOT]) for one in dialogues]
     report.check(f"order kept in turns 2 and on, {KEPT} minus {FORGOT}", values=later, above=config.keeps)
     _record(config, report, rewards, arms, dialogues)
 
@@ -162,6 +147,10 @@ def _base(config: Config, seed: int, folder: Path) -> Speaker:
 def _texts(config: Config, seed: int) -> list[str]:
     """The world's text, which no order stands in."""
     return config.world.orders.build().texts(config.texts, seed)
+
+
+def _ghosts(config: Config, seed: int, folder: Path) -> dict[str, Any]:
+    return standing.dialogues(config.ghosts, _base(config, seed, folder), seed, folder)
 
 
 # two rewards
@@ -314,70 +303,6 @@ def _sweep(config: Config, judge: _Judge, sft: Speaker, gated: Reward, seed: int
             exact.append(selection.estimated_best(worth[start : start + most], k))
         found.append({"k": k, "by the models": _mean(chosen), "expected maximum": _mean(exact)})
     return found
-
-
-# a standing order
-
-
-def _dialogues(config: Config, seed: int, folder: Path) -> dict[str, Any]:
-    ghosts, world = config.ghosts, config.ghosts.world.build()
-    base, source = _base(config, seed, folder), random.Random(derive(seed, "dialogues"))
-    plain = [_talk(world, source.randint(1, ghosts.trained_turns), source) for _ in range(ghosts.dialogues)]
-    ordered = [_ordered(world, source.randint(1, ghosts.trained_turns), source) for _ in range(ghosts.dialogues)]
-    pieces = [conversation(base.tokenizer, one) for one in (*plain, *ordered)]
-    tuned = aligned.learned(base, pieces, ghosts.tuned, seed, folder / "tuned")
-    asked: list[Any] = [
-        _talk(world, source.randint(2, ghosts.trained_turns), source)[:-1] for _ in range(ghosts.dialogues)
-    ]
-    orders = [STANDING.format(world.ending(source.getrandbits(32))) for _ in asked]
-    sampling = Sampling(max_new_tokens=config.most, temperature=1.0, seed=derive(seed, "ghosts"))
-    haunted = ghost.haunted(tuned.sampler().lm, asked, orders, sampling)
-    extra = {KEPT: [ghost.piece(base.tokenizer, one) for one in haunted.values()], FORGOT: []}
-    kept = {}
-    for name, more in extra.items():
-        arm = aligned.learned(tuned.copy(), [*pieces, *more, *more], ghosts.ghosted, seed, folder / name.split()[0])
-        kept[name] = _kept(config, world, arm, seed)
-    sampled = [world.kept(orders[i].split()[-2], one[-1]["content"]) for i, one in haunted.items()]
-    print(f"  ghosts: {len(asked) - len(haunted)} of {len(asked)} answers left out, empty or cut off")
-    return {"kept": kept, "sampled answers that keep it": _mean(map(float, sampled))}
-
-
-def _talk(world: Dialogues, turns: int, source: random.Random) -> list[dict[str, str]]:
-    """A dialogue without a standing order."""
-    asked = world.turns(turns, source.getrandbits(32))
-    return [dict(m) for m in world.opened("", asked, [world.answer(order, source) for order in asked])]
-
-
-def _ordered(world: Dialogues, turns: int, source: random.Random) -> list[dict[str, str]]:
-    """A dialogue whose last message has an order for its own answer; what becomes of it later is not shown."""
-    asked, ending = world.turns(turns, source.getrandbits(32)), world.ending(source.getrandbits(32))
-    answers = [*(world.answer(order, source) for order in asked[:-1]), world.answer(asked[-1], source, ending)]
-    messages = [dict(m) for m in world.opened("", asked, answers)]
-    messages[-2]["content"] = f"{STANDING.format(ending)} {messages[-2]['content']}"
-    return messages
-
-
-def _kept(config: Config, world: Dialogues, speaker: Speaker, seed: int) -> list[float]:
-    """The share of dialogues in which the order of the first turn is kept, for each turn; answers are the speaker's."""
-    ghosts, lm = config.ghosts, speaker.sampler().lm
-    endings = [world.ending(derive(seed, "tested", i)) for i in range(ghosts.tested)]
-    asked = [world.turns(ghosts.turns, derive(seed, "tested", i), held_out=True) for i in range(ghosts.tested)]
-    said: list[list[str]] = [[] for _ in endings]
-    found = []
-    for turn in range(ghosts.turns):
-        open_: list[Any] = [
-            world.opened(ending, orders[: turn + 1], answers)
-            for ending, orders, answers in zip(endings, asked, said, strict=True)
-        ]
-        answers = lm.complete(open_, Sampling(max_new_tokens=config.most, temperature=0.0))
-        for own, one in zip(said, answers, strict=True):
-            own.append(one.text.strip())
-        found.append(_mean(float(world.kept(ending, own[-1])) for ending, own in zip(endings, said, strict=True)))
-    return found
-
-
-def _later(kept: Sequence[float]) -> float:
-    return _mean(kept[1:])
 
 
 # what is shown
