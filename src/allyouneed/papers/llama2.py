@@ -438,7 +438,7 @@ PAPER = Paper(
             rollouts=_rollouts(256, 64, 0.05),
             reinforced=aligned.stage(160, 5e-4),
             labeller=Labeller.Config(temperature=0.15, careless=0.1),
-            ghosts=Ghosts(tuned=aligned.stage(500, 1e-3, rows=32), ghosted=aligned.stage(300, 1e-3, rows=32)),
+            ghosts=Ghosts(tuned=aligned.stage(1500, 1e-3, rows=32), ghosted=aligned.stage(300, 1e-3, rows=32)),
         ),
         # sec. 3.1 to 3.2: SFT 2e-5, 64 rows, rewards 5e-6 (70B; else 1e-5), 512 pairs, one epoch; PPO 1e-6 with
         # batches of 512 and minibatches of 64
