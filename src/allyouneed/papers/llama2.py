@@ -21,7 +21,9 @@ Apart   0.2 million parameters and eighty words for 7 to 70 billion and English.
         that refuses all it should is no red team's finding: of the world's 108 unsafe orders 22 are held out. Whether
         margins help is shown and not judged: in the paper it is a fraction of a percent. Grouped-query attention stands
         in the presets, with published sizes and counts.
-        Sizes and rates were chosen by single runs with another seed.
+        Sizes and rates were chosen by single runs with another seed. In a run of three seeds before the published one
+        Ghost Attention did harm, since its teacher kept the order in 21 % of its answers; that teacher has since been
+        shown orders which earlier answers had not kept, for three times the steps. Nothing else was changed.
 """
 
 from __future__ import annotations
