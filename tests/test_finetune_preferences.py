@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from allyouneed.data.tokenizers import byte_tokenizer
 from allyouneed.models import bert, gpt2
 from allyouneed.models.checkpoints.loading import load_module, load_tokenizer, save
 from allyouneed.models.heads import Classifier
-from allyouneed.objectives import reward
+from allyouneed.objectives import preference, reward
 
 ROWS = [
     {"prompt": f"say {n} ", "chosen": "please " * (1 + n % 2), "rejected": "now " * (1 + n % 3), "gap": n % 3}
@@ -202,9 +203,32 @@ def test_what_does_not_go_together(model, arguments, message, models, data, tmp_
     assert code == 2 and message in err and not (tmp_path / "run").exists()
 
 
-def test_two_ranks_learn_what_one_does(models, data, tmp_path, capsys):
+def test_a_stopped_run_goes_on_bit_for_bit(models, data, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the third step of six."""
+    given = (models["decoder"], data, "--method", "dpo", "--epochs", 2, "--batch", 9, "--lr", 0.01, "--lora", 2)
+    assert run(*given, "--out", tmp_path / "whole", capsys=capsys)[0] == 0
+    plain, calls = preference.answer_logprobs, []
+
+    def interrupted(module, batch):
+        calls.extend([1] * torch.is_grad_enabled())
+        if len(calls) == 4:  # the first was the estimate's
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(module, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preference, "answer_logprobs", interrupted)
+        assert run(*given, "--out", tmp_path / "parted", capsys=capsys)[0] == 130
+    assert not (tmp_path / "parted/model").exists()
+    assert run(*given, "--out", tmp_path / "parted", capsys=capsys)[0] == 0
+    one, two = (tmp_path / name / "model/adapter_model.safetensors" for name in ("whole", "parted"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "2", "--lora-targets", "all-linear"]], ids=["whole", "adapters"])
+def test_two_ranks_learn_what_one_does(models, data, tmp_path, capsys, more):
     """And both help to judge and to put the model together, as each holds a slice of it."""
     given = ["--method", "dpo", "--epochs", "2", "--batch", "8", "--lr", "0.01", "--set", "log_every=1", "--json"]
+    given += more
     given += ["--set", "evaluate_every=100"]
     code, told, err = run(models["decoder"], data, *given, "--out", tmp_path / "one", capsys=capsys)
     assert code == 0, err
