@@ -129,6 +129,17 @@ def test_loaded_so(tmp_path) -> None:
         ayn.load(tmp_path, quantize="int5")
 
 
+def test_a_folder_of_16_bits_is_stored_in_4_as_if_it_had_32(tmp_path) -> None:
+    """It is never held in 32, only what is left over."""
+    half, held = model().bfloat16(), []
+    for name, module in (("half", half), ("whole", copy.deepcopy(half).float())):
+        ayn.save(module, tmp_path / name, tokenizer())
+        lm = ayn.load(tmp_path / name, quantize="nf4")
+        assert {p.dtype for p in lm.module.parameters()} == {torch.float32}
+        held.append({name: x.clone() for name, x in lm.module.state_dict().items()})
+    assert held[0].keys() == held[1].keys() and all(torch.equal(x, held[1][name]) for name, x in held[0].items())
+
+
 @pytest.mark.parametrize("kind", ["int4", "nf4", "fp4"])
 def test_adapters_over_weights_in_few_bits(kind, tmp_path) -> None:
     """Rows of several in one pass say what each says alone."""

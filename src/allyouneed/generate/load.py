@@ -59,7 +59,8 @@ def load(
     from allyouneed.nn.prepacked import prepack
 
     found = opened(name)
-    module, tokenizer = load_module(found, packed=packed), load_tokenizer(found)
+    few = quantize in CODES  # then each layer is stored in few bits as it comes from the file
+    module, tokenizer = load_module(found, packed=packed, narrow=few), load_tokenizer(found)
     if isinstance(module, Encoder):
         assert isinstance(found, Path), "no encoder comes in a GGUF file"
         if quantize or adapters:
@@ -98,5 +99,6 @@ def _quantise(module: Decoder, kind: str, name: str) -> None:
             warnings.warn(f"{name}: {listed(left)} stay in float32: no whole blocks", stacklevel=4)
     elif kind in CODES:
         quantise(module, Quantise.Config(kind=kind))
+        module.float()  # what is left of 16 bits
     else:
         raise unknown("kind of weights", kind, (*packing.KINDS, *CODES))
