@@ -194,8 +194,11 @@ def finetune(
         if first:
             write_json(out / "task.json", asked)
 
+        judged = dict[str, float]()  # the last time
+
         def evaluate(trained: nn.Module) -> Mapping[str, float]:
-            return {f"valid_{name}": value for name, value in job.judge(job.valid).items()}
+            judged.update(job.judge(job.valid))
+            return {f"valid_{name}": value for name, value in judged.items()}
 
         trained = train(
             job.module.train(),
@@ -209,7 +212,10 @@ def finetune(
         if trained.averages is not None:  # what was judged all along
             job.module.load_state_dict(trained.averages, strict=False)
         results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
-        results |= found | {f"{name}_before": value for name, value in before.items()} | dict(job.judge(job.valid))
+        results |= found | {f"{name}_before": value for name, value in before.items()}
+        last = trained.history[-1] if trained.history else {}
+        done = any(name.startswith("valid_") for name in last)  # after the last step, as it is now
+        results |= judged if done else job.judge(job.valid)
         results |= {"left_out": len(bad or ())} | ({"quantize": storage.kind} if storage else {})
         _keep(job, model, out, results, as_json)
 
