@@ -48,7 +48,7 @@ def said(text: str) -> float:
 
 
 def test_what_is_kept_is_what_the_planner_counts():
-    kept, seconds = estimates._tried(job(CONFIG.build()), pad_right([document(list(range(LENGTH)))]), TRAINING)
+    kept, seconds = estimates._tried(job(CONFIG.build()), pad_right([document(list(range(LENGTH)))]), 1, TRAINING)
 
     def run(module: torch.nn.Module) -> None:
         ids = torch.zeros(1, LENGTH, dtype=torch.long)
@@ -58,12 +58,26 @@ def test_what_is_kept_is_what_the_planner_counts():
     assert kept == pytest.approx(counted, rel=0.1) and 0 < seconds < 60
 
 
+def test_a_step_is_what_each_row_adds_to_the_first(monkeypatch):
+    """Of 3 seconds for one and 4.5 for four, ten take 7.5; and no number is drawn that training would miss."""
+    times = {1: 3.0, 4: 4.5}
+    monkeypatch.setattr(estimates, "_timed", lambda job, batch, training: times[len(batch["ids"])])
+    made = job(CONFIG.build())
+    assert estimates._tried(made, made.probe(), 10, TRAINING)[1] == pytest.approx(7.5)
+    monkeypatch.setattr(estimates, "PATIENCE", 2.0)
+    assert estimates._tried(made, made.probe(), 10, TRAINING)[1] == 30.0
+    monkeypatch.setattr(estimates, "_timed", lambda *_: torch.rand(1).item())
+    state = torch.random.get_rng_state()
+    estimates.told(made, 8, TRAINING)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_adapters_have_less_state():
     whole, adapted = CONFIG.build(), CONFIG.build()
     lora.adapt(adapted, lora.Lora.Config(rank=2))
     size = 4 * sum(p.numel() for p in whole.parameters())
     few = 4 * sum(p.numel() for p in lora.parameters(adapted).values())
-    kept = [estimates._tried(job(module), job(module).probe(), TRAINING)[0] for module in (whole, adapted)]
+    kept = [estimates._tried(job(module), job(module).probe(), 1, TRAINING)[0] for module in (whole, adapted)]
     for module, state, held, bytes_ in ((whole, 3 * size, size, kept[0]), (adapted, 3 * few, size + few, kept[1])):
         one, many = (said(estimates.told(job(module), batch, TRAINING)) for batch in (1, 64))
         assert one == pytest.approx(held + state + bytes_, abs=1.1e6)

@@ -1,4 +1,4 @@
-"""What training will take, from one example differentiated once before the first step: bytes and seconds."""
+"""What training will take, from an example differentiated before the first step: bytes and seconds."""
 
 from __future__ import annotations
 
@@ -9,32 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allyouneed.commands.methods.base import Job
+from allyouneed.commands.methods.base import Job, joined
 from allyouneed.core.devices import memory
 from allyouneed.core.progress import clock
 
+FEW = 4  # examples that are tried at once to tell what one more adds
+PATIENCE = 5.0  # seconds of a first try after which nothing more is tried
 STATE = 3  # gradient and AdamW's two moments, each as large as what is trained
 
 
 def told(job: Job, batch: int, training: Any) -> str:
     """Memory and time as they are said before training; the longest example is tried, and what it takes is scaled."""
     assert job.probe is not None, "nothing to try"
-    kept, seconds = _tried(job, job.probe(), training)
+    with torch.random.fork_rng():  # what is drawn here is not missing later
+        kept, seconds = _tried(job, job.probe(), batch / training.accumulate, training)
     parameters = list(job.module.parameters())
     held = sum(map(_size, _held(job)))
     state = STATE * sum(_size(p) for p in parameters if p.requires_grad)
     need, there = held + state + kept * batch / training.accumulate, memory(parameters[0].device)
-    step = seconds * batch * sum(job.lengths) / len(job.train) / max(job.lengths)
+    step = seconds * training.accumulate * sum(job.lengths) / len(job.train) / max(job.lengths)
     room = "" if there is None else f" of {_bytes(there)}" + (", which is too little" if need > there else "")
     beside = ", and what writing answers takes" if job.whole(batch) > 1 else ""
     return f"about {_bytes(need)} of memory{room}; {step:.2g} s a step, {clock(step * training.steps)} in all{beside}"
 
 
-def _tried(job: Job, batch: dict[str, Tensor], training: Any) -> tuple[float, float]:
-    """Bytes that are kept of an example between forward and backward pass, and the seconds of both."""
-    module, stored = job.module.train(), dict[int, int]()
-    device = next(module.parameters()).device
-    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+def _tried(job: Job, row: dict[str, Tensor], rows: float, training: Any) -> tuple[float, float]:
+    """Bytes that are kept of an example between forward and backward pass, and the seconds of both for so many `rows`
+    at once: what one takes, most of it the reading of all weights where it is short, and what each more adds.
+    """
+    stored = dict[int, int]()
+    known = {p.untyped_storage().data_ptr() for p in job.module.parameters()}
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -42,16 +46,24 @@ def _tried(job: Job, batch: dict[str, Tensor], training: Any) -> tuple[float, fl
             stored[storage.data_ptr()] = storage.nbytes()
         return x
 
-    narrow = training.precision == "bf16"
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        first = _timed(job, row, training)  # has much to load
+    kept, few = sum(stored.values()), int(min(FEW, rows))
+    if first > PATIENCE or few < 2:
+        return kept, first * rows
+    one, some = _timed(job, row, training), _timed(job, joined([row] * few), training)
+    return kept, one + max(0.0, some - one) / (few - 1) * (rows - 1)
+
+
+def _timed(job: Job, batch: dict[str, Tensor], training: Any) -> float:
+    module = job.module.train()
+    device, narrow = next(module.parameters()).device, training.precision == "bf16"
     began = time.perf_counter()
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        torch.autocast(device.type, torch.bfloat16, enabled=narrow),
-    ):
+    with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
         loss = job.objective(module, {name: x.to(device) for name, x in batch.items()})
     loss.total.backward()
     module.zero_grad(set_to_none=True)
-    return sum(stored.values()), time.perf_counter() - began
+    return time.perf_counter() - began
 
 
 def _held(job: Job) -> list[Tensor]:
