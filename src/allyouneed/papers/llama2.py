@@ -399,7 +399,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="small world",
-    minutes={"smoke": 0.3, "laptop": 18},
+    minutes={"smoke": 0.3, "laptop": 37},
     sizes={
         "smoke": Config(
             model=aligned.small(16, 1, vocab_size=_WORDS, context=_CONTEXT),
