@@ -60,6 +60,9 @@ class _Short(ScalarFormatter):
         return f"{x / scale:g}{unit}" if unit and x else super().__call__(x, pos)
 
 
+FEW = 100  # cells of a grid that have room for their numbers
+
+
 def new(width: float = 7.0, height: float = 4.0, *, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure, in inches, with `columns` axes side by side in each of its `rows`."""
     with matplotlib.rc_context(_STYLE):
@@ -110,8 +113,12 @@ def bars(
 
 
 def grid(axes: Axes, values: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Shares of one, (rows, columns), as shades, the first row on top."""
+    """Shares of one, (rows, columns), as shades, the first row on top; where they are few also as numbers."""
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if len(rows) * len(columns) <= FEW:
+        for i, j in np.ndindex(len(rows), len(columns)):
+            color = "white" if values[i][j] > 0.5 else "black"
+            axes.text(j, i, f"{values[i][j]:.2f}", ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(columns)), columns, rotation=60)
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(visible=False)

@@ -289,7 +289,7 @@ PAPER = Paper(
     doc=__doc__,
     run=run,
     evidence="real weights",
-    minutes={"smoke": 0.1, "laptop": 15},
+    minutes={"smoke": 0.1, "laptop": 32},
     sizes={
         "smoke": Config(
             model=None,
