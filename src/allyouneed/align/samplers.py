@@ -40,13 +40,12 @@ class Sampler(Writer, Protocol):
 class LocalSampler:
     """The engine over the policy itself: one model in memory.
 
-        >>> from allyouneed.core.progress import Progress
-    from allyouneed.data.tokenizers import byte_tokenizer
-        >>> from allyouneed.models import llama
-        >>> model = llama.EXAMPLE.replace(vocab_size=257).build().eval()
-        >>> sampler = LocalSampler.of(model, byte_tokenizer(), width=2, tokens=32)
-        >>> [len(one.logprobs) for one in sampler.complete(["a", "b"], Sampling(max_new_tokens=3, ignore_eos=True))]
-        [3, 3]
+    >>> from allyouneed.data.tokenizers import byte_tokenizer
+    >>> from allyouneed.models import llama
+    >>> model = llama.EXAMPLE.replace(vocab_size=257).build().eval()
+    >>> sampler = LocalSampler.of(model, byte_tokenizer(), width=2, tokens=32)
+    >>> [len(one.logprobs) for one in sampler.complete(["a", "b"], Sampling(max_new_tokens=3, ignore_eos=True))]
+    [3, 3]
     """
 
     quiet = False  # no progress line
