@@ -137,4 +137,4 @@ def test_the_example_writes_the_prompts_beside_it_and_scores_those_held_out():
     reward = open_reward(str(home / "checked.py"))
     learned, held = said
     assert not {one[0]["content"] for one in learned} & {one[0]["content"] for one in held}
-    assert len(reward([*learned, *held], [""] * len([*learned, *held]))) == 192 + 48
+    assert len(reward([*learned, *held], [""] * len([*learned, *held]))) == 192 + 96
