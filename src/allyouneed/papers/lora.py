@@ -15,7 +15,8 @@ Here    SmolLM2 learns to file sentences about purchases as lines of a form that
 Apart   135 million parameters instead of 125 million to 175 billion, one task of form instead of GLUE, WikiSQL and
         SAMSum, a minute of training. So few steps leave A near the random matrix it begins as, so directions are those
         of the change BA and not of A; and more steps might part the ranks. Memory is counted (weights, gradients and
-        moments) and not that of a GPU.
+        moments) and not that of a GPU. A first run of three seeds left one check undecided (whether rank 1 gets as many
+        lines right as rank 64: 0.06 more, interval -0.07 to 0.20, bound -0.05); the seeds became six, the rules stayed.
 """
 
 from __future__ import annotations
@@ -290,6 +291,7 @@ PAPER = Paper(
     run=run,
     evidence="real weights",
     minutes={"smoke": 0.1, "laptop": 32},
+    seeds={"smoke": 1, "laptop": 6, "paper": 1},
     sizes={
         "smoke": Config(
             model=None,
