@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from allyouneed.align.samplers import LocalSampler
-from allyouneed.align.sharing import in_turn
+from allyouneed.align.sharing import interleaved
 from allyouneed.core.workers import Actors, actors
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.language_model import Completion, Sampling, Turns, samplings_of
@@ -36,7 +36,7 @@ class RemoteSamplers:
         """Worker i answers every n-th prompt from the i-th on."""
         samplings, n = samplings_of(sampling, len(prompts)), min(len(self.workers), len(prompts))
         shares = self.workers.ask("complete", [(list(prompts[i::n]), samplings[i::n]) for i in range(n)])
-        found = in_turn(shares)
+        found = interleaved(shares)
         assert len(found) == len(prompts), "each prompt is answered once"
         return found
 

@@ -13,7 +13,7 @@ from allyouneed.core.errors import InputError, about
 from allyouneed.core.progress import Progress
 from allyouneed.data.tokenizers import Tokenizer
 from allyouneed.generate.engine import Engine
-from allyouneed.generate.language_model import Completion, Sampling, Turns, samplings_of
+from allyouneed.generate.language_model import Completion, Sampling, Turns
 from allyouneed.generate.local import LocalModel
 from allyouneed.models.decoder import Decoder
 
@@ -66,20 +66,8 @@ class LocalSampler:
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
         """The engine's completions; with a progress line, where they take long."""
-        samplings, found, queue = samplings_of(sampling, len(prompts)), dict[int, Completion](), self.lm.queue()
-        try:
-            for i, pair in enumerate(zip(prompts, samplings, strict=True)):
-                queue.ask(i, *pair)
-            with Progress("write", len(prompts), unit="answer", quiet=self.quiet, patience=PATIENCE) as progress:
-                while len(found) < len(prompts):
-                    for i, one in queue.answers().items():
-                        if isinstance(one, Exception):
-                            raise one
-                        found[i] = one
-                        progress.update()
-        finally:
-            queue.stop()
-        return [found[i] for i in range(len(prompts))]
+        with Progress("write", len(prompts), unit="answer", quiet=self.quiet, patience=PATIENCE) as progress:
+            return self.lm.complete(prompts, sampling, finished=progress.update)
 
     def renew(self) -> None:
         """Have the engine forget."""

@@ -61,7 +61,7 @@ class SharedSampler:
         rank, world = self.ranks.rank, self.ranks.world
         with self.ranks.alike():
             mine = self.own.complete(prompts[rank::world], samplings[rank::world])
-        return in_turn(self.ranks.every(mine))
+        return interleaved(self.ranks.every(mine))
 
     def renew(self) -> None:
         """The weights have changed, on this rank as on all."""
@@ -87,10 +87,10 @@ class SharedReward:
         return self.ranks.told(found)
 
 
-def in_turn(shares: Sequence[Sequence[Value]]) -> list[Value]:
+def interleaved(shares: Sequence[Sequence[Value]]) -> list[Value]:
     """The whole of which share i is every n-th from the i-th on.
 
-    >>> in_turn([["a", "c"], ["b"]])
+    >>> interleaved([["a", "c"], ["b"]])
     ['a', 'b', 'c']
     """
     longest = len(shares[0]) if shares else 0

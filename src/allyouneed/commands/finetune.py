@@ -194,7 +194,7 @@ def finetune(
         if first:
             write_json(out / "task.json", asked)
 
-        judged = dict[str, float]()  # the last time
+        judged = dict[str, float]()  # the last time, which is after the last step if any is taken
 
         def evaluate(trained: nn.Module) -> Mapping[str, float]:
             judged.update(job.judge(job.valid))
@@ -213,9 +213,7 @@ def finetune(
             job.module.load_state_dict(trained.averages, strict=False)
         results: dict[str, Any] = {"method": method, "train": len(job.train), "valid": len(job.valid)}
         results |= found | {f"{name}_before": value for name, value in before.items()}
-        last = trained.history[-1] if trained.history else {}
-        done = any(name.startswith("valid_") for name in last)  # after the last step, as it is now
-        results |= judged if done else job.judge(job.valid)
+        results |= judged or job.judge(job.valid)
         results |= {"left_out": len(bad or ())} | ({"quantize": storage.kind} if storage else {})
         _keep(job, model, out, results, as_json)
 

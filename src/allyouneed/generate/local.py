@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any
@@ -73,10 +73,18 @@ class LocalModel:
         found.adapter, found.name = name, f"{self.name}:{name}"
         return found
 
-    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
-        """One completion per prompt, in order; conversations by the checkpoint's own chat template."""
+    def complete(
+        self,
+        prompts: Sequence[Turns],
+        sampling: Sampling | Sequence[Sampling],
+        finished: Callable[[], None] = lambda: None,
+    ) -> list[Completion]:
+        """One completion per prompt, in order; conversations by the checkpoint's own chat template.
+
+        `finished` is called whenever one is.
+        """
         samplings = samplings_of(sampling, len(prompts))
-        return self._complete([self.prompt_ids(prompt) for prompt in prompts], samplings)
+        return self._complete([self.prompt_ids(prompt) for prompt in prompts], samplings, finished)
 
     def queue(self) -> LocalQueue:
         """Answers prompts as they come, as many at once as the engine's batch holds.
@@ -208,7 +216,9 @@ class LocalModel:
             return (self._first_token(),), tuple(whole)
         return tuple(whole[:shared]), tuple(whole[shared:])
 
-    def _complete(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
+    def _complete(
+        self, prompts: list[list[int]], samplings: list[Sampling], finished: Callable[[], None]
+    ) -> list[Completion]:
         writings = [Writing(self.tokenizer, *pair) for pair in zip(prompts, samplings, strict=True)]
         guides = [self.guide(sampling) for sampling in samplings]
 
@@ -217,6 +227,8 @@ class LocalModel:
 
         for step in self.engine.steps(prompts, samplings, stop, guides=guides, adapter=self.adapter):
             writings[step.request].hear(step)
+            if step.finish_reason:
+                finished()
         return [writing.completion() for writing in writings]
 
     def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:

@@ -32,7 +32,17 @@ from allyouneed.train.ranks import Ranks, join
 from allyouneed.train.schedules import Constant, Cosine, InverseSquareRoot, Linear
 
 # when a run is taken up
-MAY_CHANGE = {"steps", "accumulate", "log_every", "evaluate_every", "save_every", "keep", "mesh", "recompute"}
+MAY_CHANGE = {
+    "steps",
+    "accumulate",
+    "log_every",
+    "evaluate_every",
+    "save_every",
+    "keep",
+    "mesh",
+    "recompute",
+    "optimizer.folder",
+}
 
 FAULT = 1 << 8  # among numbers of signals, that something went wrong
 
@@ -356,15 +366,19 @@ class _Run:
         return places | {f"averages/{name}": x for name, x in (self.ema.weights if self.ema else {}).items()}
 
     def _check_same(self, there: dict[str, Any], folder: Path) -> None:
-        for name, here in self.training.to_json().items():
-            if name not in MAY_CHANGE and _what(there.get(name)) != _what(here):
+        for name, here in _fixed(self.training.to_json()).items():
+            if (begun := _fixed(there).get(name)) != here:
                 mend = "choose another folder, or begin again with resume=False"
-                raise InputError(f"{folder}: this run was begun with {name}={there.get(name)}, not {here}; {mend}")
+                raise InputError(f"{folder}: this run was begun with {name}={begun}, not {here}; {mend}")
 
 
-def _what(setting: Any) -> Any:
-    """A setting without the folder it keeps something in for a while, which changes no number."""
-    return {k: v for k, v in setting.items() if k != "folder"} if isinstance(setting, dict) else setting
+def _fixed(settings: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Those that may not change."""
+    found = {}
+    for key, value in settings.items():
+        if (name := within + key) not in MAY_CHANGE:
+            found[key] = _fixed(value, f"{name}.") if isinstance(value, dict) else value
+    return found
 
 
 def _slices() -> Any:
