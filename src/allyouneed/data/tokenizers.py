@@ -1,8 +1,9 @@
 """Text to ids and back: one class over the `tokenizers` library, however the vocabulary comes.
 
-Holds encoding, decoding (also piece by piece, as a model writes), special ids, and the Hugging Face layout both ways.
-What a vocabulary looks like in GGUF or tiktoken files is `data.vocabularies`' business, what may be wrong with a
-`tokenizer.json` is `data.tokenizer_json`'s, and how a conversation becomes text is `data.chat`'s.
+Holds encoding, decoding, special ids, and the Hugging Face layout both ways. What a vocabulary looks like in GGUF or
+tiktoken files is `data.vocabularies`' business, what may be wrong with a `tokenizer.json` is `data.tokenizer_json`'s,
+what stands beside it `data.tokenizer_config`'s, how text grows as a model writes `data.streams`', and how talk becomes
+text `data.chat`'s.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, read_text, write_json, write_text
 from allyouneed.data import bounds, vocabularies
 from allyouneed.data.spelling import Spelling, spelling
+from allyouneed.data.streams import Stream
+from allyouneed.data.tokenizer_config import chat_template, read_object
 from allyouneed.data.tokenizer_json import build, guarded
 
 END_OF_TEXT = "<|endoftext|>"
@@ -369,59 +372,12 @@ class Tokenizer:
             write_text(folder / "chat_template.jinja", self.chat_template)
         ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
         found = {key: value for key, value in ids.items() if value not in (None, [])}
-        write_json(folder / "generation_config.json", _read_object(folder / "generation_config.json") | found)
+        write_json(folder / "generation_config.json", read_object(folder / "generation_config.json") | found)
 
     def _check(self, ids: Iterable[int]) -> None:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise InputError(f"{self.name}: token id {i} is not in the vocabulary of {self.vocab_size}")
-
-
-class Stream:
-    """Decodes ids as they come: `push` gives the text that no later id can change, `finish` the rest.
-
-    The pieces joined equal `decode` of all ids.
-
-    >>> stream = byte_tokenizer().stream()
-    >>> [stream.push(byte) for byte in "né".encode()], stream.finish()
-    (['n', '', 'é'], '')
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._ids: list[int] = []  # the last ids whose text was given whole, and those after them
-        self._given = 0  # characters of the text of `_ids` that were given
-        self._since = 0  # how many of `_ids` came after those whose text was given whole
-
-    def push(self, token: int) -> str:
-        """The text that is sure once `token` is there, maybe none."""
-        self._tokenizer._check([token])
-        if self._skip and token in self._tokenizer._special:
-            return ""
-        self._ids.append(token)
-        self._since += 1
-        if token in self._tokenizer._bytes:  # a run of byte tokens is decoded as one, and it goes on
-            return ""
-        text = self._text()
-        if text.endswith("\ufffd"):  # perhaps the beginning of a character; what stands before it is sure
-            return self._give(text[:-1])
-        piece = self._give(text)
-        self._ids, self._since = self._ids[-self._since :], 0
-        self._given = len(self._text())
-        return piece
-
-    def finish(self) -> str:
-        """The text held back until now; the stream is as new afterwards."""
-        piece = self._text()[self._given :]
-        self._ids, self._given, self._since = [], 0, 0
-        return piece
-
-    def _give(self, sure: str) -> str:
-        piece, self._given = sure[self._given :], max(self._given, len(sure))
-        return piece
-
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
 
 
 def byte_tokenizer(special_tokens: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
@@ -476,7 +432,7 @@ def with_end(spec: dict[str, Any], special_tokens: Sequence[str], name: str) -> 
 def _from_folder(folder: Path) -> Tokenizer:
     spec_path, vocab_path = folder / "tokenizer.json", folder / "vocab.txt"
     config_path = folder / "tokenizer_config.json"
-    config = _read_object(folder / "special_tokens_map.json") | _read_object(config_path)
+    config = read_object(folder / "special_tokens_map.json") | read_object(config_path)
     if spec_path.is_file():
         tokenizer = Tokenizer(read_json(spec_path), name=str(spec_path))
     elif vocab_path.is_file():
@@ -484,7 +440,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     else:
         raise InputError(f"{folder}: has no tokenizer.json; save the tokenizer in that form, as transformers does")
     generation_path = folder / "generation_config.json"
-    generation = _read_object(generation_path)
+    generation = read_object(generation_path)
     tokenizer.bos_id = _named_id(tokenizer, config, "bos_token", config_path)
     for role in ("pad", "cls", "sep", "mask"):
         found = _named_id(tokenizer, config, f"{role}_token", config_path, needed=False)
@@ -496,7 +452,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         if type(i) is not int or not 0 <= i < tokenizer.vocab_size:
             raise InputError(f"{generation_path}: eos_token_id holds {i!r:.60}, no id below {tokenizer.vocab_size}")
     tokenizer.eos_ids = tuple(dict.fromkeys(([] if end is None else [end]) + others))
-    tokenizer.chat_template = _chat_template(folder, config, config_path)
+    tokenizer.chat_template = chat_template(folder, config, config_path)
     return tokenizer
 
 
@@ -510,26 +466,3 @@ def _named_id(tokenizer: Tokenizer, config: dict[str, Any], key: str, path: Path
     if found is None and needed:
         raise InputError(f"{path}: {key} is {spelling!r:.60}, which is not in the vocabulary")
     return found
-
-
-def _chat_template(folder: Path, config: dict[str, Any], config_path: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_text(path, limit=4 << 20)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {
-            entry["name"]: entry.get("template") for entry in template if isinstance(entry, dict) and "name" in entry
-        }
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise InputError(f"{config_path}: chat_template is no text")
-    return template
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that may be missing."""
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return value
