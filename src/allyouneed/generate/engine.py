@@ -6,7 +6,6 @@ prompts beside them (`generate.scheduler`). Shapes: L rows of logits, V vocabula
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,8 +21,9 @@ from allyouneed.core.errors import InputError
 from allyouneed.generate.blocks import chained
 from allyouneed.generate.continuation import Continuation
 from allyouneed.generate.language_model import Sampling
+from allyouneed.generate.mail import Mail
 from allyouneed.generate.reading import Continues, CurrentReader
-from allyouneed.generate.requests import Guide, Request, RequestError, Step
+from allyouneed.generate.requests import Guide, Request, Step
 from allyouneed.generate.sampling import NO_NUMBERS, Sampler
 from allyouneed.generate.scheduler import Scheduler, Turns
 from allyouneed.generate.speculation import Asked, Drafts, Speculator
@@ -109,10 +109,7 @@ class Engine:
         self.reader = CurrentReader(module, storage)
         self._scheduler = Scheduler(self.tables, max_batch=self.config.max_batch, chunk=self.config.chunk)
         self._under_way: dict[int, Continuation] = {}
-        self._letters: dict[int, deque[Step]] = {}  # what came for calls of `steps`
-        self._broken: dict[int, BaseException] = {}  # what broke their requests
-        self._steps: list[Step] = []  # what came for those that were added one by one
-        self._errors: list[RequestError] = []  # and what broke them
+        self._mail = Mail()
         self._added = self._read = self._made = self._drafts = self._kept = 0
         self._speculator = speculator
         if speculator is not None:
@@ -123,7 +120,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs, and all was told."""
-        return not (self._under_way or self._steps or self._errors)
+        return not self._under_way and self._mail.taken
 
     @property
     def vocab_size(self) -> int:
@@ -191,7 +188,7 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Forget a request; its blocks are free at once. Unknown and finished numbers are fine."""
-        self._steps = [step for step in self._steps if step.request != number]
+        self._mail.drop(number)
         self._end(number)
 
     def step(self) -> list[Step]:
@@ -203,13 +200,9 @@ class Engine:
                 others go on: what the pass gave them is told by the next call.
             Exception: what broke a whole pass; all are then read anew.
         """
-        if self._under_way and not (self._steps or self._errors):
+        if self._under_way and self._mail.taken:
             self._pass()
-        if self._errors:
-            error = self._errors.pop(0)
-            raise error from error.cause
-        steps, self._steps = self._steps, []
-        return steps
+        return self._mail.take()
 
     def steps(
         self,
@@ -242,15 +235,15 @@ class Engine:
                 if sampling.max_new_tokens:
                     asked = Request(ids=ids, sampling=sampling, stop=partial(stop, i), memory=row, guide=guide)
                     number = self.add(replace(asked, adapter=adapter))
-                    numbers[number], self._letters[number] = i, deque()
+                    numbers[number] = i
+                    self._mail.open(number)
                 else:
                     self.check(ids, 0)
             yield from self._told(numbers)
         finally:  # also where nobody listens any longer
             for number in numbers:
                 self.cancel(number)
-                self._letters.pop(number, None)
-                self._broken.pop(number, None)
+                self._mail.close(number)
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Refuse a prompt that is empty, or that the context cannot hold together with what is asked for."""
@@ -280,27 +273,12 @@ class Engine:
         left = set(numbers)
         while left:
             for number in sorted(left):
-                while self._letters[number]:
-                    step = self._letters[number].popleft()
+                for step in self._mail.of(number):
                     if step.finish_reason:
                         left.discard(number)
                     yield replace(step, request=numbers[number])
-                if number in self._broken:
-                    raise self._broken.pop(number)
             if left:
                 self._pass()
-
-    def _tell(self, step: Step) -> None:
-        """Keep a step for whoever waits for it; a pass that breaks off later loses none."""
-        self._made += 1
-        self._letters.get(step.request, self._steps).append(step)
-
-    def _break(self, one: Continuation, error: BaseException) -> None:
-        """Have whoever waits for a request hear what broke it."""
-        if one.number in self._letters:
-            self._broken[one.number] = error
-        elif isinstance(error, Exception):
-            self._errors.append(RequestError(one.number, error))
 
     def _end(self, number: int) -> None:
         """Hold nothing of a request any more."""
@@ -368,7 +346,7 @@ class Engine:
             try:
                 self._settle(one, *self._follow(one, rows, logprobs[start:], likeliest[start:]))
             except BaseException as error:
-                self._break(one, error)
+                self._mail.fault(one.number, error)
                 self._end(one.number)
                 if not isinstance(error, Exception):  # someone wants out at once
                     raise
@@ -390,7 +368,8 @@ class Engine:
             step = one.step(token, logprobs[i], self._finished(one, token))
             if isnan(step.logprob):  # greedy, too
                 raise InputError(NO_NUMBERS)
-            self._tell(step)
+            self._made += 1
+            self._mail.tell(step)
             if step.finish_reason or i == len(drafts.tokens) or token != drafts.tokens[i]:
                 break
         return i, step.finish_reason is not None
@@ -417,7 +396,7 @@ class Engine:
         try:
             return self._ended(one, token)
         except Exception as error:
-            self._break(one, error)
+            self._mail.fault(one.number, error)
             return "error"
 
     def _ended(self, one: Continuation, token: int) -> str | None:
