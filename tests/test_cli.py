@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -153,6 +154,37 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         assert first.wait() in (0, 1)
 
 
+class Keyboard:
+    """Standard input for the code that asks what it is."""
+
+    def __init__(self, terminal: bool) -> None:
+        self.isatty, self.fileno = (lambda: terminal), (lambda: -1)
+
+
+def test_chat_goes_on_wherever_ctrl_c_comes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from allyouneed.commands import chatting
+
+    heard: list[str] = []
+
+    class Talk:
+        def hear(self, message: str) -> None:
+            heard.append(message)
+            if len(heard) == 1:
+                raise KeyboardInterrupt
+
+    for terminal in (True, False):
+        heard.clear()
+        said = iter(["one", "two", None])
+        monkeypatch.setattr(chatting, "_read_message", lambda descriptor, said=said: next(said))
+        monkeypatch.setattr("sys.stdin", Keyboard(terminal))
+        with nullcontext() if terminal else pytest.raises(KeyboardInterrupt):
+            chatting.converse(Talk())
+        assert heard == ["one", "two"][: 1 + terminal]
+        assert capsys.readouterr().out == ("\n> \n(Ctrl-D ends)\n> \n> \n" if terminal else "")
+
+
 def test_chat_keeps_what_was_said_and_unsays_what_was_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,10 +201,24 @@ def test_chat_keeps_what_was_said_and_unsays_what_was_refused(
             yield from ("yes", "!")
 
     monkeypatch.setattr(load, "load", lambda name, **options: Model())
-    monkeypatch.setattr(chatting, "messages", lambda: iter(["hello", "too long", "again"]))
+    said = iter(["hello", "too long", "again", None])
+    monkeypatch.setattr(chatting, "_read_message", lambda descriptor: next(said))
+    monkeypatch.setattr("sys.stdin", Keyboard(terminal=False))
     code, out, err = run("chat", "--system", "be brief", capsys=capsys)
     assert (code, err) == (0, "error: prompt exceeds the context by 7\n") and out.count("yes!") == 2
     assert Model.asked[-1] == ["be brief", "hello", "yes!", "again"]
+
+
+def test_an_error_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    class Stderr:
+        write = staticmethod(written.append)
+
+    monkeypatch.setattr("sys.stderr", Stderr())
+    assert cli.main(["run", "nothing-of-ours"]) == 2
+    (line,) = written  # or the lines of two ranks run into each other
+    assert line.startswith("error: ") and line.endswith("\n")
 
 
 def test_laws_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:

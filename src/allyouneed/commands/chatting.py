@@ -70,9 +70,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    talk = Talk(lm, sampling, [{"role": "system", "content": system}] if system else [])
-    for message in messages():
-        talk.hear(message)
+    converse(Talk(lm, sampling, [{"role": "system", "content": system}] if system else []))
 
 
 class Talk:
@@ -95,13 +93,13 @@ class Talk:
 
     def answer(self, message: str) -> None:
         """The answer, written as it comes; Ctrl-C cuts it short and the conversation goes on."""
-        self.history.append({"role": "user", "content": message})
+        asked: list[Message] = [*self.history, {"role": "user", "content": message}]
         pieces: list[str] = []
         started, first = time.monotonic(), 0.0
 
         def kept() -> Iterator[str]:
             nonlocal first
-            for piece in self.lm.chat_stream(self.history, self.sampling):
+            for piece in self.lm.chat_stream(asked, self.sampling):
                 first = first or time.monotonic() - started
                 pieces.append(piece)
                 yield piece
@@ -112,11 +110,9 @@ class Talk:
             print(" …")
         except (InputError, RemoteError) as error:
             print(f"error: {error}", file=sys.stderr)
-        if pieces:
-            self.history.append({"role": "assistant", "content": "".join(pieces)})
+        if pieces:  # else it was refused or cut short at once: what was said is unsaid
+            self.history = [*asked, {"role": "assistant", "content": "".join(pieces)}]
             _note(self.speed("".join(pieces), first, time.monotonic() - started))
-        else:  # it was refused or cut short at once: what was said is unsaid
-            self.history.pop()
 
     def speed(self, text: str, first: float, whole: float) -> str:
         """How fast an answer came: tokens by the model's own count where it has one, else characters."""
@@ -142,25 +138,24 @@ class Talk:
             print(f"error: {name}: {error.strerror}", file=sys.stderr)
 
 
-def messages() -> Iterator[str]:
-    """What a person types or pastes, until Ctrl-D; Ctrl-C drops what was being typed."""
+def converse(talk: Talk) -> None:
+    """Pass on what a person types or pastes, until Ctrl-D; Ctrl-C drops what was being typed or done."""
     descriptor, terminal = sys.stdin.fileno(), sys.stdin.isatty()
     while True:
-        if terminal:
-            print("\n> ", end="", flush=True)
         try:
+            if terminal:
+                print("\n> ", end="", flush=True)
             message = _read_message(descriptor)
-        except KeyboardInterrupt:
+            if message is None:
+                break
+            if message.strip():
+                talk.hear(message.strip())
+        except KeyboardInterrupt:  # wherever it comes, not only while we wait for the keyboard
             if not terminal:
                 raise
             print("\n(Ctrl-D ends)", end="")
-            continue
-        if message is None:
-            if terminal:
-                print()
-            return
-        if message.strip():
-            yield message.strip()
+    if terminal:
+        print()
 
 
 def _read_message(descriptor: int) -> str | None:
