@@ -70,15 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    _say("error: " + " ".join(message.split()))
     return code
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
     """Training that was asked to stop says at which step it left off, and 143 rather than 130 for a SIGTERM."""
     said = f" ({stop})" if str(stop) else ""
-    print(f"stopped; run again to resume{said}", file=sys.stderr)
+    _say(f"stopped; run again to resume{said}")
     return getattr(stop, "exit_code", 130)
+
+
+def _say(line: str) -> None:
+    """One write a line: the ranks of a torchrun share an unbuffered stderr, where print would write the end apart."""
+    sys.stderr.write(f"{line}\n")
 
 
 def _usage(error: Exception) -> str:
