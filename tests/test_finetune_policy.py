@@ -22,7 +22,7 @@ from allyouneed.align.held_out import HeldOut
 from allyouneed.align.rejection import Rejection
 from allyouneed.align.samplers import LocalSampler
 from allyouneed.core.errors import InputError
-from allyouneed.core.metrics import read
+from allyouneed.core.metrics import MetricsLog, read
 from allyouneed.generate.language_model import Sampling
 from allyouneed.generate.load import load
 from allyouneed.models.checkpoints.loading import load_decoder, save
@@ -209,6 +209,35 @@ def test_text_beside_and_what_is_judged_by_belong_to_a_run(files, capsys, change
 
 
 # Rejection sampling as batches
+
+
+@pytest.mark.parametrize("method", ["ppo", "rejection"])
+@pytest.mark.parametrize(("count", "again"), [(0, 0), (30, 0), (-6, 4)])  # the last after an epoch was judged
+def test_a_run_that_ends_while_answers_are_written_goes_on_with_them(files, capsys, monkeypatch, method, count, again):
+    save(ending(), files / "tiny", TOKENIZER)
+    how = ("--method", method, *small(files), "--epochs", 2, "--samples", {"ppo": 44, "rejection": 2}[method])
+    write, written = MetricsLog.write, list[str]()
+
+    def writes(log: MetricsLog, **row: object) -> None:
+        if "asked" in row:
+            if len(written) == limit:
+                log.file.write('{"weights": "cut')
+                raise KeyboardInterrupt
+            written.append(row["asked"])
+        write(log, **row)
+
+    monkeypatch.setattr(MetricsLog, "write", writes)
+    limit = 1000
+    assert finetune(files, *how, capsys=capsys, out="unbroken")[0] == 0
+    once = len(written)
+    written.clear()
+    limit = count % once
+    assert finetune(files, *how, capsys=capsys)[0] == 130
+    limit = 1000
+    assert finetune(files, *how, capsys=capsys)[0] == 0
+    assert len(written) == once + again  # nothing but what the model as it came is judged by
+    broken_off, whole = (load_decoder(files / name / "model") for name in ("out", "unbroken"))
+    assert same(broken_off, whole) and not list((files / "out").glob("*-of-rank-*"))
 
 
 class Ending(LocalSampler):

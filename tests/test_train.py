@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pty
 import signal
 import sys
 import threading
@@ -422,6 +423,16 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, signum, code):
     resumed = tiny(seed=1)
     assert untimed(run(resumed, tmp_path).history) == untimed(whole.history)
     assert same(resumed, unbroken)
+
+
+def test_ctrl_c_says_what_it_waits_for_to_a_terminal(monkeypatch):
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with pytest.raises(Stopped), watched():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert os.read(ours, 1000) == b"\r\nstopping after this step; Ctrl-C again stops at once\r\n"
+    os.close(ours)
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path):

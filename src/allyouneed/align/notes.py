@@ -25,5 +25,5 @@ class Notes:
         """Keep a row."""
         self.rows.append(row)
         if self.path is not None:
-            self._log = self._log or MetricsLog(self.path, resume_at=row["step"] - 1)
+            self._log = self._log or MetricsLog(self.path, keep=lambda old: old["step"] < row["step"])
             self._log.write(**row)

@@ -6,7 +6,7 @@ do not depend on what else runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
 from allyouneed.core.errors import InputError, about
@@ -64,10 +64,20 @@ class LocalSampler:
         """As of the model: a text's own tokens, a conversation's through the chat template."""
         return self.lm.prompt_ids(prompt)
 
-    def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
-        """The engine's completions; with a progress line, where they take long."""
+    def complete(
+        self,
+        prompts: Sequence[Turns],
+        sampling: Sampling | Sequence[Sampling],
+        finished: Callable[[int, Completion], None] = lambda number, completion: None,
+    ) -> list[Completion]:
+        """The engine's completions, `finished` told of each; with a progress line, where they take long."""
         with Progress("write", len(prompts), unit="answer", quiet=self.quiet, patience=PATIENCE) as progress:
-            return self.lm.complete(prompts, sampling, finished=progress.update)
+
+            def counted(number: int, completion: Completion) -> None:
+                progress.update()
+                finished(number, completion)
+
+            return self.lm.complete(prompts, sampling, counted)
 
     def renew(self) -> None:
         """Have the engine forget."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,29 @@ from allyouneed.core.files import write_text
 class MetricsLog:
     """Appends metrics to a `.jsonl` file.
 
-    Resuming at step `n` drops the lines written after it, so that a run that was killed and went on
-    leaves the same file as one that never stopped.
+    Args:
+        path: the file.
+        keep: of the lines that are there already; the others are dropped. A run that was killed and goes on keeps those
+            up to where it does, and leaves the same file as one that never stopped.
     """
 
-    def __init__(self, path: Path, *, resume_at: int | None = None) -> None:
+    def __init__(self, path: Path, *, keep: Callable[[dict[str, Any]], bool] = lambda row: False) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read(self.path) if resume_at is not None and r.get("step", 0) <= resume_at]
-        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in read(self.path) if keep(row)))
         self.file = self.path.open("a")
 
     def write(self, **values: Any) -> None:
-        """Append one line."""
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        """Append one line.
+
+        Raises:
+            OSError: the disk is full; names the file.
+        """
+        try:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         """Close the file."""

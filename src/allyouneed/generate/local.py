@@ -77,11 +77,11 @@ class LocalModel:
         self,
         prompts: Sequence[Turns],
         sampling: Sampling | Sequence[Sampling],
-        finished: Callable[[], None] = lambda: None,
+        finished: Callable[[int, Completion], None] = lambda i, completion: None,
     ) -> list[Completion]:
         """One completion per prompt, in order; conversations by the checkpoint's own chat template.
 
-        `finished` is called whenever one is.
+        `finished` is told of each as soon as it is, with its number.
         """
         samplings = samplings_of(sampling, len(prompts))
         return self._complete([self.prompt_ids(prompt) for prompt in prompts], samplings, finished)
@@ -217,10 +217,10 @@ class LocalModel:
         return tuple(whole[:shared]), tuple(whole[shared:])
 
     def _complete(
-        self, prompts: list[list[int]], samplings: list[Sampling], finished: Callable[[], None]
+        self, prompts: list[list[int]], samplings: list[Sampling], finished: Callable[[int, Completion], None]
     ) -> list[Completion]:
         writings = [Writing(self.tokenizer, *pair) for pair in zip(prompts, samplings, strict=True)]
-        guides = [self.guide(sampling) for sampling in samplings]
+        guides, done = [self.guide(sampling) for sampling in samplings], dict[int, Completion]()
 
         def stop(i: int, token: int) -> bool:
             return writings[i].text.push(token)
@@ -228,8 +228,9 @@ class LocalModel:
         for step in self.engine.steps(prompts, samplings, stop, guides=guides, adapter=self.adapter):
             writings[step.request].hear(step)
             if step.finish_reason:
-                finished()
-        return [writing.completion() for writing in writings]
+                done[step.request] = writings[step.request].completion()
+                finished(step.request, done[step.request])
+        return [done[i] for i in range(len(prompts))]
 
     def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
         text = StopStrings(self.tokenizer.stream(), sampling.stop, sampling.min_tokens)

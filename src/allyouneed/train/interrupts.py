@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ class Interrupts:
         """The handler."""
         if not self.received:
             self.received = signum
+            if signum == signal.SIGINT and sys.stderr.isatty():  # what a step waits for may take minutes
+                os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt
 

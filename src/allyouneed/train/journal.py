@@ -33,7 +33,7 @@ class Journal:
         if folder is not None:
             self.path = folder / "metrics.jsonl"
             with writing(self.path):
-                self.log = MetricsLog(self.path, resume_at=step)
+                self.log = MetricsLog(self.path, keep=lambda row: row["step"] <= step)
             self.rows = list(read(self.path))
 
     def record(self, row: Row) -> None:

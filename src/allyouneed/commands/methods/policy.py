@@ -15,6 +15,7 @@ from allyouneed.align import experience, references
 from allyouneed.align.actors import over_ray
 from allyouneed.align.graders import open_reward
 from allyouneed.align.held_out import HeldOut
+from allyouneed.align.kept import KeptSampler
 from allyouneed.align.language_ppo import LanguagePPO
 from allyouneed.align.policies import LanguagePolicy
 from allyouneed.align.rejection import Rejection
@@ -38,6 +39,8 @@ from allyouneed.train.ranks import join
 
 WIDTH = 64  # answers written at once
 ROLLOUT = 8  # steps that answers are written for at once (Ouyang et al. 2022, app. C.4: 512 of them, 64 a step)
+
+KEPT = "{}-of-rank-{}.jsonl"  # answers, as long as they may be of use
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,10 @@ def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
 
     learned, judged = parted(task, (jsonl.Prompt,), prompt)
     lengths = [len(reader.prompt_ids(one)) + longest for one in (*learned, *judged)]
-    sampler = SharedSampler(_writer(adapted(module, task), tokenizer, task, max(lengths)), ranks)
+    writer = _writer(adapted(module, task), tokenizer, task, max(lengths))
+    sampler, judged_by = (SharedSampler(_kept(writer, task, name), ranks) for name in ("answers", "judged"))
     drawn = Sampling(max_new_tokens=longest, seed=derive(task.seed, "held out"))
-    held = HeldOut(module, sampler, references.of(module), reward, drawn)
+    held = HeldOut(module, judged_by, references.of(module), reward, drawn)
     return _Setting(module, tokenizer, sampler, reward, learned, judged, held, longest, lengths[: len(learned)])
 
 
@@ -142,6 +146,12 @@ def _writer(model: Decoder, tokenizer: Tokenizer, task: Task, tokens: int) -> Sa
     return task.kept.enter_context(over_ray(address, model, tokenizer, count=count, width=WIDTH, tokens=tokens))
 
 
+def _kept(writer: Sampler, task: Task, name: str) -> Sampler:
+    """What this rank writes, on file as it comes; what others write comes when it is whole."""
+    rank = join().rank
+    return KeptSampler(writer, task.out / KEPT.format(name, rank)) if isinstance(writer, LocalSampler) else writer
+
+
 def _longest(set_: _Setting) -> dict[str, Tensor]:
     """A row as long as any that is learned from, as a rollout has it."""
     size = max(set_.lengths) - set_.answer
@@ -154,6 +164,8 @@ def _job(set_: _Setting, task: Task, module: Any, objective: Any, row: dict[str,
 
     def end(out: Path) -> dict[str, float]:
         set_.held.write(out)
+        for kept in out.glob(KEPT.format("*", "*")):
+            kept.unlink()
         if isinstance(module, LanguagePolicy):  # of use where training goes on another time
             save_file(module.critic.state_dict(), out / "critic.safetensors")
         gain = bootstrap(set_.held.gains())  # of prompts, each with its answers before and after
