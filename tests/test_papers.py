@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import pairwise
@@ -486,10 +486,15 @@ def test_a_built_paper_says_what_it_claims_and_has_three_sizes(slug: str) -> Non
 
 @pytest.mark.parametrize("slug", catalogue.built())
 def test_the_smoke_run_of_a_built_paper_gives_a_valid_report(slug: str, tmp_path: Path) -> None:
-    started = time.monotonic()
+    began = processor_seconds()
     report = runner.run(slug, "smoke", out=tmp_path, quiet=True)
     validate(report)
-    assert time.monotonic() - started <= 20
+    assert processor_seconds() - began <= 20
+
+
+def processor_seconds() -> float:
+    """Of this process and those it began: no longer where others keep the machine busy, as seconds on the clock are."""
+    return sum(os.times()[:4])
 
 
 def test_a_run_is_announced_with_the_minutes_that_the_published_one_took() -> None:
