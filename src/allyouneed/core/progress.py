@@ -33,6 +33,7 @@ class Progress:
         self.stream = stream or sys.stderr
         self.redraws = self.stream.isatty()
         self.first, self.started, self.drawn, self.shown = done, time.monotonic(), 0.0, ""
+        self.updated, self.longest, self.long = self.started, 0.0, 0  # the update that took longest, and its amount
 
     def __enter__(self) -> Progress:
         return self
@@ -42,7 +43,10 @@ class Progress:
 
     def update(self, amount: int = 1, **facts: float | int | str) -> None:
         """Count `amount` more units as done and show `facts` (`loss=…`) beside them."""
-        self.done += amount
+        now = time.monotonic()
+        if now - self.updated > self.longest:
+            self.longest, self.long = now - self.updated, amount
+        self.done, self.updated = self.done + amount, now
         self.shown = (
             "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()) or self.shown
         )
@@ -53,12 +57,19 @@ class Progress:
         """The text of the line now."""
         seconds = time.monotonic() - self.started
         rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
-        left = (
-            f"{clock((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else clock(seconds)
-        )
+        left = f"{clock(self.left(seconds))} left" if rate > 0 and self.done < self.total else clock(seconds)
         speed = f"{rate:.3g} {self.unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.3g} s/{self.unit}"
         parts = [f"{self.title}  {self.done}/{self.total}", self.shown, speed, left]
         return "  ".join(p for p in parts if p)
+
+    def left(self, seconds: float) -> float:
+        """The time still to go, of which so much is over. The one update that took longest is no measure for the rest:
+        the first step warms up, or has answers written that many steps learn from.
+        """
+        done, rest = self.done - self.first, self.total - self.done
+        if done == self.long:
+            return seconds * rest / done
+        return rest * (seconds - self.longest) / (done - self.long) + self.longest * rest / self.total
 
     def draw(self, final: bool = False) -> None:
         """Write the line to the stream."""
