@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +18,9 @@ from tiny_policy import PROMPTS, REWARD, TOKENIZER, policy, rollouts, settings
 from tiny_run import same, untimed
 
 from allyouneed import cli
-from allyouneed.align import actors, references
+from allyouneed.align import actors, kept, references
 from allyouneed.align.held_out import HeldOut
+from allyouneed.align.kept import KeptSampler
 from allyouneed.align.rejection import Rejection
 from allyouneed.align.samplers import LocalSampler
 from allyouneed.core.errors import InputError
@@ -211,33 +213,80 @@ def test_text_beside_and_what_is_judged_by_belong_to_a_run(files, capsys, change
 # Rejection sampling as batches
 
 
-@pytest.mark.parametrize("method", ["ppo", "rejection"])
-@pytest.mark.parametrize(("count", "again"), [(0, 0), (30, 0), (-6, 4)])  # the last after an epoch was judged
-def test_a_run_that_ends_while_answers_are_written_goes_on_with_them(files, capsys, monkeypatch, method, count, again):
-    save(ending(), files / "tiny", TOKENIZER)
-    how = ("--method", method, *small(files), "--epochs", 2, "--samples", {"ppo": 44, "rejection": 2}[method])
-    write, written = MetricsLog.write, list[str]()
+@pytest.fixture
+def written(monkeypatch) -> Iterator[Written]:
+    yield Written(monkeypatch)
 
-    def writes(log: MetricsLog, **row: object) -> None:
+
+class Written:
+    """The answers that runs write; the one after so many is not whole when its run is killed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.most, self.write = 0, 10_000, MetricsLog.write
+        monkeypatch.setattr(MetricsLog, "write", lambda log, **row: self._write(log, **row))
+
+    def _write(self, log: MetricsLog, **row: object) -> None:
         if "asked" in row:
-            if len(written) == limit:
-                log.file.write('{"weights": "cut')
+            if self.count == self.most:
+                log.file.write('{"asked": "cut')
                 raise KeyboardInterrupt
-            written.append(row["asked"])
-        write(log, **row)
+            self.count += 1
+        self.write(log, **row)
 
-    monkeypatch.setattr(MetricsLog, "write", writes)
-    limit = 1000
+
+@pytest.mark.parametrize(("method", "samples"), [("ppo", 44), ("ppo", 11), ("rejection", 2)])
+@pytest.mark.parametrize("killed", [0, 30, 53, -6])
+def test_a_run_that_is_killed_while_answers_are_written_goes_on_with_them(
+    files, capsys, written, method, samples, killed
+):
+    """In the first judging, in rollouts before and after a checkpoint, in the last judging."""
+    save(ending(), files / "tiny", TOKENIZER)
+    how = ("--method", method, *small(files), "--epochs", 2, "--samples", samples)
     assert finetune(files, *how, capsys=capsys, out="unbroken")[0] == 0
-    once = len(written)
-    written.clear()
-    limit = count % once
+    once, written.count = written.count, 0
+    written.most = killed % once
     assert finetune(files, *how, capsys=capsys)[0] == 130
-    limit = 1000
+    written.most = 10_000
     assert finetune(files, *how, capsys=capsys)[0] == 0
-    assert len(written) == once + again  # nothing but what the model as it came is judged by
+    assert written.count == once
     broken_off, whole = (load_decoder(files / name / "model") for name in ("out", "unbroken"))
     assert same(broken_off, whole) and not list((files / "out").glob("*-of-rank-*"))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_answers_of_a_model_that_was_changed_are_not_gone_on_with(files, capsys, written, fresh):
+    """Its weights are the same, but not what they are told to do."""
+    how = ("--method", "rejection", *small(files), "--epochs", 1, "--samples", 2, *["--fresh"] * fresh)
+    save(ending(), files / "tiny", TOKENIZER)
+    written.most = 60
+    assert finetune(files, *how, capsys=capsys)[0] == 130
+    path = files / "tiny/config.json"
+    was, now = path.read_text(), path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 100.0')
+    assert was != now
+    path.write_text(now)
+    written.count, written.most = 0, 10_000
+    assert finetune(files, *how, capsys=capsys)[0] == 0
+    assert written.count == 4 + 88 + 4
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    model = policy().model
+    sampler = KeptSampler(LocalSampler.of(model, TOKENIZER, width=4, tokens=32), tmp_path / "answers.jsonl")
+    sampler.complete(PROMPTS[:1], Sampling(max_new_tokens=4, seed=0))
+    monkeypatch.setattr(sampler._log, "file", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
+    for attempt in (lambda: sampler.complete(PROMPTS, Sampling(max_new_tokens=4, seed=1)), sampler.close):
+        with pytest.raises(OSError, match="No space left") as caught:
+            attempt()
+        assert caught.value.filename == str(tmp_path / "answers.jsonl")
+
+
+def test_a_file_of_answers_has_a_bound(tmp_path, monkeypatch):
+    model = policy().model
+    sampler = KeptSampler(LocalSampler.of(model, TOKENIZER, width=4, tokens=32), tmp_path / "answers.jsonl")
+    monkeypatch.setattr(kept, "MOST", 2000)
+    for seed in range(4):
+        sampler.complete(PROMPTS, Sampling(max_new_tokens=4, seed=seed))
+        assert len(list(read(sampler.path))) == len(PROMPTS)
 
 
 class Ending(LocalSampler):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import spent
 
 import allyouneed
 from allyouneed.core.errors import InputError
@@ -486,15 +486,10 @@ def test_a_built_paper_says_what_it_claims_and_has_three_sizes(slug: str) -> Non
 
 @pytest.mark.parametrize("slug", catalogue.built())
 def test_the_smoke_run_of_a_built_paper_gives_a_valid_report(slug: str, tmp_path: Path) -> None:
-    began = processor_seconds()
+    began = spent()
     report = runner.run(slug, "smoke", out=tmp_path, quiet=True)
     validate(report)
-    assert processor_seconds() - began <= 20
-
-
-def processor_seconds() -> float:
-    """Of this process and those it began: no longer where others keep the machine busy, as seconds on the clock are."""
-    return sum(os.times()[:4])
+    assert min(now - then for now, then in zip(spent(), began, strict=True)) <= 20
 
 
 def test_a_run_is_announced_with_the_minutes_that_the_published_one_took() -> None:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
 from allyouneed.core import progress
-from allyouneed.core.progress import Progress
+from allyouneed.core.progress import Progress, StepProgress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Its only element is the time."""
     time = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: time[0]))
     return time
 
 
 def seconds_left(clock: list[float], steps: list[float], total: int, done: int = 0) -> list[float]:
     """What is said to be left after each of these steps."""
-    with Progress("train", total, done=done, stream=io.StringIO()) as line:
+    with StepProgress("train", total, done=done, stream=io.StringIO()) as line:
         found = []
         for seconds in steps:
             clock[0] += seconds
@@ -44,6 +45,16 @@ def test_one_step_that_took_long_is_no_measure_for_the_rest(clock):
     assert left[0] == 401 * 199  # nothing else is known
     assert max(wrong[1:100]) < 210 and max(by_the_mean[1:100]) > 30_000
     assert all(ours <= theirs + 1 for ours, theirs in zip(wrong[100:], by_the_mean[100:], strict=True))
+
+
+def test_answers_that_end_at_once_have_their_mean(clock):
+    """64 a minute, as a batch has them that all run to their limit."""
+    with Progress("write", 256, unit="answer", stream=io.StringIO()) as line:
+        for minutes in (3, 2, 1):
+            clock[0] += 60
+            for _ in range(64):
+                line.update()
+            assert line.left(clock[0] - line.started) == 60 * minutes
 
 
 def test_the_line(clock, capsys):

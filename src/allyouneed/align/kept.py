@@ -1,4 +1,4 @@
-"""Answers on file as they come, so that a run that was killed while thousands were written goes on with those."""
+"""Answers on file as they come, so that a run that was killed while it wrote thousands goes on with those."""
 
 from __future__ import annotations
 
@@ -9,75 +9,78 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from allyouneed.align.samplers import LocalSampler
 from allyouneed.core.metrics import MetricsLog, read
 from allyouneed.generate.language_model import Completion, Sampling, Turns, samplings_of
+from allyouneed.nn.digests import digest
+
+MOST = 1 << 28  # bytes of a file: some hundred thousand answers; then it begins anew
 
 
 class KeptSampler:
-    """A `Sampler` whose answers to what it was asked last are in a file; asked the same again of the same weights, it
-    writes only what is missing there.
+    """A `Sampler` whose answers are also in a file. Who takes up a run asks again for all since its last checkpoint, of
+    the same weights; what is on file of an earlier process is not written again.
 
     Args:
-        own: writes them.
-        path: the file; a line for each answer, with what was asked and of which weights.
+        own: writes.
+        path: the file; a line for each answer.
     """
 
     def __init__(self, own: LocalSampler, path: Path) -> None:
         self.own, self.path = own, path
+        self._made_by = [own.lm.module.config.to_json(), own.lm.tokenizer.identity]
+        self._before = {row["asked"]: _completion(row["answer"]) for row in read(path)}
+        self._log: MetricsLog | None = None
 
     def prompt_ids(self, prompt: Turns) -> list[int]:
         """As of the model."""
         return self.own.prompt_ids(prompt)
 
     def complete(self, prompts: Sequence[Turns], sampling: Sampling | Sequence[Sampling]) -> list[Completion]:
-        """What is on file and what is not, in order."""
-        samplings, weights = samplings_of(sampling, len(prompts)), fingerprint(self.own.lm.module)
-        asked = [self._named(*one) for one in zip(range(len(prompts)), prompts, samplings, strict=True)]
-        log = MetricsLog(self.path, keep=lambda row: row["weights"] == weights)
-        found = {row["asked"]: _completion(row["answer"]) for row in read(self.path)}
+        """What is on file and what is not, in order. Every request has a seed, or what it draws were not its own."""
+        samplings = samplings_of(sampling, len(prompts))
+        asked = self._asked(prompts, samplings)
+        found = {name: self._before[name] for name in asked if name in self._before}
         left = [i for i, name in enumerate(asked) if name not in found]
+        log = self._opened()
 
         def finished(number: int, completion: Completion) -> None:
             name = asked[left[number]]
             found[name] = completion
-            log.write(weights=weights, asked=name, answer=dataclasses.asdict(completion))
+            log.write(asked=name, answer=dataclasses.asdict(completion))
 
-        try:
-            self.own.complete([prompts[i] for i in left], [samplings[i] for i in left], finished)
-        finally:
-            log.close()
+        self.own.complete([prompts[i] for i in left], [samplings[i] for i in left], finished)
         return [found[name] for name in asked]
 
     def renew(self) -> None:
         """The weights have changed."""
         self.own.renew()
 
-    def _named(self, number: int, prompt: Turns, sampling: Sampling) -> str:
-        """What was asked, in short: the place, for what is asked twice is answered twice, the tokens, and how."""
-        told = json.dumps([self.own.prompt_ids(prompt), sampling.to_json()])
-        return f"{number}-{_digest(told.encode())}"
+    def close(self) -> None:
+        """Close the file."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _opened(self) -> MetricsLog:
+        """The file, without a line that a kill has cut."""
+        if self._log is None:
+            self._log = MetricsLog(self.path, keep=lambda row: True)
+        elif self.path.stat().st_size > MOST:
+            self.close()
+            self._log = MetricsLog(self.path)
+        return self._log
+
+    def _asked(self, prompts: Sequence[Turns], samplings: Sequence[Sampling]) -> list[str]:
+        """What is asked, in short: of which model, at which place (what is asked twice is answered twice), and how."""
+        assert all(one.seed is not None or one.temperature == 0 for one in samplings), "a seed"
+        model = [*self._made_by, digest(self.own.lm.module, adapters=True)]
+        told = [[self.own.prompt_ids(prompt), one.to_json()] for prompt, one in zip(prompts, samplings, strict=True)]
+        return [_short([*model, i, *one]) for i, one in enumerate(told)]
 
 
-@torch.no_grad()
-def fingerprint(module: nn.Module) -> str:
-    """Tells the weights of two moments of training apart: the sums of all tensors in float64, in short.
-
-    >>> module = nn.Linear(2, 2)
-    >>> before = fingerprint(module)
-    >>> _ = nn.init.zeros_(module.bias)
-    >>> fingerprint(module) == before
-    False
-    """
-    sums = torch.stack([x.sum(dtype=torch.float64).cpu() for x in module.state_dict().values()])
-    return _digest(sums.numpy().tobytes())
-
-
-def _digest(told: bytes) -> str:
-    return hashlib.blake2b(told, digest_size=12).hexdigest()
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def _completion(told: dict[str, Any]) -> Completion:

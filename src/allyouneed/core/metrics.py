@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,21 @@ class MetricsLog:
         Raises:
             OSError: the disk is full; names the file.
         """
-        try:
+        with self._named():
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+        """Close the file. What could not be written before is tried once more, with the same error."""
+        with self._named():
+            self.file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

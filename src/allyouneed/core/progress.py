@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class Progress:
@@ -33,7 +33,6 @@ class Progress:
         self.stream = stream or sys.stderr
         self.redraws = self.stream.isatty()
         self.first, self.started, self.drawn, self.shown = done, time.monotonic(), 0.0, ""
-        self.updated, self.longest, self.long = self.started, 0.0, 0  # the update that took longest, and its amount
 
     def __enter__(self) -> Progress:
         return self
@@ -43,10 +42,7 @@ class Progress:
 
     def update(self, amount: int = 1, **facts: float | int | str) -> None:
         """Count `amount` more units as done and show `facts` (`loss=…`) beside them."""
-        now = time.monotonic()
-        if now - self.updated > self.longest:
-            self.longest, self.long = now - self.updated, amount
-        self.done, self.updated = self.done + amount, now
+        self.done += amount
         self.shown = (
             "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()) or self.shown
         )
@@ -63,13 +59,8 @@ class Progress:
         return "  ".join(p for p in parts if p)
 
     def left(self, seconds: float) -> float:
-        """The time still to go, of which so much is over. The one update that took longest is no measure for the rest:
-        the first step warms up, or has answers written that many steps learn from.
-        """
-        done, rest = self.done - self.first, self.total - self.done
-        if done == self.long:
-            return seconds * rest / done
-        return rest * (seconds - self.longest) / (done - self.long) + self.longest * rest / self.total
+        """Seconds still to go, where so many are over: as the rest went on an average."""
+        return seconds * (self.total - self.done) / (self.done - self.first)
 
     def draw(self, final: bool = False) -> None:
         """Write the line to the stream."""
@@ -81,6 +72,29 @@ class Progress:
         else:
             self.stream.write(self.line() + "\n")
         self.stream.flush()
+
+
+class StepProgress(Progress):
+    """Of steps that are done one by one, all alike but for some: the first warms up, or answers are written that many
+    learn from. The one that took longest is no measure for the rest.
+    """
+
+    def __init__(self, title: str, total: int, **options: Any) -> None:
+        super().__init__(title, total, **options)
+        self.ended, self.longest = self.started, 0.0
+
+    def update(self, amount: int = 1, **facts: float | int | str) -> None:
+        """One more step is done."""
+        now = time.monotonic()
+        self.longest, self.ended = max(self.longest, now - self.ended), now
+        super().update(amount, **facts)
+
+    def left(self, seconds: float) -> float:
+        """By the other steps, and the longest in proportion to what is still to do."""
+        done, rest = self.done - self.first, self.total - self.done
+        if done == 1:
+            return super().left(seconds)
+        return rest * (seconds - self.longest) / (done - 1) + self.longest * rest / self.total
 
 
 def clock(seconds: float) -> str:

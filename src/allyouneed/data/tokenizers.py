@@ -8,6 +8,7 @@ text `data.chat`'s.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -75,6 +76,12 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name}, vocab_size={self.vocab_size})"
+
+    @property
+    def identity(self) -> str:
+        """In short, which ids it makes of a text, which text of ids, and what ends one."""
+        ends = (self.bos_id, *self.eos_ids)
+        return hashlib.sha256(f"{self._backend.to_str()}{self.chat_template}{ends}".encode()).hexdigest()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The ids of `text`. Special tokens written out in it become their ids.

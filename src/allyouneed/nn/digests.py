@@ -15,8 +15,8 @@ ADAPTERS = ".adapters."  # in the name of what was added to a model, and is not 
 SAMPLE = 4096  # bytes
 
 
-def digest(module: nn.Module) -> str:
-    """Of names, shapes, types and contents of the saved tensors, adapters left out: 64 hexadecimal digits.
+def digest(module: nn.Module, *, adapters: bool = False) -> str:
+    """Of names, shapes, types and contents of the saved tensors, with or without adapters: 64 hexadecimal digits.
 
     Of contents it takes the sum of all bits as integers and some bytes from the beginning, the middle and the end. That
     is a twentieth of the time of a digest of all bytes and finds every change that training makes; it is no defence
@@ -28,7 +28,7 @@ def digest(module: nn.Module) -> str:
     """
     found = hashlib.sha256()
     for name, x in sorted(module.state_dict().items()):
-        if isinstance(x, Tensor) and ADAPTERS not in name:
+        if isinstance(x, Tensor) and (adapters or ADAPTERS not in name):
             found.update(repr((name, tuple(x.shape), str(x.dtype))).encode())
             _add(found, x)
     return found.hexdigest()

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -30,7 +30,8 @@ class Interrupts:
         if not self.received:
             self.received = signum
             if signum == signal.SIGINT and sys.stderr.isatty():  # what a step waits for may take minutes
-                os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
+                with suppress(OSError):
+                    os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt
 

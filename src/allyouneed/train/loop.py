@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from allyouneed import core
 from allyouneed.core.errors import InputError, RemoteError
-from allyouneed.core.progress import Progress
+from allyouneed.core.progress import StepProgress
 from allyouneed.train import checkpoints as saving
 from allyouneed.train import randomness, sharding
 from allyouneed.train.averages import Ema
@@ -159,7 +159,7 @@ def train(
             journal = Journal(folder if writes else None, run.step, callbacks if writes else ())
         with (
             journal,
-            Progress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,
+            StepProgress(title, training.steps, done=run.step, quiet=quiet or not writes) as progress,
             sharding.recomputed(module, training.recompute),
             run.saving(),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,7 @@ WIDTH = 64  # answers written at once
 ROLLOUT = 8  # steps that answers are written for at once (Ouyang et al. 2022, app. C.4: 512 of them, 64 a step)
 
 KEPT = "{}-of-rank-{}.jsonl"  # answers, as long as they may be of use
+ASKED = ("answers", "judged")  # to learn from, and to judge by
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _setting(module: Any, tokenizer: Tokenizer, task: Task) -> _Setting:
     learned, judged = parted(task, (jsonl.Prompt,), prompt)
     lengths = [len(reader.prompt_ids(one)) + longest for one in (*learned, *judged)]
     writer = _writer(adapted(module, task), tokenizer, task, max(lengths))
-    sampler, judged_by = (SharedSampler(_kept(writer, task, name), ranks) for name in ("answers", "judged"))
+    sampler, judged_by = (SharedSampler(_kept(writer, task, name), ranks) for name in ASKED)
     drawn = Sampling(max_new_tokens=longest, seed=derive(task.seed, "held out"))
     held = HeldOut(module, judged_by, references.of(module), reward, drawn)
     return _Setting(module, tokenizer, sampler, reward, learned, judged, held, longest, lengths[: len(learned)])
@@ -148,8 +150,12 @@ def _writer(model: Decoder, tokenizer: Tokenizer, task: Task, tokens: int) -> Sa
 
 def _kept(writer: Sampler, task: Task, name: str) -> Sampler:
     """What this rank writes, on file as it comes; what others write comes when it is whole."""
-    rank = join().rank
-    return KeptSampler(writer, task.out / KEPT.format(name, rank)) if isinstance(writer, LocalSampler) else writer
+    if not isinstance(writer, LocalSampler):
+        return writer
+    path = task.out / KEPT.format(name, join().rank)
+    if task.fresh:
+        path.unlink(missing_ok=True)
+    return task.kept.enter_context(closing(KeptSampler(writer, path)))
 
 
 def _longest(set_: _Setting) -> dict[str, Tensor]:
@@ -164,7 +170,7 @@ def _job(set_: _Setting, task: Task, module: Any, objective: Any, row: dict[str,
 
     def end(out: Path) -> dict[str, float]:
         set_.held.write(out)
-        for kept in out.glob(KEPT.format("*", "*")):
+        for kept in [path for name in ASKED for path in out.glob(KEPT.format(name, "*"))]:
             kept.unlink()
         if isinstance(module, LanguagePolicy):  # of use where training goes on another time
             save_file(module.critic.state_dict(), out / "critic.safetensors")
