@@ -110,6 +110,7 @@ def bars(
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.15)
+    axes.locator_params(axis="x", nbins=5)  # more ran into each other where they have four digits
 
 
 def grid(axes: Axes, values: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
