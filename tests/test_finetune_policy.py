@@ -265,8 +265,11 @@ def test_answers_of_a_model_that_was_changed_are_not_gone_on_with(files, capsys,
     assert was != now
     path.write_text(now)
     written.count, written.most = 0, 10_000
-    assert finetune(files, *how, capsys=capsys)[0] == 0
-    assert written.count == 4 + 88 + 4
+    code, told = finetune(files, *how, capsys=capsys)
+    if fresh:
+        assert code == 0 and written.count == 4 + 88 + 4
+    else:
+        assert code == 2 and "another model, data, method or --batch was begun there" in " ".join(told.split())
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

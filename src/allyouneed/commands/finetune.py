@@ -182,6 +182,7 @@ def finetune(
         if first:
             _announce(job, model, method, training, batch, bad)
         asked: dict[str, Any] = {"model": model, "weights": base, "batch": batch, "learned": job.digest(task)}
+        asked |= {"architecture": module.config.to_json(), "tokenizer": tokenizer.identity}
         asked |= {"lora": lora.to_json()} if lora else {}
         asked |= {"quantise": storage.to_json()} if storage else {}
         if not fresh:
