@@ -59,7 +59,7 @@ class Progress:
         return "  ".join(p for p in parts if p)
 
     def left(self, seconds: float) -> float:
-        """Seconds still to go, where so many are over: as the rest went on an average."""
+        """Seconds still to go, where so many are over: as fast as it went so far, on an average."""
         return seconds * (self.total - self.done) / (self.done - self.first)
 
     def draw(self, final: bool = False) -> None:

@@ -22,8 +22,8 @@ Apart   0.2 million parameters and sixty-five words for 1.3 to 175 billion and E
         on purpose, with few comparisons and no penalty, as Stiennon et al. (2020, sec. 4.3) did more than this paper;
         DPO is of 2023. Sizes and rates were chosen by single runs with another seed. A first run of three seeds left
         three checks undecided (PPO over SFT: 0.62, interval 0.49 to 0.75, bound 0.55; what ptx costs of it; the proxy
-        without a penalty); the seeds became six, the rules stayed, and the first of these
-        is undecided still, by a hair.
+        without a penalty); the seeds became six, the rules stayed, and the first of these is
+        undecided still, by a hair.
 """
 
 from __future__ import annotations
