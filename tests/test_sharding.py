@@ -549,6 +549,7 @@ def fill(folder: Path, rank: int, filled: int, mesh: Mesh, log_every: int) -> No
         nonlocal calls
         calls += 1
         if calls == 8 and rank == filled:
+            until(folder / "checkpoints/step-00000005")  # slices are written in the background
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         return next_token(module, batch)
 
@@ -558,6 +559,14 @@ def fill(folder: Path, rank: int, filled: int, mesh: Mesh, log_every: int) -> No
     except (InputError, RankLostError) as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         folder.with_name(f"{folder.name}-{rank}.txt").write_text(str(error))
+
+
+def until(path: Path, seconds: float = 30.0) -> None:
+    """Wait for a file or folder to appear."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.01)
 
 
 def failed(folder: Path, rank: int) -> None:
