@@ -73,7 +73,7 @@ class KeptSampler:
 
     def _asked(self, prompts: Sequence[Turns], samplings: Sequence[Sampling]) -> list[str]:
         """What is asked, in short: of which model, at which place (what is asked twice is answered twice), and how."""
-        assert all(one.seed is not None or one.temperature == 0 for one in samplings), "a seed"
+        assert all(one.seed is not None or one.temperature == 0 for one in samplings), "a request without a seed"
         model = _short([*self._made_by, digest(self.own.lm.module, adapters=True)])
         told = [[self.own.prompt_ids(prompt), one.to_json()] for prompt, one in zip(prompts, samplings, strict=True)]
         return [_short([model, i, *one]) for i, one in enumerate(told)]
