@@ -1,8 +1,10 @@
 """Kernels for GPUs run in an interpreter, and no test may take long; fixtures that several files share."""
 
+import gc
 import os
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,12 +35,33 @@ def spent() -> tuple[float, float]:
     return time.monotonic(), times.user + times.system + times.children_user + times.children_system
 
 
+def since(before: tuple[float, float]) -> float:
+    """Seconds by the lesser measure: a busy machine lengthens the one, many threads the other."""
+    return min(now - then for now, then in zip(spent(), before, strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What files before left is not gone through by this one's garbage collections, which would halt it for 0.5 s."""
+    gc.collect()
+    gc.freeze()
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """What is done inside takes no longer."""
+    before = spent()
+    yield
+    took = since(before)
+    assert took <= seconds, f"took {took:.2f} s, more than {seconds:g}"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Fail a test that is too long by both measures: a busy machine lengthens the one, many threads the other."""
+    """Fail a test that is too long."""
     before, most = spent(), item.config.getoption("--most-seconds")
     result = yield
-    took = min(now - then for now, then in zip(spent(), before, strict=True))
+    took = since(before)
     if 0 < most < took:
         pytest.fail(f"took {took:.1f} s, more than {most:g}: make it smaller (half of that is what a test may take)")
     return result

@@ -7,11 +7,12 @@ import random
 import resource
 import struct
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from conftest import within
 
 from allyouneed.core.errors import InputError
 
@@ -57,10 +58,10 @@ def survives(load: Callable[[Path], Any], path: Path, data: bytes, named: str | 
 @contextmanager
 def bounded(size: int) -> Iterator[None]:
     """What is done inside takes at most 2 s and no more memory than twice `size` bytes and 200 MB."""
-    memory, started = _memory(fresh=True), time.process_time()
-    yield
-    seconds, grown = time.process_time() - started, _memory() - memory
-    assert seconds <= SECONDS, f"took {seconds:.1f} s"
+    memory = _memory(fresh=True)
+    with within(SECONDS):
+        yield
+    grown = _memory() - memory
     assert grown <= 2 * size + SLACK, f"took {grown >> 20} MiB for a file of {size} bytes"
 
 

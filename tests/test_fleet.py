@@ -144,10 +144,10 @@ def test_one_that_hangs_is_left_behind() -> None:
         over.wait(20)
         return None
 
-    with fleet_of(hangs, echo, timeout=0.3, concurrency=4) as (lm, servers, pauses):
+    with fleet_of(hangs, echo, timeout=1.0, concurrency=4) as (lm, servers, pauses):
         started = time.monotonic()
         assert lm.generate([str(i) for i in range(40)]) == texts(40)
-        assert time.monotonic() - started < 5 and pauses == []
+        assert time.monotonic() - started < 15 and pauses == []
         assert 1 <= asked(servers)[0] <= 4
         over.set()
 
@@ -160,7 +160,7 @@ def test_one_that_works_long_at_an_answer_is_well() -> None:
             over.wait(20)
         return echo(path, body)
 
-    with fleet_of(slow, slow, timeout=0.2) as (lm, servers, pauses):
+    with fleet_of(slow, slow, timeout=1.0) as (lm, servers, pauses):
         with pytest.raises(RemoteError, match=r"request 1: .* no answer within"):
             lm.generate(["0", "long"])
         assert all(member.well for member in fleet(lm).members) and pauses == []

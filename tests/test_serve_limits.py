@@ -359,7 +359,7 @@ def test_other_streams_do_not_notice():
         finally:
             done.set()
             pestering.join()
-        assert text == expected and max(pauses) < 3
+        assert text == expected and max(pauses) < 10
 
 
 def test_fewer_blocks_than_a_context():
@@ -501,11 +501,11 @@ class TestSlowClients:
     @pytest.mark.parametrize("sent", [b"", b"POST /v1/compl", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"])
     def test_heads(self, impatient, sent):
         with connection(impatient.url, sent) as opened:
-            assert 0.4 < closed_after(opened, b"X" if sent else b"") < 3
+            assert 0.4 < closed_after(opened, b"X" if sent else b"") < 10
 
     def test_heads_after_an_answer(self, impatient):
         with connection(impatient.url, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he") as opened:
-            assert closed_after(opened, b"a") < 3
+            assert closed_after(opened, b"a") < 10
 
     def test_bodies(self, impatient):
         with connection(impatient.url, head("completions", 1000) + b'{"prompt":') as opened:
@@ -554,7 +554,7 @@ class TestHangUps:
             end = time.monotonic() + 10
             while server.lm.engine.statistics().made < made + 3 and time.monotonic() < end:
                 time.sleep(0.005)
-        assert server.settles(2)
+        assert server.settles()
         assert server.lm.engine.statistics().made - made < 480
 
     def test_before_anything_was_read(self, server):
@@ -644,8 +644,8 @@ class TestFailures:
 
     @pytest.mark.parametrize("stream", [True, False])
     def test_answers_that_take_too_long(self, stream):
-        with serving(scripted("The quick brown fox jumps", seconds=0.3), timeout=0.5) as server:
-            answer = server.post("/v1/completions", json={"prompt": "x", "stream": stream})
+        with serving(scripted("The quick brown fox jumps " * 8, seconds=0.1), timeout=2) as server:
+            answer = server.post("/v1/completions", json={"prompt": "x", "stream": stream, "max_tokens": 100})
             assert answer.status_code == (200 if stream else 504) and '"code":"timeout"' in answer.text
             assert server.settles(2)
 
@@ -686,9 +686,10 @@ class TestEnds:
             stream = server.client.completions.create(model=NAME, prompt="x", stream=True, max_tokens=50)
             text = next(stream).choices[0].text
             server.server.should_exit = True
-            time.sleep(0.3)
             with pytest.raises(openai.APIConnectionError):
-                server.client.models.list()
+                for _ in range(1000):  # it looks ten times a second whether it is to end
+                    server.client.models.list()
+                    time.sleep(0.01)
             assert text + "".join(chunk.choices[0].text for chunk in stream) == "The quick brown fox jumps over"
 
     def test_what_takes_too_long_is_told(self):

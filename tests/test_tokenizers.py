@@ -8,7 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import tiktoken
 import tiktoken.load
 import transformers
+from conftest import within
 from mutations import mutations, survives
 from tokenizers import Tokenizer as Theirs
 
@@ -218,9 +218,8 @@ def test_smollm2_from_gguf_has_the_ids_of_transformers(smollm2: Path, smollm2_ou
 
 
 def test_smollm2_is_read_within_a_second(smollm2: Path) -> None:
-    started = time.process_time()
-    Tokenizer.from_gguf(GGUF.open(smollm2))
-    assert time.process_time() - started <= 1.0
+    with within(1):
+        Tokenizer.from_gguf(GGUF.open(smollm2))
 
 
 def test_gpt2_from_ranks_has_the_ids_of_tiktoken(gpt2_ours: Tokenizer) -> None:
@@ -525,10 +524,8 @@ def test_hostile_tokenizers_get_one_line(tmp_path: Path, name: str) -> None:
     spec = small_spec()
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    started = time.process_time()
-    with pytest.raises(InputError, match=message) as error:
+    with within(1), pytest.raises(InputError, match=message) as error:
         Tokenizer.from_folder(tmp_path)
-    assert time.process_time() - started < 1
     assert str(error.value).startswith(str(tmp_path / "tokenizer.json"))
     assert "\n" not in str(error.value)
 
