@@ -47,6 +47,10 @@ def settled() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or extension modules tell of leaks
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """What is done inside takes no longer."""

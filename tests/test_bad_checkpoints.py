@@ -171,7 +171,7 @@ def test_command_line_says_it_in_one_line(arguments, tmp_path):
     jsonl.write_text('{"text": "one"}\n{"txet": "two"}\n')
     given = [a.format(folder=tmp_path, truncated=truncated, jsonl=jsonl) for a in arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "allyouneed", *given], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [sys.executable, "-m", "allyouneed", *given], capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr

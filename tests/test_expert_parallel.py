@@ -39,7 +39,7 @@ def two_ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [*TORCHRUN, __file__, str(folder)], env=environment, text=True, capture_output=True, timeout=60, check=False
+        [*TORCHRUN, __file__, str(folder)], env=environment, text=True, capture_output=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -461,8 +461,9 @@ def test_what_one_rank_is_refused_ends_all(files):
 
 def together(files: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The same command on two ranks, into `ranks`."""
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "allyouneed"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ranks += ["--monitor-interval", "2", "-m", "allyouneed"]  # time for each to say what is wrong
     given = (files / "tiny", files / "prompts.jsonl", "--out", files / "ranks", "--max-new-tokens", 8, *arguments)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [*ranks, "finetune", *map(str, given)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -244,7 +244,7 @@ def test_two_ranks_learn_what_one_does(models, data, tmp_path, capsys, more):
     command += ["finetune", str(models["decoder"]), str(data), *given, "--set", "mesh.shard=2", "--out", "two"]
     source = {"PYTHONPATH": str(Path(allyouneed.__file__).parents[1])}
     done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | source, capture_output=True, text=True, timeout=100, check=False
+        command, cwd=tmp_path, env=os.environ | source, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = json.loads(told), json.loads(done.stdout)

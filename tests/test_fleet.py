@@ -76,7 +76,7 @@ def test_answers_keep_their_order_and_seeds_their_requests() -> None:
     with fleet_of(uneven, uneven, echo, concurrency=3) as (lm, servers, _):
         assert isinstance(lm, LanguageModel)
         assert lm.generate(prompts, seed=100, max_new_tokens=1) == texts(60, 100)
-        assert sum(asked(servers)) == 60 and all(count > 5 for count in asked(servers))
+        assert sum(asked(servers)) == 60 and all(count >= 3 for count in asked(servers))
     with fleet_of(echo) as (alone, _, _):
         assert alone.generate(prompts, seed=100, max_new_tokens=1) == texts(60, 100)
 
@@ -144,7 +144,7 @@ def test_one_that_hangs_is_left_behind() -> None:
         over.wait(20)
         return None
 
-    with fleet_of(hangs, echo, timeout=1.0, concurrency=4) as (lm, servers, pauses):
+    with fleet_of(hangs, echo, timeout=2.0, concurrency=4) as (lm, servers, pauses):
         started = time.monotonic()
         assert lm.generate([str(i) for i in range(40)]) == texts(40)
         assert time.monotonic() - started < 15 and pauses == []
@@ -160,7 +160,7 @@ def test_one_that_works_long_at_an_answer_is_well() -> None:
             over.wait(20)
         return echo(path, body)
 
-    with fleet_of(slow, slow, timeout=1.0) as (lm, servers, pauses):
+    with fleet_of(slow, slow, timeout=2.0) as (lm, servers, pauses):
         with pytest.raises(RemoteError, match=r"request 1: .* no answer within"):
             lm.generate(["0", "long"])
         assert all(member.well for member in fleet(lm).members) and pauses == []

@@ -427,7 +427,13 @@ def test_killed_again_and_again_it_leaves_what_one_run_would(folder: Path, tmp_p
     """kill -9 while rows are answered, twice; then this process goes on."""
     rows = [{"prompt": f"row {i}", "max_tokens": 1 + i % 8} if i % 50 else "bad" for i in range(1500)]
     source, target = written(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "allyouneed", "generate", str(folder), str(source), str(target), "--seed", "3"]
+    slow = (
+        "import time; from allyouneed import cli; from allyouneed.generate.local_queue import LocalQueue\n"
+        "quick = LocalQueue.answers\n"
+        "LocalQueue.answers = lambda self: time.sleep(0.03) or quick(self)\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", slow, "generate", str(folder), str(source), str(target), "--seed", "3"]
     partial = tmp_path / "out.jsonl.partial" / "answers.jsonl"
     for _ in range(2):
         before = partial.stat().st_size if partial.exists() else 0
@@ -477,10 +483,10 @@ def test_a_row_that_takes_too_long_is_refused_alone(tmp_path: Path) -> None:
             over.wait(20)
         return echo(path, body) if path != "/v1/models" else Reply({"data": []})
 
-    with asking(slow, timeout=1.0) as (lm, server):
+    with asking(slow, timeout=2.0) as (lm, server):
         found = answers(lm, tmp_path, [{"prompt": "a"}, {"prompt": "long"}, {"prompt": "b"}])
         assert [line.get("completion") for line in found] == ["A", None, "B"]
-        assert "no answer within 1 s, though the server is well" in found[1]["error"]
+        assert "no answer within 2 s, though the server is well" in found[1]["error"]
         assert sum(body["prompt"] == "long" for body in server.bodies()) == 1
         over.set()
 
@@ -489,7 +495,7 @@ def test_a_fleet_works_at_a_job(tmp_path: Path) -> None:
     with fleet_of(echo, lambda path, body: None, echo) as (lm, servers, _):
         found = answers(lm, tmp_path, [{"prompt": f"p{i}"} for i in range(100)])
         assert [line["completion"] for line in found] == [f"P{i}" for i in range(100)]
-        assert len(servers[0].bodies()) > 20 and len(servers[2].bodies()) > 20
+        assert len(servers[0].bodies()) >= 8 and len(servers[2].bodies()) >= 8  # as many as go to each at once
 
 
 @pytest.mark.parametrize(

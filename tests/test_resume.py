@@ -290,7 +290,7 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
     """Moments spread over a whole run, and every call that touches its files: each ends as if never killed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["random"]["kills"] == KILLS and report["random"]["different"] == []
@@ -330,15 +330,24 @@ def outcome(folder: Path) -> Any:
 
 
 def kill_at_random(base: Path) -> dict[str, Any]:
-    """Kill runs from outside, each in its own twentieth of the time a run takes, and take them up again."""
+    """Kill runs from outside, each in its own twentieth of the time a run takes, and take them up again.
+
+    The first of them before it would have saved.
+    """
     training = settings(steps=30, ema=0.9, keep=2)
     finish(lambda: whole_run(base / "warm", training))
     began = time.perf_counter()
-    finish(lambda: whole_run(base / "unbroken", training))
+    pid = fork(lambda: whole_run(base / "unbroken", training))
+    while not list((base / "unbroken" / "checkpoints").glob("step-*")):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        time.sleep(0.001)
+    first = time.perf_counter() - began
+    assert os.waitpid(pid, 0)[1] == 0
     seconds, moments = time.perf_counter() - began, random.Random(0)
     different, early, kills = [], 0, 0
     while kills < KILLS:
-        folder, moment = base / f"killed-{kills}", (kills + moments.random()) / KILLS * seconds
+        folder = base / f"killed-{kills}"
+        moment = (kills + moments.random()) / KILLS * seconds if kills else moments.random() * first / 2
         shutil.rmtree(folder, ignore_errors=True)
         pid = fork(lambda folder=folder: whole_run(folder, training))
         time.sleep(moment)

@@ -360,7 +360,9 @@ class TestTools:
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
         ]
-        answer = client.chat.completions.create(model=NAME, messages=turns, tools=[HOUR], max_tokens=4)
+        answer = client.chat.completions.create(
+            model=NAME, messages=turns, tools=[HOUR], max_tokens=4, extra_body={"ignore_eos": True}
+        )
         assert answer.usage.completion_tokens == 4
 
 

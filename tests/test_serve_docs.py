@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import typer
-from serving import serving, tiny
+from serving import scripted, serving, tiny
 
 from allyouneed.cli import app
 
@@ -94,7 +94,7 @@ def test_the_unit_is_one(tmp_path):
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="no nginx here")
 def test_tokens_come_through_a_proxy_one_by_one(tmp_path):
-    with serving(tiny(), api_key="key") as server:
+    with serving(scripted("The quick brown fox " * 15, seconds=0.03), api_key="key") as server:
         through_a_proxy(server, tmp_path)
 
 

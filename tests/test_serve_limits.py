@@ -287,13 +287,19 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_bodies_do_not_hold_up_others(name):
-    """While one is refused, others are answered at once: in one of five tries, on a machine that others use."""
+    """While one is refused, others are answered at once, or as soon as JSON that large can be read.
+
+    In one of five tries, on a machine that others use.
+    """
     path, sent = LARGE[name]
     body = json.dumps(sent, separators=(",", ":")).encode()
     assert 100_000 < len(body) < 4 << 20
+    began = time.monotonic()
+    json.loads(body)
+    most = max(0.3, 5 * (time.monotonic() - began))
     with serving() as server:
         pauses = []
-        while len(pauses) < 5 and min(pauses, default=1.0) >= 0.3:
+        while len(pauses) < 5 and min(pauses, default=most) >= most:
             done = threading.Event()
             answers: list[httpx.Response] = []
 
@@ -313,7 +319,7 @@ def test_large_bodies_do_not_hold_up_others(name):
             asking.join()
             assert answers[0].status_code == 400, answers[0].text
             pauses.append(worst)
-        assert min(pauses) < 0.3, pauses
+        assert min(pauses) < most, pauses
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
@@ -426,21 +432,23 @@ class TestKeys:
 
 class TestCrowds:
     def test_too_many_are_sent_away(self):
-        with serving(scripted("The quick brown fox", seconds=0.2), max_requests=2) as server:
+        with serving(scripted("The quick brown fox " * 20, seconds=0.2), max_requests=2) as server:
             streams = [server.client.completions.create(model=NAME, prompt="x", stream=True) for _ in range(2)]
             answer = server.post("/v1/completions", json={"prompt": "x"})
             assert answer.headers["Retry-After"] == "1"
             refused(answer, None, 429)
+            server.lm.engine.seconds = 0.0
             assert httpx.get(f"{server.url}/health").is_success and httpx.get(f"{server.url}/metrics").is_success
             for stream in streams:
                 assert list(stream)
             assert server.post("/v1/completions", json={"prompt": "x"}).is_success
 
     def test_answers_are_counted_not_requests(self):
-        with serving(scripted("The quick brown fox", seconds=0.2), max_requests=4) as server:
+        with serving(scripted("The quick brown fox " * 20, seconds=0.2), max_requests=4) as server:
             several = server.client.completions.create(model=NAME, prompt=["x", "y"], n=2, stream=True)
             next(several)
             assert "4 answers are under way" in refused(server.post("/v1/completions", json={"prompt": "x"}), None, 429)
+            server.lm.engine.seconds = 0.0
             assert list(several)
             assert server.post("/v1/completions", json={"prompt": "x"}).is_success
 
@@ -475,11 +483,10 @@ def head(path: str, length: int) -> bytes:
     return f"POST /v1/{path} HTTP/1.1\r\n{fields}\r\n\r\n".encode()
 
 
-def closed_after(opened: socket.socket, drip: bytes = b"") -> float:
+def closed_after(began: float, opened: socket.socket, drip: bytes = b"") -> float:
     """Seconds until the server closes a connection, on which something more is sent now and then."""
-    began = time.monotonic()
     opened.settimeout(0.1)
-    while time.monotonic() - began < 10:
+    while time.monotonic() < began + 10:
         try:
             if drip:
                 opened.sendall(drip)
@@ -500,12 +507,14 @@ class TestSlowClients:
 
     @pytest.mark.parametrize("sent", [b"", b"POST /v1/compl", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"])
     def test_heads(self, impatient, sent):
+        began = time.monotonic()
         with connection(impatient.url, sent) as opened:
-            assert 0.4 < closed_after(opened, b"X" if sent else b"") < 10
+            assert 0.4 < closed_after(began, opened, b"X" if sent else b"") < 10
 
     def test_heads_after_an_answer(self, impatient):
+        began = time.monotonic()
         with connection(impatient.url, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he") as opened:
-            assert closed_after(opened, b"a") < 10
+            assert closed_after(began, opened, b"a") < 10
 
     def test_bodies(self, impatient):
         with connection(impatient.url, head("completions", 1000) + b'{"prompt":') as opened:
@@ -555,7 +564,7 @@ class TestHangUps:
             while server.lm.engine.statistics().made < made + 3 and time.monotonic() < end:
                 time.sleep(0.005)
         assert server.settles()
-        assert server.lm.engine.statistics().made - made < 480
+        assert server.lm.engine.statistics().made - made < 480 * sent.get("n", 1)
 
     def test_before_anything_was_read(self, server):
         for _ in range(20):

@@ -104,6 +104,7 @@ def serve(
         loaded = load(model, quantize=quantize, adapters=adapters)
         app = assemble(_served(loaded, name or model, config, guessing), settings, _encoder(embedder))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
+        listening.listen()  # who reads the line below may ask at once
         print(f"{name or model} answers at {address} (loaded in {time.perf_counter() - began:.1f} s)", flush=True)
         _tell_room(app)
         try:
