@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+import tracemalloc
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,18 @@ def settled() -> None:
     """What files before left is not gone through by this one's garbage collections, which would halt it for 0.5 s."""
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def traced() -> Iterator[list[int]]:
+    """Yields a list, at the end of the most bytes that Python allocated inside."""
+    peak: list[int] = []
+    tracemalloc.start()
+    try:
+        yield peak
+    finally:
+        peak.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
 
 
 def pytest_sessionfinish() -> None:

@@ -246,8 +246,17 @@ def test_what_was_made_of_a_memory_keeps_nothing_else_alive():
 def test_memory_comes_in_small_pages_and_only_where_it_is_written():
     """Pages of 2 MiB would be 2 MiB of every layer for the first token."""
     bank = Bank((4096, 2, 16, 64), torch.float32, torch.device("cpu"), eight_bits=False)
+    before = mapping(bank.data[2048].data_ptr())  # of this bank, and of what the system joined to it
     bank.data[::512] = 1
-    place, inside, fields = bank.data[2048].data_ptr(), False, dict[str, str]()
+    after = mapping(bank.data[2048].data_ptr())
+    assert "hg" not in after["VmFlags:"].split() and after["AnonHugePages:"] == before["AnonHugePages:"]
+    first, last = (int(fields["Rss:"].split()[0]) for fields in (before, after))
+    assert 0 < last - first < bank.data.nbytes / 1024 / 100
+
+
+def mapping(place: int) -> dict[str, str]:
+    """What Linux says of the memory in which an address lies."""
+    inside, fields = False, dict[str, str]()
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, value = line.split(maxsplit=1)
         if not name.endswith(":"):
@@ -255,5 +264,4 @@ def test_memory_comes_in_small_pages_and_only_where_it_is_written():
             inside = first <= place < last
         elif inside:
             fields[name] = value
-    assert "hg" not in fields["VmFlags:"].split()
-    assert fields["AnonHugePages:"] == "0 kB" and int(fields["Rss:"].split()[0]) < bank.data.nbytes / 1024 / 100
+    return fields

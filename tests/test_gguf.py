@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import within
+from conftest import traced, within
 from mutations import mutations, survives
 
 from allyouneed.core.errors import InputError
@@ -215,15 +214,12 @@ def test_hostile_files_get_one_line(tmp_path: Path, name: str) -> None:
     data, message = HOSTILE[name]
     path = tmp_path / "hostile.gguf"
     path.write_bytes(data)
-    tracemalloc.start()
-    with within(0.5), pytest.raises(InputError) as error:
+    with traced() as peak, within(0.5), pytest.raises(InputError) as error:
         GGUF.open(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
     assert message in str(error.value)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
-    assert peak < 1 << 20
+    assert peak[0] < 1 << 20
 
 
 def test_arrays_within_arrays(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         paths = [str(Path(__file__).parent), str(Path(allyouneed.__file__).parents[1])]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # else it kills where other tests have the memory
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()

@@ -19,6 +19,7 @@ from conftest import within
 import allyouneed
 from allyouneed.core.errors import InputError
 from allyouneed.core.files import read_json, write_json
+from allyouneed.nn import native
 from allyouneed.papers import catalogue, checks, docstrings, figures, provenance, publish, runner, table
 from allyouneed.papers.base import EVIDENCE, SIZES, Report
 from allyouneed.papers.schema import validate
@@ -486,6 +487,7 @@ def test_a_built_paper_says_what_it_claims_and_has_three_sizes(slug: str) -> Non
 
 @pytest.mark.parametrize("slug", catalogue.built())
 def test_the_smoke_run_of_a_built_paper_gives_a_valid_report(slug: str, tmp_path: Path) -> None:
+    native.library()  # compiled
     with within(20):
         report = runner.run(slug, "smoke", out=tmp_path, quiet=True)
     validate(report)

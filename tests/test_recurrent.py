@@ -159,19 +159,19 @@ def test_batch_norm_of_one_row_is_refused_in_training_only() -> None:
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 def test_layers_go_on_where_they_were_and_begin_anew_where_told(cell: str, norm: str) -> None:
     torch.manual_seed(0)
-    layers = randomised(Recurrent.Config(cell=CELLS[cell].Config(norm=NORMS[norm]), num_layers=2).build(6))
-    x = torch.randn(3, 9, 6)
+    layers = randomised(Recurrent.Config(cell=CELLS[cell].Config(norm=NORMS[norm]), num_layers=2).build(6)).double()
+    x = torch.randn(3, 9, 6).double()
     whole, last = layers(x)
     first, states = layers(x[:, :4])
     rest, after = layers(x[:, 4:], states)
-    assert (torch.cat((first, rest), 1) - whole).abs().max() <= 1e-6
+    assert (torch.cat((first, rest), 1) - whole).abs().max() <= 1e-12
     pairs = [pair for one, other in zip(last, after, strict=True) for pair in zip(one, other, strict=True)]
-    assert all((a - b).abs().max() <= 1e-6 for a, b in pairs)
+    assert all((a - b).abs().max() <= 1e-12 for a, b in pairs)
     begins = torch.zeros(3, 9, dtype=torch.bool)
     begins[1, 4] = True
     anew = layers(x, None, begins)[0]
-    assert (anew[1, 4:] - layers(x[1:2, 4:])[0][0]).abs().max() <= 1e-6
-    assert (anew[[0, 2]] - whole[[0, 2]]).abs().max() <= 1e-6 and (anew[1, 4:] - whole[1, 4:]).abs().max() > 1e-3
+    assert (anew[1, 4:] - layers(x[1:2, 4:])[0][0]).abs().max() <= 1e-12
+    assert (anew[[0, 2]] - whole[[0, 2]]).abs().max() <= 1e-12 and (anew[1, 4:] - whole[1, 4:]).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -179,20 +179,20 @@ def test_layers_go_on_where_they_were_and_begin_anew_where_told(cell: str, norm:
 def test_the_model_keeps_rows_documents_and_the_future_apart(cell: str) -> None:
     torch.manual_seed(0)
     layers = Recurrent.Config(cell=CELLS[cell].Config(norm=LayerNorm.Config()), num_layers=2)
-    model = randomised(RecurrentModel.Config(vocab_size=53, dim=8, layers=layers).build()).eval()
+    model = randomised(RecurrentModel.Config(vocab_size=53, dim=8, layers=layers).build()).eval().double()
     assert Config.from_json(model.config.to_json()) == model.config
     assert model.config.num_parameters() == sum(p.numel() for p in model.parameters())
     ids = torch.randint(53, (2, 12))
     changed = ids.clone()
     changed[:, 7:] = torch.randint(53, (2, 5))
     logits = model(ids).logits
-    assert (logits[:, :7] - model(changed).logits[:, :7]).abs().max() <= 1e-6
+    assert (logits[:, :7] - model(changed).logits[:, :7]).abs().max() <= 1e-12
     assert (logits[:, 7:] - model(changed).logits[:, 7:]).abs().max() > 1e-3
-    assert (logits[1:] - model(ids[1:]).logits).abs().max() <= 1e-6
+    assert (logits[1:] - model(ids[1:]).logits).abs().max() <= 1e-12
     packed = torch.cat((torch.zeros(2).long(), ids[0], ids[1], torch.zeros(1).long()))[None]
     segments = torch.tensor([[0] * 2 + [1] * 12 + [2] * 12 + [0]])
     apart = model(packed, segments=segments).logits[0]
-    assert (apart[2:14] - logits[0]).abs().max() <= 1e-6 and (apart[14:26] - logits[1]).abs().max() <= 1e-6
+    assert (apart[2:14] - logits[0]).abs().max() <= 1e-12 and (apart[14:26] - logits[1]).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("tied", [True, False])

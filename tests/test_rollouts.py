@@ -211,14 +211,14 @@ def test_the_reward_rises_and_engine_and_trainer_agree_all_along(lora, lr, times
 
 
 def test_a_controller_holds_the_kl_where_it_should_be():
-    """The same training without a penalty goes three times as far."""
+    """The same training without a penalty goes ten times as far."""
     ends = []
     for kl in (FixedKl(beta=0.0), ProportionalKl(beta=0.1, target=0.5, gain=2.0)):
         acting = policy()
         batches = rollouts(acting, episodes=32, minibatch=16, epochs=4, kl=kl)
         run(acting, batches, training=settings(steps=8 * 20))
         ends.append(sum(row["kl"] for row in batches.notes.rows[-5:]) / 5)
-    assert ends[0] > 1.5 and 0.25 < ends[1] < 0.75, ends
+    assert ends[0] > 10 and 0.15 < ends[1] < 1.0, ends
 
 
 def test_each_answer_is_learned_from_once_an_epoch_and_each_prompt_is_drawn_in_turn():

@@ -16,7 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / name for name in ("packed.cpp", "program.cpp", "quantised.cpp", "wkv.cpp"))
 HEADERS = tuple(sorted(HERE.glob("*.h")))
-ALWAYS = ("-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
+# A multiplication and an addition are one rounding everywhere: tuned for Zen 2 and 3, GCC would part some, and a row's
+# bits would depend on how many rows its tile has.
+ALWAYS = ("-std=c++17", "-ffp-contract=fast", "--param=avoid-fma-max-bits=0", "-shared", "-fPIC")
 THREADED = "-fopenmp"  # Apple's clang has none: without it the kernels run on one thread
 
 # -march by kind of machine, best first, and what /proc/cpuinfo must list for it (the x86-64 psABI's levels)
