@@ -26,7 +26,7 @@ from jinja2.visitor import NodeTransformer
 from allyouneed.core.errors import InputError
 
 MOST_SECONDS = 0.5  # of processor time; a real template takes milliseconds
-LONGEST_STEP = 0.1  # that counts: one thing takes less, given the sizes below, but a garbage collection comes between
+LONGEST_STEP = 0.1  # that counts: what one thing can take, given the sizes below; a garbage collection takes longer
 MOST_CHARACTERS = 1 << 22  # of a template's output and of any text on the way
 MOST_DIGITS = 100  # of a number
 WIDEST = 64  # indentation
