@@ -110,7 +110,8 @@ def theirs(recipe: Recipe, seed: int) -> Learned:
                 self.points.append((self.num_timesteps, mean))
 
     how, objective = recipe.interaction, recipe.objective
-    environments = make_vec_env(recipe.environment.name, n_envs=recipe.environment.count, seed=seed)
+    plain = {"render_mode": None}  # else it is rgb_array: a lander's exhaust is made, and goes only when it is drawn
+    environments = make_vec_env(recipe.environment.name, n_envs=recipe.environment.count, seed=seed, env_kwargs=plain)
     peer = PPO("MlpPolicy", environments, seed=seed, device="cpu", n_steps=how.steps, batch_size=how.minibatch,
                n_epochs=how.epochs, gamma=how.gamma, gae_lambda=how.lam, clip_range=objective.surrogate.epsilon,
                ent_coef=objective.entropy_weight, vf_coef=objective.value_weight, max_grad_norm=recipe.clip,
