@@ -36,7 +36,7 @@ ROOMS = SHARED | {
     "__main__": {"cli"},
 }
 FRAME = {"base", "catalogue", "checks", "docstrings", "figures", "pages", "provenance", "publish", "runner", "schema"}
-FRAME |= {"aligned", "standing", "architecture_page", "ladders", "table", "__init__"}
+FRAME |= {"aligned", "frontiers", "standing", "architecture_page", "ladders", "table", "__init__"}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
